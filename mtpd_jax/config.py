@@ -1,0 +1,335 @@
+"""The configuration as frozen dataclasses: built from ml_collections at the edge, checked once, then passed around.
+
+``configs/base.py`` holds every field with its value and unit; the classes here hold no defaults, so that a value
+stands in one place only.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+PerHead = float | tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str
+    packages: bool
+    paths: tuple[str, ...]
+    separator: str
+    field: str
+    name: str
+    split: str
+    directory: str
+    validation_fraction: float
+    shuffle_window: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    path: str
+    end_token: str
+    train_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    vocabulary_size: int
+    width: int
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_size: int
+    mlp_width: int
+    rope_theta: float
+    norm_epsilon: float
+    qk_norm: bool
+    qkv_bias: bool
+    tied_unembedding: bool
+    scale_embedding: bool
+    remat: bool
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsConfig:
+    num_heads: int
+    kind: str
+    pass_normed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    mode: str
+    alpha: PerHead
+    beta: PerHead
+    top_n: int
+    temperature: float
+    kl: str
+    detach_teacher: bool
+    detach_trunk: bool
+    chunk_rows: int | None
+
+    def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns (alpha, beta), one number per head.
+
+        None stands for the defaults: alpha = 0.3 / heads being trained (DeepSeek-V3's lambda spread over the heads;
+        our choice), beta = 1 with one head and 0.5 with more (MTP-D §4).
+        """
+        alpha = 0.3 / max(num_heads, 1) if self.alpha is None else self.alpha
+        beta = (1.0 if num_heads == 1 else 0.5) if self.beta is None else self.beta
+        return tuple(
+            coefficient if isinstance(coefficient, tuple) else (float(coefficient),) * num_heads
+            for coefficient in (alpha, beta)
+        )  # pyright: ignore[reportReturnType]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    final_fraction: float
+    weight_decay: float
+    b1: float
+    b2: float
+    epsilon: float
+    clip_norm: float | None
+    ema_decay: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    steps: int
+    batch_size: int
+    sequence_length: int
+    micro_batches: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+    tensor: int
+    expert: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    every_steps: int
+    tensorboard: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every_steps: int
+    documents: int
+
+
+# A run may be resumed with other values of these: none of them changes what a given step computes, except that the
+# number of steps also moves the end of a decaying learning rate, which is what someone who prolongs a run asks for.
+RESUMABLE = frozenset(
+    {
+        "training.steps",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "logging.every_steps",
+        "logging.tensorboard",
+        "evaluation.every_steps",
+        "evaluation.documents",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    heads: HeadsConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    mesh: MeshConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    evaluation: EvaluationConfig
+
+    @classmethod
+    def build(cls, tree: Mapping[str, Any]) -> "Config":
+        """Builds and validates a config from a nested mapping (a ConfigDict, or the parsed config.json).
+
+        Raises:
+          ValueError: a field is missing, unknown, of the wrong type or out of range; the message names the field,
+            its value and what is allowed.
+        """
+        config = _build(cls, tree, "config")
+        config.validate()
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as nested plain dictionaries, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def validate(self) -> None:
+        """Checks every value and every relation between values.
+
+        Raises:
+          ValueError: naming the field, the value and what is allowed.
+        """
+        for section in dataclasses.fields(self):
+            _check_numbers(getattr(self, section.name), section.name)
+        _validate_data(self.data, self.tokenizer)
+        _validate_model(self.model, self.heads)
+        _validate_objective(self.objective, self.heads)
+        _validate_training(self)
+
+
+def differences(left: Config, right: Config) -> list[str]:
+    """Names the fields (``section.field``) in which two configs differ, leaving out those that a resume may change."""
+    left_tree, right_tree = left.to_dict(), right.to_dict()
+    names = []
+    for section, fields in left_tree.items():
+        names += [f"{section}.{name}" for name in fields if fields[name] != right_tree[section][name]]
+    return [name for name in names if name not in RESUMABLE]
+
+
+def _build(cls: Any, tree: Any, path: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} = {tree!r}: expected a section with fields")
+    hints = typing.get_type_hints(cls)
+    unknown = [name for name in tree if name not in hints]
+    if unknown:
+        raise ValueError(f"{path}.{unknown[0]}: no such field; fields of {path} are {', '.join(hints)}")
+    missing = [name for name in hints if name not in tree]
+    if missing:
+        raise ValueError(f"{path}.{missing[0]} is missing: configs/base.py has every field")
+    values = {}
+    for name, hint in hints.items():
+        nested = dataclasses.is_dataclass(hint)
+        value = tree[name]
+        values[name] = _build(hint, value, f"{path}.{name}") if nested else _convert(value, hint, f"{path}.{name}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """Accepts an int where a float is due and a list where a tuple is due; nothing else is converted."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option in (int, bool, str) and type(value) is option:
+            return value
+        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
+            item = typing.get_args(option)[0]
+            return tuple(_convert(element, item, f"{path}[{index}]") for index, element in enumerate(value))
+    names = " or ".join("None" if option is type(None) else getattr(option, "__name__", str(option)) for option in options)
+    raise ValueError(f"{path} = {value!r}: expected {names}")
+
+
+def _require(condition: bool, path: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"config.{path} = {value!r}: expected {expected}")
+
+
+_MAY_BE_ZERO = {"warmup_steps", "weight_decay", "num_heads", "seed", "shuffle_window", "final_fraction", "b1", "b2"}
+_MAY_BE_MINUS_ONE = {"data", "fsdp"}
+
+
+def _check_numbers(section: Any, name: str) -> None:
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), f"{name}.{field.name}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        _require(value == value and abs(value) != float("inf"), path, value, "a finite number")
+        if field.name in {"alpha", "beta"} or field.name in _MAY_BE_ZERO:
+            _require(value >= 0, path, value, "zero or more")
+        elif not (name == "mesh" and field.name in _MAY_BE_MINUS_ONE and value == -1):
+            _require(value > 0, path, value, "more than zero")
+
+
+def _validate_data(data: DataConfig, tokenizer: TokenizerConfig) -> None:
+    sources = ("python", "text", "jsonl", "tfds")
+    _require(data.source in sources, "data.source", data.source, "one of " + ", ".join(sources))
+    if data.source in ("text", "jsonl"):
+        _require(len(data.paths) > 0, "data.paths", data.paths, f"at least one file or glob for source {data.source!r}")
+    if data.source == "text":
+        _require(data.separator != "", "data.separator", data.separator, "the text that stands between documents")
+    if data.source in ("jsonl", "tfds"):
+        _require(data.field != "", "data.field", data.field, "the name of the field that holds the text")
+    if data.source == "tfds":
+        _require(data.name != "", "data.name", data.name, "the name of a tensorflow-datasets data set")
+    _require(data.validation_fraction < 1, "data.validation_fraction", data.validation_fraction, "less than one")
+    _require(tokenizer.end_token != "", "tokenizer.end_token", tokenizer.end_token, "the token that ends a document")
+
+
+def _validate_model(model: ModelConfig, heads: HeadsConfig) -> None:
+    _require(
+        model.query_heads % model.kv_heads == 0,
+        "model.kv_heads",
+        model.kv_heads,
+        f"a divisor of model.query_heads = {model.query_heads}",
+    )
+    _require(model.head_size % 2 == 0, "model.head_size", model.head_size, "an even number (RoPE rotates pairs)")
+    # 256 bytes and the end token: a smaller byte-level vocabulary cannot write every text.
+    _require(model.vocabulary_size >= 257, "model.vocabulary_size", model.vocabulary_size, "at least 257")
+    dtypes = ("auto", "float32", "bfloat16")
+    _require(model.dtype in dtypes, "model.dtype", model.dtype, "one of " + ", ".join(dtypes))
+    kinds = ("cascade", "recurrent")
+    _require(heads.kind in kinds, "heads.kind", heads.kind, "one of " + ", ".join(kinds))
+
+
+def _validate_objective(objective: ObjectiveConfig, heads: HeadsConfig) -> None:
+    _require(objective.mode == "joint", "objective.mode", objective.mode, "joint")
+    kinds = ("forward", "reverse", "js")
+    _require(objective.kl in kinds, "objective.kl", objective.kl, "one of " + ", ".join(kinds))
+    for name in ("alpha", "beta"):
+        value = getattr(objective, name)
+        if isinstance(value, tuple):
+            expected = f"one number or {heads.num_heads} (heads.num_heads), each zero or more"
+            _require(len(value) == heads.num_heads, f"objective.{name}", value, expected)
+            _require(all(0 <= number < float("inf") for number in value), f"objective.{name}", value, expected)
+
+
+def _validate_training(config: Config) -> None:
+    optimizer, training, heads = config.optimizer, config.training, config.heads
+    schedules = ("cosine", "linear", "wsd")
+    _require(optimizer.schedule in schedules, "optimizer.schedule", optimizer.schedule, "one of " + ", ".join(schedules))
+    for name in ("decay_fraction", "final_fraction"):
+        _require(getattr(optimizer, name) <= 1, f"optimizer.{name}", getattr(optimizer, name), "at most one")
+    for name in ("b1", "b2", "ema_decay"):
+        value = getattr(optimizer, name)
+        _require(value is None or value < 1, f"optimizer.{name}", value, "less than one")
+    _require(
+        optimizer.warmup_steps < training.steps,
+        "optimizer.warmup_steps",
+        optimizer.warmup_steps,
+        f"fewer than training.steps = {training.steps}",
+    )
+    _require(
+        training.batch_size % training.micro_batches == 0,
+        "training.micro_batches",
+        training.micro_batches,
+        f"a divisor of training.batch_size = {training.batch_size}",
+    )
+    _require(
+        training.sequence_length > heads.num_heads + 1,
+        "training.sequence_length",
+        training.sequence_length,
+        f"more than heads.num_heads + 1 = {heads.num_heads + 1}, so that the last head has a target",
+    )
+    mesh = config.mesh
+    _require(not mesh.data == mesh.fsdp == -1, "mesh.data", mesh.data, "at most one of data and fsdp to be -1")
+    _require(mesh.expert == 1, "mesh.expert", mesh.expert, "1 (no layer has experts)")

@@ -1,0 +1,88 @@
+"""From documents to packed batches, with grain: one deterministic global stream, the same in every process."""
+
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from flax import struct
+from grain import experimental
+from jax.sharding import Sharding
+
+from mtpd_jax.config import Config
+from mtpd_jax.data.sources import Source, held_out
+from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.shapes import Array, Int
+
+
+@struct.dataclass
+class Batch:
+    """Packed rows.
+
+    Attributes:
+      tokens: token ids.
+      segment_ids: the document, within the row, that a token belongs to, from 1; 0 is padding.
+      positions: the token's place in its document's part of the row, from 0.
+    """
+
+    tokens: Int[Array, "*axes T"]
+    segment_ids: Int[Array, "*axes T"]
+    positions: Int[Array, "*axes T"]
+
+
+class _TokenizeTrainingDocument(grain.transforms.Map):
+    """Document -> token ids; a held-out document becomes None, which grain drops."""
+
+    def __init__(self, tokenizer: Tokenizer, validation_fraction: float):
+        self._tokenizer = tokenizer
+        self._validation_fraction = validation_fraction
+
+    def map(self, element: str) -> dict[str, np.ndarray] | None:
+        if held_out(element, self._validation_fraction):
+            return None
+        return {"tokens": self._tokenizer.encode_document(element)}
+
+
+def training_batches(config: Config, source: Source, tokenizer: Tokenizer) -> grain.DatasetIterator:
+    """The endless stream of global batches, each a ``Batch`` of [micro-batch, B, T] int32 arrays.
+
+    Documents are shuffled anew every epoch, tokenized, concatenated and split into rows by grain's packing, and the
+    rows shuffled among their neighbours, because a long document fills many rows in a run. Every process draws
+    this same stream and keeps its own rows (``put_on_devices``), so the order of the data depends on the seed alone
+    and the iterator's state (``get_state``) can be restored on any number of processes.
+
+    Raises:
+      ValueError: every document is held out.
+    """
+    data, training = config.data, config.training
+    if all(held_out(source[index], data.validation_fraction) for index in range(len(source))):
+        raise ValueError(
+            f"config.data.validation_fraction = {data.validation_fraction}: holds out all {len(source)} documents"
+        )
+    rows_per_part = training.batch_size // training.micro_batches
+
+    def to_batch(element: dict[str, np.ndarray]) -> Batch:
+        def cut(name: str) -> np.ndarray:
+            return element[name].astype(np.int32).reshape(training.micro_batches, rows_per_part, -1)
+
+        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))
+
+    documents = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat()
+    tokenized = documents.map(_TokenizeTrainingDocument(tokenizer, data.validation_fraction))
+    packed = experimental.ConcatThenSplitIterDataset(
+        tokenized.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)),
+        length_struct={"tokens": training.sequence_length},
+    )
+    if data.shuffle_window:
+        packed = experimental.WindowShuffleIterDataset(packed, window_size=data.shuffle_window, seed=training.seed)
+    batched = packed.batch(training.batch_size, drop_remainder=True).map(to_batch)
+    return iter(experimental.ThreadPrefetchIterDataset(batched, prefetch_buffer_size=4))
+
+
+def put_on_devices(batch: Batch, sharding: Sharding) -> Batch:
+    """Places a global batch; each process transfers only the rows of its own devices."""
+
+    def place(values: Any) -> jax.Array:
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(place, batch)

@@ -1,0 +1,111 @@
+"""The tokenizer: a byte-level BPE trained on the training split, or any tokenizer.json, with a token that ends documents."""
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      end_id: the id of the token that ends every document.
+      size: number of ids.
+    """
+
+    def __init__(self, library_tokenizer: tokenizers.Tokenizer, end_token: str):
+        """Wraps a tokenizer of the ``tokenizers`` library.
+
+        Raises:
+          ValueError: the end token is not in its vocabulary.
+        """
+        end_id = library_tokenizer.token_to_id(end_token)
+        if end_id is None:
+            raise ValueError(f"config.tokenizer.end_token = {end_token!r}: not in the tokenizer's vocabulary")
+        # A document that spells out the end token must not be able to end itself.
+        library_tokenizer.encode_special_tokens = True
+        library_tokenizer.no_truncation()
+        library_tokenizer.no_padding()
+        self._tokenizer = library_tokenizer
+        self.end_id: int = end_id
+        self.size: int = library_tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocabulary_size: int, end_token: str, limit: int) -> "Tokenizer":
+        """Trains a byte-level BPE.
+
+        Args:
+          documents: training documents, never validation ones.
+          vocabulary_size: ids, at most; a small text yields fewer.
+          end_token: becomes id 0.
+          limit: stop reading after this many bytes of text.
+        """
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+        bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=[end_token],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        bpe.train_from_iterator(_at_most(documents, limit), trainer)
+        return cls(bpe, end_token)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path, end_token: str) -> "Tokenizer":
+        """Loads a tokenizer.json.
+
+        Raises:
+          ValueError: the file is missing or is not a tokenizer, or lacks the end token.
+        """
+        try:
+            text = pathlib.Path(path).read_text(encoding="utf-8")
+            return cls(tokenizers.Tokenizer.from_str(text), end_token)
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
+            raise ValueError(f"tokenizer {str(path)!r}: expected a readable tokenizer.json ({error})") from error
+
+    def to_json(self) -> str:
+        """The contents of a tokenizer.json."""
+        return self._tokenizer.to_str()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text, [T] int32, without an end token."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """Token ids of a document and the end token after it, [T+1] int32."""
+        return np.append(self.encode(text), np.int32(self.end_id))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids; special tokens write nothing."""
+        return self._tokenizer.decode([int(token) for token in ids])
+
+    def byte_lengths(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """UTF-8 bytes that each token of a document stands for, [T] int64; the end token stands for none.
+
+        A character that is split over several tokens counts with the first of them.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets] + [len(text)])
+        # Offsets count characters; they are made to partition the text, whatever the tokenizer strips.
+        starts[0] = 0
+        starts = np.maximum.accumulate(starts)
+        character_bytes = np.array([len(character.encode("utf-8", errors="replace")) for character in text], np.int64)
+        before = np.concatenate([[0], np.cumsum(character_bytes)])
+        lengths = np.diff(before[starts])
+        return np.concatenate([lengths, np.zeros(len(ids) - len(lengths), np.int64)])
+
+
+def _at_most(documents: Iterable[str], limit: int) -> Iterator[str]:
+    seen = 0
+    for document in documents:
+        yield document
+        seen += len(document.encode("utf-8", errors="replace"))
+        if seen >= limit:
+            return

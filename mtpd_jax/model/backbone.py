@@ -1,0 +1,127 @@
+"""The language model: embedding, a scanned decoder-only backbone, and the heads on top of its final state."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mtpd_jax.config import Config, HeadsConfig, ModelConfig
+from mtpd_jax.model.cache import KVCache
+from mtpd_jax.model.heads import Heads
+from mtpd_jax.model.layers import ACTIVATION_AXES, Block, causal_mask, compute_dtype, norm, partitioned
+from mtpd_jax.model.shift import shift
+from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
+
+
+@struct.dataclass
+class HiddenStates:
+    """What the model returns in training. Logits are the business of the loss, which makes them a chunk at a time.
+
+    Attributes:
+      main: [B, T, D]; h^0, the backbone's state after its final norm.
+      heads: [K, B, T, D]; h^1…h^K, each after its head's own norm; row k-1 at position i predicts t_{i+k+1}.
+    """
+
+    main: Hidden
+    heads: HeadsHidden
+
+
+class Backbone(nn.Module):
+    """L blocks, scanned over stacked parameters, and the final norm."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        positions: Positions,
+        mask: AttentionMask,
+        cache: KVCache | None = None,
+        start: Int[Array, " B"] | None = None,
+    ) -> tuple[Hidden, KVCache | None]:
+        block = nn.remat(Block, prevent_cse=False) if self.config.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=self.config.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.config, name="blocks")
+        x, cache = scanned(x, cache, positions, mask, start)
+        return norm(self.config, "final_norm")(x), cache
+
+
+class LanguageModel(nn.Module):
+    """Backbone and heads with a shared embedding and unembedding."""
+
+    config: ModelConfig
+    heads_config: HeadsConfig
+
+    def setup(self) -> None:
+        config = self.config
+        shape = (config.vocabulary_size, config.width)
+        initializer = partitioned(nn.initializers.normal(config.width**-0.5), "vocabulary", "embed")
+        self.embedding = self.param("embedding", initializer, shape, jnp.float32)
+        if not config.tied_unembedding:
+            self.unembedding = self.param("unembedding", initializer, shape, jnp.float32)
+        self.backbone = Backbone(config)
+        if self.heads_config.num_heads:
+            self.heads = Heads(config, self.heads_config)
+
+    def embed(self, tokens: Int[Array, "*axes T"]) -> Float[Array, "*axes T D"]:
+        """Looks up input embeddings, scaled by sqrt(D) if the config says so.
+
+        Unscaled, a tied embedding (whose rows have unit norm, for the logits' sake) drowns in the residual stream.
+        """
+        table = jnp.asarray(self.embedding, compute_dtype(self.config))
+        return table[tokens] * (self.config.width**0.5 if self.config.scale_embedding else 1.0)
+
+    def extend(
+        self, tokens: Tokens, positions: Positions, mask: AttentionMask, cache: KVCache, start: Int[Array, " B"]
+    ) -> tuple[Hidden, KVCache | None]:
+        """Runs the backbone on T more tokens per row against its cache; returns h^0, [B, T, D], and the new cache."""
+        return self.backbone(self.embed(tokens), positions, mask, cache, start)
+
+    def __call__(
+        self, tokens: Tokens, segment_ids: SegmentIds, positions: Positions, detach_trunk: bool = False
+    ) -> HiddenStates:
+        """Runs backbone and heads on packed rows.
+
+        Args:
+          tokens, segment_ids, positions: [B, T]; segment 0 is padding.
+          detach_trunk: cut the gradient from the heads into backbone and embedding.
+        """
+        mask_BxTxT = causal_mask(segment_ids)
+        embedded = nn.with_logical_constraint(self.embed(tokens), ACTIVATION_AXES)
+        with jax.named_scope("backbone"):
+            main, _ = self.backbone(embedded, positions, mask_BxTxT)
+        num_heads = self.heads_config.num_heads
+        if not num_heads:
+            return HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype))
+        # Head k embeds t_{i+k}. Where that lies beyond the document the value is arbitrary: such a position has no
+        # target, and no position that has one can attend to it.
+        ahead_KxBxT = jnp.stack([shift(tokens, segment_ids, k)[0] for k in range(1, num_heads + 1)])
+        ahead_KxBxTxD, state = self.embed(ahead_KxBxT), main
+        if detach_trunk:
+            ahead_KxBxTxD, state = jax.lax.stop_gradient((ahead_KxBxTxD, state))
+        with jax.named_scope("heads"):
+            return HiddenStates(main, self.heads(state, ahead_KxBxTxD, positions, mask_BxTxT))
+
+
+def build_model(config: Config) -> LanguageModel:
+    """Returns the model of a config. It holds no arrays."""
+    return LanguageModel(config.model, config.heads)
+
+
+def unembedding_of(parameters: Any) -> Float[Array, "V D"]:
+    """The unembedding matrix; with tied weights, the embedding."""
+    return parameters.get("unembedding", parameters["embedding"])
+
+
+def count_parameters(parameters: Any) -> int:
+    """Number of scalars in a tree of (abstract) arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(parameters))

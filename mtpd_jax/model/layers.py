@@ -1,0 +1,162 @@
+"""One Transformer block: pre-norm attention with RoPE and grouped queries, and a gated feed-forward layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mtpd_jax.config import ModelConfig
+from mtpd_jax.model.cache import KVCache
+from mtpd_jax.shapes import Array, AttentionMask, Float, Hidden, Int, Positions, SegmentIds
+
+ACTIVATION_AXES = ("batch", None, None)
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of activations and matrix products; ``auto`` is float32 on CPU and bfloat16 elsewhere."""
+    if config.dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.dtype)
+
+
+def partitioned(initializer: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
+    """Attaches logical axis names (see ``sharding.ShardingRules``) to what an initializer returns."""
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def norm(config: ModelConfig, name: str | None = None) -> nn.RMSNorm:
+    """RMSNorm over the last axis, computed in float32, with a learned scale that starts at one."""
+    scale_init = partitioned(nn.initializers.ones_init(), None)
+    return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=compute_dtype(config), scale_init=scale_init, name=name)
+
+
+def causal_mask(segment_ids: SegmentIds) -> AttentionMask:
+    """Which tokens of a packed row each token may attend to: earlier ones, and itself, of its own document.
+
+    For segment ids 1 1 2 2:   x . . .
+                               x x . .
+                               . . x .
+                               . . x x
+    """
+    length = segment_ids.shape[1]
+    causal_TxS = jnp.tril(jnp.ones((length, length), bool))
+    return causal_TxS[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def rotate(x: Float[Array, "B T N H"], positions: Positions, theta: float) -> Float[Array, "B T N H"]:
+    """Rotary position embedding: pairs (i, i + H/2) turn by position * theta^(-2i/H) (RoFormer, arXiv 2104.09864).
+
+    Angles are computed in float32: at position 10,000 bfloat16 would be off by whole turns.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_BxTx1xH = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles_BxTx1xH), jnp.sin(angles_BxTx1xH)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the row itself, or over a cache that the row's keys are first written to."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Hidden, positions: Positions, mask: AttentionMask, cache: KVCache | None, start: Int[Array, " B"] | None
+    ) -> tuple[Hidden, KVCache | None]:
+        config = self.config
+
+        def project(heads: int, axis: str, name: str) -> Float[Array, "B T N H"]:
+            return nn.DenseGeneral(
+                (heads, config.head_size),
+                use_bias=config.qkv_bias,
+                dtype=compute_dtype(config),
+                kernel_init=partitioned(nn.initializers.lecun_normal(), "embed", axis, "head_size"),
+                bias_init=partitioned(nn.initializers.zeros_init(), axis, "head_size"),
+                name=name,
+            )(x)
+
+        query_BxTxNxH = project(config.query_heads, "query_heads", "query")
+        key_BxTxGxH = project(config.kv_heads, "kv_heads", "key")
+        value_BxTxGxH = project(config.kv_heads, "kv_heads", "value")
+        if config.qk_norm:
+            query_BxTxNxH = norm(config, "query_norm")(query_BxTxNxH)
+            key_BxTxGxH = norm(config, "key_norm")(key_BxTxGxH)
+        query_BxTxNxH = rotate(query_BxTxNxH, positions, config.rope_theta)
+        key_BxTxGxH = rotate(key_BxTxGxH, positions, config.rope_theta)
+        if cache is not None:
+            cache = cache.write(start, key_BxTxGxH, value_BxTxGxH)
+            key_BxTxGxH, value_BxTxGxH = cache.keys, cache.values
+        mixed_BxTxNxH = jax.nn.dot_product_attention(query_BxTxNxH, key_BxTxGxH, value_BxTxGxH, mask=mask[:, None])
+        out = nn.DenseGeneral(
+            config.width,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=compute_dtype(config),
+            # Zero, so that every block starts as the identity: at a few hundred steps this is worth tenths of a nat.
+            kernel_init=partitioned(nn.initializers.zeros_init(), "query_heads", "head_size", "embed"),
+            name="out",
+        )(mixed_BxTxNxH)
+        return out, cache
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        config = self.config
+
+        def dense(features: int, name: str, initializer: Callable[..., Array], *axes: str) -> nn.Dense:
+            kernel_init = partitioned(initializer, *axes)
+            return nn.Dense(
+                features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name
+            )
+
+        gate = dense(config.mlp_width, "gate", nn.initializers.lecun_normal(), "embed", "mlp")(x)
+        up = dense(config.mlp_width, "up", nn.initializers.lecun_normal(), "embed", "mlp")(x)
+        hidden_BxTxF = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", None, "mlp"))
+        return dense(config.width, "down", nn.initializers.zeros_init(), "mlp", "embed")(hidden_BxTxF)
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block; backbone and heads use the same one."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        cache: KVCache | None,
+        positions: Positions,
+        mask: AttentionMask,
+        start: Int[Array, " B"] | None,
+    ) -> tuple[Hidden, KVCache | None]:
+        """Runs the block on T tokens per row.
+
+        Args:
+          x: [B, T, D].
+          cache: None, or the block's cache, to which these tokens are written before they attend to it.
+          positions: [B, T]; RoPE positions.
+          mask: [B, T, T] without a cache, [B, T, S] with one; True where attention is allowed.
+          start: [B]; the slot of each row's first token, with a cache.
+
+        Returns:
+          The new [B, T, D] and the new cache. (Carry first, then output: the order that ``nn.scan`` wants.)
+        """
+        config = self.config
+        with jax.named_scope("attention"):
+            mixed, cache = Attention(config, name="attention")(
+                norm(config, "attention_norm")(x), positions, mask, cache, start
+            )
+            x = nn.with_logical_constraint(x + mixed, ACTIVATION_AXES)
+        with jax.named_scope("mlp"):
+            x = x + GatedMLP(config, name="mlp")(norm(config, "mlp_norm")(x))
+            x = nn.with_logical_constraint(x, ACTIVATION_AXES)
+        return x, cache

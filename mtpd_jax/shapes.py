@@ -1,0 +1,30 @@
+"""The axis letters, and the array aliases built from them: the one place where letters are defined.
+
+    B  sequences in a batch (rows of a decoding batch)
+    T  tokens of one sequence
+    D  model width
+    F  width of the gated feed-forward layer
+    N  query heads
+    G  key/value heads (N is a multiple of G)
+    H  size of one attention head
+    L  Transformer layers of the backbone
+    K  multi-token-prediction heads (depths); K+1 counts the main head as row 0
+    M  head modules with weights of their own (K for a cascade, 1 for a recurrent head)
+    P  rows of a chunk of the loss
+    S  slots of a key/value cache
+    V  vocabulary
+
+Bodies carry the letters as suffixes (``hidden_BxTxD``); signatures carry them in jaxtyping annotations, which the
+tests check at run time; einsum strings use the same letters in lower case.
+"""
+
+from jaxtyping import Array, Bool, Float, Int
+
+Tokens = Int[Array, "B T"]
+SegmentIds = Int[Array, "B T"]
+Positions = Int[Array, "B T"]
+Hidden = Float[Array, "B T D"]
+HeadsHidden = Float[Array, "K B T D"]
+AttentionMask = Bool[Array, "B T S"]
+
+__all__ = ["Array", "AttentionMask", "Bool", "Float", "HeadsHidden", "Hidden", "Int", "Positions", "SegmentIds", "Tokens"]

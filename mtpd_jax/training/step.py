@@ -1,0 +1,90 @@
+"""One training step: count the weights, sum the gradients of the micro-batches, update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.losses.objective import Objective
+from mtpd_jax.losses.terms import LossSums
+from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.shapes import Array, Float, Int
+from mtpd_jax.sharding import batch_sharding, within
+from mtpd_jax.training.state import TrainState
+
+
+@struct.dataclass
+class StepResult:
+    """What a step reports.
+
+    Attributes:
+      loss: the objective, in nats.
+      sums, weights: the terms behind it and the supervised tokens per head.
+      grad_norm: global norm of the gradient, before clipping.
+      tokens: tokens of the batch that are not padding.
+    """
+
+    loss: Float[Array, ""]
+    sums: LossSums
+    weights: Float[Array, " K+1"]
+    grad_norm: Float[Array, ""]
+    tokens: Int[Array, ""]
+
+
+def loss_of_rows(
+    model: LanguageModel, objective: Objective, parameters: Any, rows: Batch, weights: Array, mesh: Mesh | None
+) -> tuple[Float[Array, ""], LossSums]:
+    """Runs model and objective on [B, T] rows; returns their share of the loss and the sums behind it."""
+    hidden = model.apply(
+        {"params": parameters}, rows.tokens, rows.segment_ids, rows.positions, detach_trunk=objective.detach_trunk
+    )
+    return objective.loss(hidden, unembedding_of(parameters), rows.tokens, rows.segment_ids, weights, mesh)
+
+
+def gradients_of_batch(
+    model: LanguageModel, objective: Objective, parameters: Any, batch: Batch, mesh: Mesh | None = None
+) -> tuple[Float[Array, ""], LossSums, Float[Array, " K+1"], Any]:
+    """Loss, sums, weights and gradients of a whole [micro-batch, B, T] batch."""
+    weights = objective.count(batch.segment_ids)
+
+    def of_rows(rows: Batch) -> tuple[tuple[Array, LossSums], Any]:
+        def loss(parameters: Any) -> tuple[Array, LossSums]:
+            return loss_of_rows(model, objective, parameters, rows, weights, mesh)
+
+        return jax.value_and_grad(loss, has_aux=True)(parameters)
+
+    first = of_rows(jax.tree.map(lambda part: part[0], batch))
+    if batch.tokens.shape[0] > 1:
+        rest = jax.tree.map(lambda part: part[1:], batch)
+        first, _ = jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, of_rows(rows)), None), first, rest)
+    (loss, sums), gradients = first
+    return loss, sums, weights, gradients
+
+
+def make_step(
+    model: LanguageModel,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
+    """Returns the jitted step; it consumes the state that it is given (donation)."""
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
+        loss, sums, weights, gradients = gradients_of_batch(model, objective, state.parameters, batch, mesh)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        average = state.average
+        if ema_decay is not None:
+            average = optax.incremental_update(parameters, average, 1 - ema_decay)
+        tokens = jnp.sum(batch.segment_ids != 0)
+        result = StepResult(loss, sums, weights, optax.global_norm(gradients), tokens)
+        return TrainState(state.step + 1, parameters, optimizer_state, average), result
+
+    # The state comes in with the shardings that it was created with, and goes out with the same.
+    return jax.jit(within(mesh, step), donate_argnums=0, in_shardings=(None, batch_sharding(mesh)))
