@@ -43,40 +43,73 @@ class _TokenizeTrainingDocument(grain.transforms.Map):
         return {"tokens": self._tokenizer.encode_document(element)}
 
 
-def training_batches(config: Config, source: Source, tokenizer: Tokenizer) -> grain.DatasetIterator:
+class TrainingData:
     """The endless stream of global batches, each a ``Batch`` of [micro-batch, B, T] int32 arrays.
 
     Documents are shuffled anew every epoch, tokenized, concatenated and split into rows by grain's packing, and the
     rows shuffled among their neighbours, because a long document fills many rows in a run. Every process draws
     this same stream and keeps its own rows (``put_on_devices``), so the order of the data depends on the seed alone
-    and the iterator's state (``get_state``) can be restored on any number of processes.
-
-    Raises:
-      ValueError: every document is held out.
+    and a state can be restored on any number of processes. A context manager: leaving it ends its threads.
     """
-    data, training = config.data, config.training
-    if all(held_out(source[index], data.validation_fraction) for index in range(len(source))):
-        raise ValueError(
-            f"config.data.validation_fraction = {data.validation_fraction}: holds out all {len(source)} documents"
-        )
-    rows_per_part = training.batch_size // training.micro_batches
+
+    def __init__(self, config: Config, source: Source, tokenizer: Tokenizer):
+        """Opens the stream at its beginning.
+
+        Raises:
+          ValueError: every document is held out.
+        """
+        fraction = config.data.validation_fraction
+        if all(held_out(source[index], fraction) for index in range(len(source))):
+            raise ValueError(f"config.data.validation_fraction = {fraction}: holds out all {len(source)} documents")
+        self._documents = len(source)
+        self._iterator = iter(_dataset(config, source, tokenizer))
+
+    def __enter__(self) -> "TrainingData":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._iterator.close()
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """The place in the stream after the last batch drawn, as JSON."""
+        return {"documents": self._documents, "iterator": self._iterator.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a place in the stream.
+
+        Raises:
+          ValueError: the source does not hold as many documents as the one that the state came from.
+        """
+        if state["documents"] != self._documents:
+            raise ValueError(
+                f"config.data names {self._documents} documents, but the run was trained on {state['documents']}: "
+                "it can only go on with the data that it began with"
+            )
+        self._iterator.set_state(state["iterator"])
+
+
+def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.IterDataset:
+    training, window = config.training, config.data.shuffle_window
 
     def to_batch(element: dict[str, np.ndarray]) -> Batch:
         def cut(name: str) -> np.ndarray:
-            return element[name].astype(np.int32).reshape(training.micro_batches, rows_per_part, -1)
+            return element[name].astype(np.int32).reshape(training.micro_batches, -1, training.sequence_length)
 
-        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))
+        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))  # pyright: ignore[reportArgumentType]
 
     documents = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat()
-    tokenized = documents.map(_TokenizeTrainingDocument(tokenizer, data.validation_fraction))
-    packed = experimental.ConcatThenSplitIterDataset(
+    tokenized = documents.map(_TokenizeTrainingDocument(tokenizer, config.data.validation_fraction))
+    rows = experimental.ConcatThenSplitIterDataset(
         tokenized.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)),
         length_struct={"tokens": training.sequence_length},
     )
-    if data.shuffle_window:
-        packed = experimental.WindowShuffleIterDataset(packed, window_size=data.shuffle_window, seed=training.seed)
-    batched = packed.batch(training.batch_size, drop_remainder=True).map(to_batch)
-    return iter(experimental.ThreadPrefetchIterDataset(batched, prefetch_buffer_size=4))
+    if window:
+        rows = experimental.WindowShuffleIterDataset(rows, window_size=window, seed=training.seed)
+    batches = rows.batch(training.batch_size, drop_remainder=True).map(to_batch)
+    return experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
 
 
 def put_on_devices(batch: Batch, sharding: Sharding) -> Batch:

@@ -1,0 +1,101 @@
+"""What acceptance means here, and how sure we are of it.
+
+    conditional_k = accepted_k / tried_k      head k is tried in the rounds in which its draft was verified and drafts
+                                              1…k-1 were accepted; drafts after an emitted end token or past the
+                                              length limit are not tried
+    cumulative_k  = conditional_1 · … · conditional_k
+    tokens per pass                = (tokens - the one from prefill) / verification passes
+    tokens per pass without bonus  = accepted drafts / verification passes
+
+MTP-D's "acceptance rate" is the conditional one, its "cumulative acceptance rate" the cumulative (arXiv 2603.23911).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import scipy.stats
+
+from mtpd_jax.decoding.decoder import Continuation
+
+Rate = TypeVar("Rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A ratio over all prompts, and its 95 % bootstrap interval over prompts; None where it is not defined."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Acceptance(Generic[Rate]):
+    """Rates per head, from head 1 on."""
+
+    conditional: tuple[Rate, ...]
+    cumulative: tuple[Rate, ...]
+
+
+def ratio(
+    numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence[float]], seed: int = 0
+) -> Interval:
+    """The product over j of sum(numerators[j]) / sum(denominators[j]), with its interval over prompts.
+
+    Args:
+      numerators, denominators: one list per factor, each with one number per prompt. Resampling draws prompts, so
+        that factors stay paired.
+      seed: of the resampling (1,000 resamples, percentile method).
+    """
+    factors = len(numerators)
+    samples = [np.asarray(sample, float) for sample in (*numerators, *denominators)]
+
+    def statistic(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
+        sums = [np.sum(sample, axis=axis) for sample in resampled]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.prod([sums[j] / sums[factors + j] for j in range(factors)], axis=0)
+
+    mean = _number(statistic(*samples))
+    if len(samples[0]) < 2 or mean is None:
+        return Interval(mean, None, None)
+    found = scipy.stats.bootstrap(
+        samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=1000,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return Interval(mean, _number(found.low), _number(found.high))
+
+
+def acceptance_of(continuations: Sequence[Continuation]) -> Acceptance[float | None]:
+    """Rates as plain numbers; None for a head that was never tried, and for cumulative rates that pass through one."""
+    intervals = acceptance_intervals(continuations, resample=False)
+    return Acceptance(
+        tuple(rate.mean for rate in intervals.conditional), tuple(rate.mean for rate in intervals.cumulative)
+    )
+
+
+def acceptance_intervals(continuations: Sequence[Continuation], resample: bool = True) -> Acceptance[Interval]:
+    """Rates with their intervals over prompts."""
+    tried = list(zip(*(found.tried for found in continuations), strict=True))
+    accepted = list(zip(*(found.accepted for found in continuations), strict=True))
+    if not resample:  # the sums over all prompts are one "prompt", which has no interval
+        tried, accepted = [(sum(row),) for row in tried], [(sum(row),) for row in accepted]
+    return Acceptance(
+        tuple(ratio([accepted[k]], [tried[k]]) for k in range(len(tried))),
+        tuple(ratio(accepted[: k + 1], tried[: k + 1]) for k in range(len(tried))),
+    )
+
+
+def tokens_per_pass(continuations: Sequence[Continuation]) -> Interval:
+    """Tokens written per verification pass, the bonus token included; the one from prefill is not counted."""
+    return ratio([[len(found.tokens) - 1 for found in continuations]], [[found.passes for found in continuations]])
+
+
+def tokens_per_pass_without_bonus(continuations: Sequence[Continuation]) -> Interval:
+    """Accepted drafts per verification pass."""
+    return ratio([[sum(found.accepted) for found in continuations]], [[found.passes for found in continuations]])
+
+
+def _number(value: float | np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None

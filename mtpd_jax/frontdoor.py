@@ -1,0 +1,74 @@
+"""What the front doors share: one clear line and exit status 2 for a user's mistake."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a bad flag with one line."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (--help lists the flags)")
+
+
+def fail(message: str, status: int = 2) -> NoReturn:
+    """Writes one line on standard error and exits."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(status)
+
+
+def guarded(main: Callable[[], int]) -> NoReturn:
+    """Runs a front door; a ValueError, which is how the library says "bad input", ends it with one line."""
+    try:
+        status = main()
+    except ValueError as error:
+        fail(str(error))
+    raise SystemExit(status)
+
+
+def parse_config_flags(arguments: list[str], description: str) -> tuple[Any, str]:
+    """Parses ``--config=FILE --workdir=DIR [--config.section.field=value …]``.
+
+    Args:
+      arguments: the command line without the program's name.
+      description: shown by ``--help``.
+
+    Returns:
+      The ConfigDict, overrides applied, and the workdir.
+
+    Raises:
+      ValueError: a flag is unknown, missing or does not fit its field, or the config file cannot be loaded.
+    """
+    values = flags.FlagValues()
+    command_line = ["mtpd_jax", *arguments]
+    config_flags.DEFINE_config_file(
+        "config", None, "a config file, such as configs/quickstart.py; --config.section.field=value overrides a field",
+        flag_values=values, sys_argv=command_line,
+    )  # fmt: skip
+    flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
+    if {"--help", "-h", "-help"} & set(arguments):
+        print(f"{description}\n\nflags:\n{values.main_module_help() or values.get_help()}")
+        raise SystemExit(0)
+    named = next((argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")), None)
+    if named is not None and not pathlib.Path(named.split(":")[0]).is_file():
+        raise ValueError(f"--config={named}: no such file")
+    try:
+        left_over = values(command_line)[1:]
+        config = values["config"].value
+    except Exception as error:  # a config file is a program of the user's, and may raise anything
+        raise ValueError(f"bad config or flag: {type(error).__name__}: {error}") from error
+    if left_over:
+        raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
+    for name in ("config", "workdir"):
+        if not values[name].value:
+            raise ValueError(f"--{name} is missing")
+    return config, values["workdir"].value

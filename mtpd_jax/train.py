@@ -1,0 +1,184 @@
+"""Trains a model: ``python -m mtpd_jax.train --config=configs/NAME.py --workdir=DIR [--config.section.field=value …]``.
+
+Running the same command again resumes where it stopped; SIGTERM or Ctrl-C saves a checkpoint and exits with 128 plus
+the signal's number. A loss that is not finite exits with status 1.
+"""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from mtpd_jax import frontdoor
+from mtpd_jax.config import Config
+from mtpd_jax.data.pipeline import TrainingData
+from mtpd_jax.data.sources import Source, open_source, split
+from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.evaluation.scoring import make_scorer, score_documents
+from mtpd_jax.losses.objective import scoring_objective, training_objective
+from mtpd_jax.model.backbone import LanguageModel, build_model, count_parameters
+from mtpd_jax.sharding import check_divisible, make_mesh
+from mtpd_jax.training.checkpoint import Checkpointer
+from mtpd_jax.training.interrupt import StopRequest
+from mtpd_jax.training.loop import DivergedError, Evaluate, Loop
+from mtpd_jax.training.metrics import MetricsLog
+from mtpd_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mtpd_jax.training.progress import Progress
+from mtpd_jax.training.state import abstract_state, initial_state
+from mtpd_jax.training.step import make_step
+from mtpd_jax.training.workdir import Workdir, open_workdir, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of ``run`` ended.
+
+    Attributes:
+      workdir: the run's folder.
+      step: optimizer steps done, over all calls.
+      finished: whether that is all of them.
+      signal: the signal that ended the call early, or None.
+      tokens: non-padding tokens trained on, over all calls.
+      parameters: number of parameters.
+      seconds: wall time of this call.
+    """
+
+    workdir: str
+    step: int
+    finished: bool
+    signal: int | None
+    tokens: int
+    parameters: int
+    seconds: float
+
+
+def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult:
+    """Trains, or goes on training, the model of a config in a workdir.
+
+    Args:
+      config: a ``Config``, or the ConfigDict of a config file.
+      workdir: the run's folder, local or ``gs://…``; created if it is not there.
+
+    Raises:
+      ValueError: bad config, data or workdir; raised before anything is created.
+      DivergedError: the loss is not finite any more.
+    """
+    start = time.monotonic()
+    config = config if isinstance(config, Config) else Config.build(config.to_dict())
+    config.validate()
+    place = open_workdir(workdir)
+    place.check(config)
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, config.model, config.training)
+    source = open_source(config.data)
+    tokenizer = _prepare(config, place, source)
+    model, optimizer = build_model(config), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, config, mesh)
+    steps, parameters = config.training.steps, count_parameters(abstract.parameters)
+    with (
+        Checkpointer(place, config.checkpoint.keep) as checkpointer,
+        TrainingData(config, source, tokenizer) as data,
+        StopRequest() as stop,
+    ):
+        done, tokens, news = 0, 0, f"training {parameters:,} parameters for {steps} steps"
+        if checkpointer.latest_step() is None:
+            state = initial_state(model, optimizer, config, mesh)
+        else:
+            state, record = checkpointer.restore(abstract)
+            done, tokens = int(state.step), record["tokens"]
+            data.set_state(record["data"])
+            news = f"already finished, at step {done} of {steps}" if done >= steps else f"resuming from step {done} of {steps}"
+        with (
+            Progress("training", steps, done) as progress,
+            MetricsLog(place, done, config.logging.tensorboard) as metrics,
+        ):
+            progress.say(f"{place.path}: {news}")
+            loop = Loop(
+                config,
+                make_step(model, training_objective(config), optimizer, mesh, config.optimizer.ema_decay),
+                learning_rate_schedule(config),
+                _evaluator(config, model, mesh, source, tokenizer),
+                data,
+                mesh,
+                checkpointer,
+                metrics,
+                stop,
+                progress,
+            )
+            done, tokens = loop.run(state, done, tokens)
+            if stop.signal is not None and done < steps:
+                progress.say(f"{place.path}: asked to stop; saved step {done}")
+    signal = None if done >= steps else stop.signal
+    return TrainResult(str(place.path), done, done >= steps, signal, tokens, parameters, time.monotonic() - start)
+
+
+def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
+    """Loads, or trains, the tokenizer; creates the workdir once nothing can be wrong with the config any more."""
+    new = not place.tokenizer_file.exists()
+    if not new:
+        tokenizer = place.read_tokenizer(config)
+    elif config.tokenizer.path:
+        tokenizer = Tokenizer.load(epath.Path(config.tokenizer.path), config.tokenizer.end_token)
+    else:
+        documents = split(source, config.data.validation_fraction, validation=False)
+        tokenizer = Tokenizer.train(
+            documents, config.model.vocabulary_size, config.tokenizer.end_token, config.tokenizer.train_bytes
+        )
+    if tokenizer.size > config.model.vocabulary_size:
+        raise ValueError(
+            f"config.model.vocabulary_size = {config.model.vocabulary_size}: "
+            f"expected at least the tokenizer's {tokenizer.size}"
+        )
+    if jax.process_index() == 0:
+        place.write_config(config)
+        if new:
+            write_atomically(place.tokenizer_file, tokenizer.to_json())
+    return tokenizer
+
+
+def _evaluator(config: Config, model: LanguageModel, mesh: Mesh, source: Source, tokenizer: Tokenizer) -> Evaluate:
+    """The loop's evaluation: held-out documents scored as ``evaluate --split=validation`` does."""
+    scorer = make_scorer(model, scoring_objective(config), mesh)
+
+    def evaluate(parameters: Any, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
+        held_out = split(source, config.data.validation_fraction, validation=True)
+        score = score_documents(
+            scorer,
+            parameters,
+            itertools.islice(held_out, config.evaluation.documents),
+            tokenizer,
+            mesh,
+            num_heads=config.heads.num_heads,
+            length=config.training.sequence_length,
+            batch_size=config.training.batch_size // config.training.micro_batches,
+            on_batch=keep_going,
+        )
+        if score is None:
+            return None
+        values = {f"main/{name}": value for name, value in dataclasses.asdict(score.main).items()}
+        for k, head in enumerate(score.heads, 1):
+            values |= {f"head_{k}/{name}": value for name, value in dataclasses.asdict(head).items()}
+        return values
+
+    return evaluate
+
+
+def main() -> int:
+    """Parses the flags, trains, reports."""
+    config, workdir = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
+    try:
+        result = run(config, workdir)
+    except DivergedError as error:
+        frontdoor.fail(str(error), status=1)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(main)

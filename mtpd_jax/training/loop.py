@@ -1,0 +1,186 @@
+"""The training loop: everything around the step that is not mathematics."""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from mtpd_jax.config import Config
+from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
+from mtpd_jax.losses.objective import loss_terms
+from mtpd_jax.sharding import batch_sharding
+from mtpd_jax.training.checkpoint import Checkpointer
+from mtpd_jax.training.interrupt import StopRequest
+from mtpd_jax.training.metrics import MetricsLog, utilisation
+from mtpd_jax.training.progress import Progress
+from mtpd_jax.training.state import TrainState
+from mtpd_jax.training.step import StepResult
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
+# (parameters, keep going?) -> metrics without prefix, or None if it was told to stop.
+Evaluate = Callable[[Any, Callable[[], bool]], Mapping[str, float | None] | None]
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient is not finite any more."""
+
+
+@dataclasses.dataclass
+class _Meter:
+    """Tokens per second since the last reading. Compilation, evaluation and saving are taken out by ``pause``."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    since: float | None = None
+
+    def run(self) -> None:
+        self.since = time.monotonic()
+
+    def pause(self) -> None:
+        if self.since is not None:
+            self.seconds += time.monotonic() - self.since
+        self.since = None
+
+    def read(self) -> float | None:
+        """The rate, from here on counted anew; None where nothing was timed."""
+        self.pause()
+        rate = self.tokens / self.seconds if self.seconds and self.tokens else None
+        self.tokens, self.seconds = 0, 0.0
+        self.run()
+        return rate
+
+
+class Loop:
+    """Runs steps from a restored or fresh state to the config's last step.
+
+    Results are read one step late, so that the devices never wait for the host; before anything is saved they are
+    all read, so that a checkpoint never holds parameters that came after a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        step: Step,
+        schedule: optax.Schedule,
+        evaluate: Evaluate,
+        data: TrainingData,
+        mesh: Mesh,
+        checkpointer: Checkpointer,
+        metrics: MetricsLog,
+        stop: StopRequest,
+        progress: Progress,
+    ):
+        self._config, self._step, self._schedule, self._evaluate = config, step, schedule, evaluate
+        self._data, self._mesh, self._checkpointer = data, mesh, checkpointer
+        self._metrics, self._stop, self._progress = metrics, stop, progress
+        self._sharding = batch_sharding(mesh)
+        self._meter = _Meter()
+        self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
+        self._tokens = 0
+
+    def run(self, state: TrainState, done: int, tokens: int) -> tuple[int, int]:
+        """Trains until the last step or until asked to stop; returns the step and the tokens reached.
+
+        Args:
+          state: after ``done`` steps and ``tokens`` tokens.
+
+        Raises:
+          DivergedError: naming the step and the last good checkpoint.
+        """
+        config, last = self._config, self._config.training.steps
+        self._tokens = tokens
+        # A run that was stopped in the middle of an evaluation does it now.
+        if self._evaluation_due(done) and not self._metrics.has(done, "eval/main/ce"):
+            self._run_evaluation(state, done)
+        while done < last and not self._stop.asked(done):
+            batch = put_on_devices(next(self._data), self._sharding)
+            state, result = self._step(state, batch)
+            done += 1
+            self._unread.append((done, result))
+            self._progress.advance()
+            self._read_results(leave=1)
+            if done % config.logging.every_steps == 0 or done == last:
+                self._log(done)
+            if self._evaluation_due(done):
+                self._run_evaluation(state, done)
+            if done % config.checkpoint.every_steps == 0 or done == last:
+                self._save(state, done)
+        if self._stop.asked(done) and self._checkpointer.latest_step() != done:
+            self._save(state, done)
+        self._checkpointer.wait()
+        return done, self._tokens
+
+    def _evaluation_due(self, done: int) -> bool:
+        return done > 0 and (done % self._config.evaluation.every_steps == 0 or done == self._config.training.steps)
+
+    def _read_results(self, leave: int) -> StepResult | None:
+        """Reads results off the devices, but for the newest ``leave``; returns the last one read."""
+        result = None
+        while len(self._unread) > leave:
+            step, result = self._unread.popleft()
+            loss, grad_norm, tokens = jax.device_get((result.loss, result.grad_norm, result.tokens))
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self._checkpointer.wait()
+                good = self._checkpointer.latest_step()
+                kept = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+                raise DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {kept}")
+            self._tokens += int(tokens)
+            if self._meter.since is None:  # the first result came with compilation, which is not training speed
+                self._meter.run()
+            else:
+                self._meter.tokens += int(tokens)
+        return result
+
+    def _log(self, done: int) -> None:
+        result = self._read_results(leave=0)
+        if result is None:
+            return
+        rate = self._meter.read()
+        means = {name: term.mean() for name, term in self._terms(result).items()}
+        values: dict[str, float | None] = {
+            "tokens": self._tokens,
+            "loss": float(result.loss),
+            **means,
+            "learning_rate": float(self._schedule(done - 1)),
+            "grad_norm": float(result.grad_norm),
+            "tokens_per_second": rate,
+            "mfu": None if rate is None else utilisation(self._config, rate),
+        }
+        self._metrics.write(done, values)
+        heads = " ".join(f"{means[name]:.2f}" for name in means if name.endswith("/agreement") and means[name] is not None)
+        self._progress.say(
+            f"step {done}/{self._config.training.steps}  loss {values['loss']:.3f}  main ce {means['main/ce'] or 0:.3f}"
+            + (f"  agreement {heads}" if heads else "")
+            + (f"  {rate:,.0f} tokens/s" if rate else "")
+            + f"  ETA {self._progress.remaining()}"
+        )
+
+    def _terms(self, result: StepResult) -> dict[str, Any]:
+        objective = self._config.objective
+        with_kl = any(objective.coefficients(self._config.heads.num_heads)[1])
+        return loss_terms(result.sums, result.weights, with_kl)
+
+    def _run_evaluation(self, state: TrainState, done: int) -> None:
+        self._read_results(leave=0)
+        self._meter.pause()
+        found = self._evaluate(state.evaluated, lambda: not self._stop.asked(done))
+        if found is not None:
+            self._metrics.write(done, {f"eval/{name}": value for name, value in found.items()})
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
+            self._progress.say(f"step {done}  held out:  {shown}")
+        if done < self._config.training.steps:
+            self._meter.run()
+
+    def _save(self, state: TrainState, done: int) -> None:
+        self._read_results(leave=0)
+        self._meter.pause()
+        progress = {"data": self._data.get_state(), "tokens": self._tokens}
+        self._checkpointer.save(done, state, self._config, progress)
+        self._metrics.publish()
+        self._meter.run()

@@ -1,0 +1,135 @@
+"""What a run reports while it trains: metrics.jsonl, TensorBoard, and model FLOP utilisation."""
+
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import tensorboardX
+from etils import epath
+
+from mtpd_jax.config import Config
+from mtpd_jax.training.workdir import Workdir, write_atomically
+
+# Dense bfloat16 peak per JAX device, in FLOP/s, from the vendors' data sheets; keyed by jax.Device.device_kind.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def model_flops_per_token(config: Config) -> float:
+    """FLOPs of one training token, counting what the model needs and not what an implementation recomputes.
+
+    6 per matrix weight used, K+1 times for the unembedding, and 12 · T · N · H per block for causal attention counted
+    whole, as PaLM (arXiv 2204.02311, appendix B) does.
+    """
+    model, heads = config.model, config.heads.num_heads
+    attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
+    block = attention + 3 * model.width * model.mlp_width
+    projection = 2 * model.width**2
+    weights = (model.layers + heads) * block + heads * projection + (heads + 1) * model.vocabulary_size * model.width
+    scores = 12 * config.training.sequence_length * model.query_heads * model.head_size
+    return 6.0 * weights + (model.layers + heads) * scores
+
+
+def utilisation(config: Config, tokens_per_second: float) -> float | None:
+    """Model FLOP utilisation over all devices, or None where the device's peak is not known."""
+    peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    return tokens_per_second * model_flops_per_token(config) / (peak * jax.device_count())
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and to TensorBoard. Lines beyond the step that a run resumes from are dropped.
+
+    For a run in a bucket both are written to a local folder, and uploaded whole by ``publish``. Only the first
+    process writes. A context manager.
+    """
+
+    def __init__(self, workdir: Workdir, resumed_step: int, tensorboard: bool):
+        self._remote = workdir.path if workdir.remote else None
+        self._scratch = tempfile.TemporaryDirectory() if workdir.remote else None
+        self._folder = pathlib.Path(self._scratch.name if self._scratch else workdir.path)
+        self._lines: list[dict[str, Any]] = []
+        self._writing = jax.process_index() == 0
+        stored = workdir.path / "metrics.jsonl"
+        if stored.exists():
+            self._lines = [line for line in _parse(stored.read_text()) if line["step"] <= resumed_step]
+        self._writer = None
+        if not self._writing:
+            return
+        local = self._folder / "metrics.jsonl"
+        write_atomically(epath.Path(local), "".join(json.dumps(line) + "\n" for line in self._lines))
+        self._file = local.open("a", encoding="utf-8")
+        if tensorboard:
+            self._writer = tensorboardX.SummaryWriter(str(self._folder / "tb"), purge_step=resumed_step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._writing:
+            self.publish()
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
+        if self._scratch:
+            self._scratch.cleanup()
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Adds one line; None becomes null, and is left out of TensorBoard."""
+        line = {"step": step, **values}
+        self._lines.append(line)
+        if not self._writing:
+            return
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if self._writer is not None and value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a value of that name was written for that step."""
+        return any(line["step"] == step and name in line for line in self._lines)
+
+    def last(self, name: str) -> float | None:
+        """The newest value of that name."""
+        return next((line[name] for line in reversed(self._lines) if name in line), None)
+
+    def publish(self) -> None:
+        """Uploads everything, if the run lives in a bucket."""
+        if not self._writing:
+            return
+        if self._writer is not None:
+            self._writer.flush()
+        if self._remote is not None:
+            for file in (path for path in self._folder.rglob("*") if path.is_file()):
+                target = self._remote / str(file.relative_to(self._folder))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with file.open("rb") as local, target.open("wb") as uploaded:
+                    shutil.copyfileobj(local, uploaded)
+
+
+def _parse(text: str) -> list[dict[str, Any]]:
+    """Reads the lines of a metrics file; a last line that a crash cut short is dropped."""
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
