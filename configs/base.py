@@ -49,8 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.objective = ml_collections.ConfigDict()
     config.objective.mode = "joint"  # MTP-D: backbone and heads together
-    config.objective.alpha = config_dict.placeholder(object)  # CE weight, a number or one per head; None: 0.3 / num_heads
-    config.objective.beta = config_dict.placeholder(object)  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
+    config.objective.alpha = config_dict.placeholder(
+        object
+    )  # CE weight, a number or one per head; None: 0.3 / num_heads
+    config.objective.beta = config_dict.placeholder(
+        object
+    )  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
     config.objective.top_n = 10_000  # tokens of the teacher's distribution that the KL compares; >= vocabulary: all
     config.objective.temperature = 1.0  # divides both sides' logits in the KL
     config.objective.kl = "forward"  # forward: KL(main head || head) | reverse | js

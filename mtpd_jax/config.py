@@ -235,7 +235,9 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(option)[0]
             return tuple(_convert(element, item, f"{path}[{index}]") for index, element in enumerate(value))
-    names = " or ".join("None" if option is type(None) else getattr(option, "__name__", str(option)) for option in options)
+    names = " or ".join(
+        "None" if option is type(None) else getattr(option, "__name__", str(option)) for option in options
+    )
     raise ValueError(f"{path} = {value!r}: expected {names}")
 
 
@@ -306,7 +308,9 @@ def _validate_objective(objective: ObjectiveConfig, heads: HeadsConfig) -> None:
 def _validate_training(config: Config) -> None:
     optimizer, training, heads = config.optimizer, config.training, config.heads
     schedules = ("cosine", "linear", "wsd")
-    _require(optimizer.schedule in schedules, "optimizer.schedule", optimizer.schedule, "one of " + ", ".join(schedules))
+    _require(
+        optimizer.schedule in schedules, "optimizer.schedule", optimizer.schedule, "one of " + ", ".join(schedules)
+    )
     for name in ("decay_fraction", "final_fraction"):
         _require(getattr(optimizer, name) <= 1, f"optimizer.{name}", getattr(optimizer, name), "at most one")
     for name in ("b1", "b2", "ema_decay"):

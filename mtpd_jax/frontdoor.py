@@ -6,8 +6,10 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
+
+from mtpd_jax.decoding.sampling import Sampling
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,11 +30,38 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 def guarded(main: Callable[[], int]) -> NoReturn:
     """Runs a front door; a ValueError, which is how the library says "bad input", ends it with one line."""
+    logging.set_verbosity(logging.ERROR)  # orbax warns about what is meant: reading a run without writing to it
     try:
         status = main()
     except ValueError as error:
         fail(str(error))
     raise SystemExit(status)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --temperature, --top_k, --top_p and --seed."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
+    parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument(
+        "--top_p", type=float, help="sample among the likeliest tokens that together have probability p"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+
+
+def sampling_of(flags: argparse.Namespace) -> Sampling:
+    """The sampling that the flags ask for.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    sampling.validate()
+    return sampling
+
+
+def integers(text: str) -> list[int]:
+    """Parses a comma-separated list of integers, for argparse."""
+    return [int(part) for part in text.split(",")]
 
 
 def parse_config_flags(arguments: list[str], description: str) -> tuple[Any, str]:

@@ -8,7 +8,8 @@
     G  key/value heads (N is a multiple of G)
     H  size of one attention head
     L  Transformer layers of the backbone
-    K  multi-token-prediction heads (depths); K+1 counts the main head as row 0
+    K  multi-token-prediction heads (depths)
+    J  all heads, J = K+1: the main head is row 0
     M  head modules with weights of their own (K for a cascade, 1 for a recurrent head)
     P  rows of a chunk of the loss
     S  slots of a key/value cache
@@ -18,7 +19,11 @@ Bodies carry the letters as suffixes (``hidden_BxTxD``); signatures carry them i
 tests check at run time; einsum strings use the same letters in lower case.
 """
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+# Fields of structures that are fetched from the devices as NumPy arrays.
+AnyArray = Array | np.ndarray
 
 Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]
@@ -27,4 +32,16 @@ Hidden = Float[Array, "B T D"]
 HeadsHidden = Float[Array, "K B T D"]
 AttentionMask = Bool[Array, "B T S"]
 
-__all__ = ["Array", "AttentionMask", "Bool", "Float", "HeadsHidden", "Hidden", "Int", "Positions", "SegmentIds", "Tokens"]
+__all__ = [
+    "AnyArray",
+    "Array",
+    "AttentionMask",
+    "Bool",
+    "Float",
+    "HeadsHidden",
+    "Hidden",
+    "Int",
+    "Positions",
+    "SegmentIds",
+    "Tokens",
+]

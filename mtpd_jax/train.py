@@ -94,7 +94,11 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
             state, record = checkpointer.restore(abstract)
             done, tokens = int(state.step), record["tokens"]
             data.set_state(record["data"])
-            news = f"already finished, at step {done} of {steps}" if done >= steps else f"resuming from step {done} of {steps}"
+            news = (
+                f"already finished, at step {done} of {steps}"
+                if done >= steps
+                else f"resuming from step {done} of {steps}"
+            )
         with (
             Progress("training", steps, done) as progress,
             MetricsLog(place, done, config.logging.tensorboard) as metrics,

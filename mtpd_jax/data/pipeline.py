@@ -12,7 +12,7 @@ from jax.sharding import Sharding
 from mtpd_jax.config import Config
 from mtpd_jax.data.sources import Source, held_out
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.shapes import Array, Int
+from mtpd_jax.shapes import AnyArray, Int
 
 
 @struct.dataclass
@@ -25,9 +25,9 @@ class Batch:
       positions: the token's place in its document's part of the row, from 0.
     """
 
-    tokens: Int[Array, "*axes T"]
-    segment_ids: Int[Array, "*axes T"]
-    positions: Int[Array, "*axes T"]
+    tokens: Int[AnyArray, "*axes T"]
+    segment_ids: Int[AnyArray, "*axes T"]
+    positions: Int[AnyArray, "*axes T"]
 
 
 class _TokenizeTrainingDocument(grain.transforms.Map):
@@ -98,7 +98,7 @@ def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.Iter
         def cut(name: str) -> np.ndarray:
             return element[name].astype(np.int32).reshape(training.micro_batches, -1, training.sequence_length)
 
-        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))  # pyright: ignore[reportArgumentType]
+        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))
 
     documents = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat()
     tokenized = documents.map(_TokenizeTrainingDocument(tokenizer, config.data.validation_fraction))

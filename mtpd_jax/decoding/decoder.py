@@ -105,7 +105,9 @@ class Decoder:
         sampling.validate()
         most = self._model.heads_config.num_heads
         if not 0 <= num_heads <= most:
-            raise ValueError(f"heads = {num_heads}: expected 0 (plain decoding) to {most}, the heads that the model has")
+            raise ValueError(
+                f"heads = {num_heads}: expected 0 (plain decoding) to {most}, the heads that the model has"
+            )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least one")
         if not prompts:

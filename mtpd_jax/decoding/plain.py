@@ -11,7 +11,7 @@ from mtpd_jax.decoding.sampling import Sampling, choose, fold
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.cache import KVCache, empty_cache, visible
 from mtpd_jax.model.layers import compute_dtype
-from mtpd_jax.shapes import Array, Bool, Float, Hidden, Int
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Hidden, Int
 
 
 @struct.dataclass
@@ -29,14 +29,14 @@ class Rows:
       accepted: [B, K]; rounds in which head k's draft was accepted, too.
     """
 
-    tokens: Int[Array, "B S"]
-    length: Int[Array, " B"]
-    limit: Int[Array, " B"]
-    finished: Bool[Array, " B"]
-    proposer: Int[Array, "B S"]
-    passes: Int[Array, " B"]
-    tried: Int[Array, "B K"]
-    accepted: Int[Array, "B K"]
+    tokens: Int[AnyArray, "B S"]
+    length: Int[AnyArray, " B"]
+    limit: Int[AnyArray, " B"]
+    finished: Bool[AnyArray, " B"]
+    proposer: Int[AnyArray, "B S"]
+    passes: Int[AnyArray, " B"]
+    tried: Int[AnyArray, "B K"]
+    accepted: Int[AnyArray, "B K"]
 
 
 def decoding_parameters(model: LanguageModel, parameters: Any) -> Any:

@@ -85,7 +85,7 @@ def choose(
 
 
 def accept_drafts(
-    keys: Array, drafts: Int[Array, "B K"], draft_probabilities: Float[Array, "B K V"], target: Float[Array, "B K+1 V"]
+    keys: Array, drafts: Int[Array, "B K"], draft_probabilities: Float[Array, "B K V"], target: Float[Array, "B J V"]
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Speculative sampling: how many drafts stand, and the token after them (arXiv 2211.17192, theorem 1).
 

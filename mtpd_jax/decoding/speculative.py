@@ -149,7 +149,7 @@ def start_speculation(
 
 def verify(
     model: LanguageModel, parameters: Any, state: SpeculativeState, drafts: Drafts, keys: Array, sampling: Sampling
-) -> tuple[Int[Array, "B K+1"], Int[Array, " B"], KVCache, Hidden]:
+) -> tuple[Int[Array, "B J"], Int[Array, " B"], KVCache, Hidden]:
     """One pass of the backbone over the last confirmed token and the drafts.
 
     Returns:
@@ -179,7 +179,7 @@ def verify(
 
 def advance(
     state: SpeculativeState,
-    candidates: Int[Array, "B K+1"],
+    candidates: Int[Array, "B J"],
     accepted: Int[Array, " B"],
     cache: KVCache,
     head_caches: tuple[KVCache, ...],

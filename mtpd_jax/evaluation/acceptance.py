@@ -39,9 +39,7 @@ class Acceptance(Generic[Rate]):
     cumulative: tuple[Rate, ...]
 
 
-def ratio(
-    numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence[float]], seed: int = 0
-) -> Interval:
+def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """The product over j of sum(numerators[j]) / sum(denominators[j]), with its interval over prompts.
 
     Args:

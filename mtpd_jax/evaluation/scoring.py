@@ -87,7 +87,7 @@ def batches(rows: Iterable[np.ndarray], batch_size: int, length: int) -> Iterato
         tokens, segment_ids = np.zeros((2, batch_size, length), np.int32)
         for row, ids in enumerate(chunk):
             tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
-        return Batch(tokens, segment_ids, np.tile(np.arange(length, dtype=np.int32), (batch_size, 1)))  # pyright: ignore[reportArgumentType]
+        return Batch(tokens, segment_ids, np.tile(np.arange(length, dtype=np.int32), (batch_size, 1)))
 
     pending: list[np.ndarray] = []
     for row in rows:
@@ -135,7 +135,7 @@ def score_documents(
             yield from windows(ids, length)
 
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
-    weights, sums = np.zeros(num_heads + 1), LossSums(*(np.zeros(num_heads + extra) for extra in (1, 0, 0)))  # pyright: ignore[reportArgumentType]
+    weights, sums = np.zeros(num_heads + 1), LossSums(*(np.zeros(num_heads + extra) for extra in (1, 0, 0)))
     for batch in batches(rows(), batch_size, length):
         found = jax.device_get(scorer(parameters, put_on_devices(batch, sharding)))
         weights, sums = jax.tree.map(np.add, (weights, sums), found)

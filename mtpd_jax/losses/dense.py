@@ -28,11 +28,11 @@ def dense_divergence(
 
 
 def dense_loss(
-    hidden: Float[Array, "B T K+1 D"],
+    hidden: Float[Array, "B T J D"],
     unembedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
-    mask: Bool[Array, "B T K+1"],
-    ce_scale: Float[Array, " K+1"],
+    mask: Bool[Array, "B T J"],
+    ce_scale: Float[Array, " J"],
     kl_scale: Float[Array, " K"],
     *,
     distillation: Distillation | None,

@@ -32,11 +32,11 @@ def choose_chunk_rows(rows: int, heads: int, vocabulary: int) -> int:
 
 
 def fused_loss(
-    hidden: Float[Array, "B T K+1 D"],
+    hidden: Float[Array, "B T J D"],
     unembedding: Float[Array, "V D"],
     targets: Int[Array, "B T"],
-    mask: Bool[Array, "B T K+1"],
-    ce_scale: Float[Array, " K+1"],
+    mask: Bool[Array, "B T J"],
+    ce_scale: Float[Array, " J"],
     kl_scale: Float[Array, " K"],
     *,
     distillation: Distillation | None,
@@ -166,7 +166,9 @@ def _over_chunks(
     zero = jnp.zeros((), jnp.float32)
     zeros = (zero, LossSums(jnp.zeros(heads), jnp.zeros(heads - 1), jnp.zeros(heads - 1)))
     start = (zeros, jnp.zeros(unembedding.shape, jnp.float32) if with_gradients else zero)
-    ((total, sums), matrix_gradient), hidden_gradient = jax.lax.scan(one_chunk, start, (cut(hidden), cut(targets), cut(mask)))
+    ((total, sums), matrix_gradient), hidden_gradient = jax.lax.scan(
+        one_chunk, start, (cut(hidden), cut(targets), cut(mask))
+    )
     if not with_gradients:
         return total, sums, None
     hidden_gradient = hidden_gradient.reshape(chunks * size, heads, width)[:rows].reshape(hidden.shape)

@@ -12,7 +12,7 @@ from mtpd_jax.losses.fused import fused_loss
 from mtpd_jax.losses.terms import Distillation, LossSums
 from mtpd_jax.model.backbone import HiddenStates
 from mtpd_jax.model.shift import shift
-from mtpd_jax.shapes import Array, Bool, Float, Int, SegmentIds, Tokens
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int, SegmentIds, Tokens
 
 
 @struct.dataclass
@@ -25,12 +25,12 @@ class AlignedRows:
       mask: [B, T, K+1]; whether both j-k and j+1 lie in the document of j.
     """
 
-    hidden: Float[Array, "B T K+1 D"]
+    hidden: Float[Array, "B T J D"]
     targets: Int[Array, "B T"]
-    mask: Bool[Array, "B T K+1"]
+    mask: Bool[Array, "B T J"]
 
 
-def supervision_mask(segment_ids: SegmentIds, num_heads: int) -> Bool[Array, "B T K+1"]:
+def supervision_mask(segment_ids: SegmentIds, num_heads: int) -> Bool[Array, "B T J"]:
     """Which heads have both a source position and a target, per aligned row."""
     _, has_target_BxT = shift(segment_ids, segment_ids, 1)
     sources = [shift(segment_ids, segment_ids, -k)[1] for k in range(num_heads + 1)]
@@ -67,7 +67,7 @@ class Objective:
     def num_heads(self) -> int:
         return len(self.alpha)
 
-    def count(self, segment_ids: Int[Array, "*axes T"]) -> Float[Array, " K+1"]:
+    def count(self, segment_ids: Int[Array, "*axes T"]) -> Float[Array, " J"]:
         """Supervised tokens per head; it depends on the masks alone, so a whole step is counted before its loss."""
         flat = segment_ids.reshape(-1, segment_ids.shape[-1])
         return jnp.sum(supervision_mask(flat, self.num_heads), axis=(0, 1), dtype=jnp.float32)
@@ -78,7 +78,7 @@ class Objective:
         unembedding: Float[Array, "V D"],
         tokens: Tokens,
         segment_ids: SegmentIds,
-        weights: Float[Array, " K+1"],
+        weights: Float[Array, " J"],
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, ""], LossSums]:
         """The share of these rows in the step's loss.
@@ -126,8 +126,8 @@ def scoring_objective(config: Config) -> Objective:
 class LossTerm:
     """A sum over supervised tokens and the number of them; the mean is taken once, when it is reported."""
 
-    sum: Float[Array, ""]
-    weight: Float[Array, ""]
+    sum: Float[AnyArray, ""]
+    weight: Float[AnyArray, ""]
 
     def mean(self) -> float | None:
         """The mean, or None where nothing was supervised."""
@@ -135,7 +135,7 @@ class LossTerm:
         return float(self.sum) / weight if weight else None
 
 
-def loss_terms(sums: LossSums, weights: Float[Array, " K+1"], with_kl: bool) -> dict[str, LossTerm]:
+def loss_terms(sums: LossSums, weights: Float[Array, " J"], with_kl: bool) -> dict[str, LossTerm]:
     """Names the terms as ``metrics.jsonl`` does: ``main/ce``, ``head_1/ce``, ``head_1/kl``, ``head_1/agreement``, …"""
     sums, weights = jax.device_get((sums, weights))
     terms = {"main/ce": LossTerm(sums.ce[0], weights[0])}

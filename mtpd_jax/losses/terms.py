@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.losses.select import largest
-from mtpd_jax.shapes import Array, Bool, Float, Int
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
 
 # Stands for minus infinity where a difference of two of them must not become NaN.
 _EXCLUDED = -1e30
@@ -44,9 +44,9 @@ class LossSums:
       agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target.
     """
 
-    ce: Float[Array, " K+1"]
-    kl: Float[Array, " K"]
-    agreement: Float[Array, " K"]
+    ce: Float[AnyArray, " J"]
+    kl: Float[AnyArray, " K"]
+    agreement: Float[AnyArray, " K"]
 
 
 def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
@@ -56,7 +56,7 @@ def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     return jnp.min(jnp.where(is_largest, indices, logits.shape[-1] - 1), axis=-1)
 
 
-def cross_entropy(logits: Float[Array, "P K+1 V"], targets: Int[Array, " P"]) -> Float[Array, "P K+1"]:
+def cross_entropy(logits: Float[Array, "P J V"], targets: Int[Array, " P"]) -> Float[Array, "P J"]:
     """-log softmax(logits)[target], in nats; the same target for every head of a row."""
     is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, None, None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
@@ -91,10 +91,10 @@ def divergence(
 
 
 def chunk_terms(
-    logits: Float[Array, "P K+1 V"],
+    logits: Float[Array, "P J V"],
     targets: Int[Array, " P"],
-    mask: Bool[Array, "P K+1"],
-    ce_scale: Float[Array, " K+1"],
+    mask: Bool[Array, "P J"],
+    ce_scale: Float[Array, " J"],
     kl_scale: Float[Array, " K"],
     distillation: Distillation | None,
 ) -> tuple[Float[Array, ""], LossSums]:

@@ -20,7 +20,9 @@ class KVCache:
     keys: Float[Array, "*stack B S G H"]
     values: Float[Array, "*stack B S G H"]
 
-    def write(self, start: Int[Array, " B"], keys: Float[Array, "B T G H"], values: Float[Array, "B T G H"]) -> "KVCache":
+    def write(
+        self, start: Int[Array, " B"], keys: Float[Array, "B T G H"], values: Float[Array, "B T G H"]
+    ) -> "KVCache":
         """Returns the cache of one block with T new entries per row, from slot ``start`` of that row on."""
 
         def place(slots_SxGxH: Array, new_TxGxH: Array, slot: Array) -> Array:

@@ -65,7 +65,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Hidden, positions: Positions, mask: AttentionMask, cache: KVCache | None, start: Int[Array, " B"] | None
+        self,
+        x: Hidden,
+        positions: Positions,
+        mask: AttentionMask,
+        cache: KVCache | None,
+        start: Int[Array, " B"] | None,
     ) -> tuple[Hidden, KVCache | None]:
         config = self.config
 
@@ -114,9 +119,7 @@ class GatedMLP(nn.Module):
 
         def dense(features: int, name: str, initializer: Callable[..., Array], *axes: str) -> nn.Dense:
             kernel_init = partitioned(initializer, *axes)
-            return nn.Dense(
-                features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name
-            )
+            return nn.Dense(features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name)
 
         gate = dense(config.mlp_width, "gate", nn.initializers.lecun_normal(), "embed", "mlp")(x)
         up = dense(config.mlp_width, "up", nn.initializers.lecun_normal(), "embed", "mlp")(x)

@@ -29,7 +29,10 @@ class Checkpointer:
         """Opens a run's checkpoints; ``keep`` of them are retained, newest first (None: opened for reading)."""
         self._path = workdir.checkpoints
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=keep is not None
+            max_to_keep=keep,
+            create=keep is not None,
+            read_only=keep is None,
+            enable_async_checkpointing=keep is not None,
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
 

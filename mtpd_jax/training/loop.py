@@ -153,7 +153,9 @@ class Loop:
             "mfu": None if rate is None else utilisation(self._config, rate),
         }
         self._metrics.write(done, values)
-        heads = " ".join(f"{means[name]:.2f}" for name in means if name.endswith("/agreement") and means[name] is not None)
+        heads = " ".join(
+            f"{means[name]:.2f}" for name in means if name.endswith("/agreement") and means[name] is not None
+        )
         self._progress.say(
             f"step {done}/{self._config.training.steps}  loss {values['loss']:.3f}  main ce {means['main/ce'] or 0:.3f}"
             + (f"  agreement {heads}" if heads else "")

@@ -31,7 +31,7 @@ class StepResult:
 
     loss: Float[Array, ""]
     sums: LossSums
-    weights: Float[Array, " K+1"]
+    weights: Float[Array, " J"]
     grad_norm: Float[Array, ""]
     tokens: Int[Array, ""]
 
@@ -48,7 +48,7 @@ def loss_of_rows(
 
 def gradients_of_batch(
     model: LanguageModel, objective: Objective, parameters: Any, batch: Batch, mesh: Mesh | None = None
-) -> tuple[Float[Array, ""], LossSums, Float[Array, " K+1"], Any]:
+) -> tuple[Float[Array, ""], LossSums, Float[Array, " J"], Any]:
     """Loss, sums, weights and gradients of a whole [micro-batch, B, T] batch."""
     weights = objective.count(batch.segment_ids)
 

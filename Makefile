@@ -1,0 +1,33 @@
+# Needs make and Python 3.11 to 3.13; everything else is installed into .venv.
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+BIN := .venv/bin
+INSTALLED := .venv/.installed-$(VERSION)
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv .cache
+
+# A changed requirements.txt, or another PYTHON, makes a new environment.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, not %d.%d; choose one with PYTHON=" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -e .
+	touch $@

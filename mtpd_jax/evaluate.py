@@ -1,0 +1,194 @@
+"""Measures a trained run: ``python -m mtpd_jax.evaluate --workdir=DIR [--text=FILE …] [--split=validation] [--prompts=FILE]``.
+
+Text is scored teacher-forced: cross entropy, bits per byte, each head's agreement with the main head. Prompts (a file
+with one JSON object with the field "prompt" per line) are decoded with several numbers of heads: acceptance, tokens
+per pass, wall clock against plain decoding on the same prompts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import rich.console
+
+from mtpd_jax import frontdoor
+from mtpd_jax.data.sources import expand, json_field, open_source, split
+from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.evaluation.decoding import DecodingScore, decode_prompts, score_decoding
+from mtpd_jax.evaluation.report import decoding_table, text_table, write_json
+from mtpd_jax.evaluation.scoring import TextScore, make_scorer, score_documents
+from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.training.progress import Progress
+from mtpd_jax.training.restore import TrainedRun, open_run
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptReport:
+    """The decoding of one prompt file: scores by number of heads, as text ("0", "1", …)."""
+
+    heads: dict[str, DecodingScore]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What ``run`` measured.
+
+    Attributes:
+      text: by file name, or the split's name.
+      decoding: by prompt file.
+    """
+
+    text: dict[str, TextScore]
+    decoding: dict[str, PromptReport]
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as ``--json`` writes it; a part that was not asked for is left out."""
+        return {name: part for name, part in dataclasses.asdict(self).items() if part}
+
+
+def run(
+    workdir: str,
+    *,
+    text: Sequence[str] = (),
+    split_name: str | None = None,
+    prompts: str | None = None,
+    heads: Sequence[int] | None = None,
+    limit: int | None = None,
+    max_new_tokens: int = 128,
+    batch_size: int = 1,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+) -> Report:
+    """Measures the newest checkpoint of a workdir.
+
+    Args:
+      workdir: of a trained run.
+      text: files, or globs; each file is one document.
+      split_name: "validation" scores the run's own held-out documents.
+      prompts: a JSON-lines file with a field "prompt".
+      heads: numbers of heads to decode with; 0 (plain) and 1 always run. None: 0, 1, 2, 4, … and all.
+      limit: at most this many documents of the split and prompts.
+      max_new_tokens: per prompt.
+      batch_size: prompts decoded together, and rows of text scored together.
+      sampling: None is greedy.
+      seed: of sampling.
+
+    Raises:
+      ValueError: bad workdir, file or option, or nothing to measure.
+    """
+    if not (text or split_name or prompts):
+        raise ValueError("nothing to evaluate: give --text, --split or --prompts")
+    if split_name not in (None, "validation"):
+        raise ValueError(f"--split={split_name}: expected validation")
+    for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name}={value}: expected at least one")
+    sampling = sampling or Sampling()
+    sampling.validate()
+    files = expand(text, "--text")
+    prompt_texts = [] if prompts is None else _read_prompts(prompts, limit)
+    trained = open_run(workdir)
+    numbers = _head_numbers(heads, trained.config.heads.num_heads)
+    documents = {str(file): [file.read_text(encoding="utf-8", errors="replace")] for file in files}
+    if split_name:
+        source = open_source(trained.config.data)
+        documents[split_name] = list(split(source, trained.config.data.validation_fraction, validation=True))[:limit]
+    scores = _score_text(trained, documents, batch_size) if documents else {}
+    decoding = {}
+    if prompts is not None:
+        decoding[prompts] = _decode(trained, prompt_texts, numbers, max_new_tokens, batch_size, sampling, seed)
+    return Report(scores, decoding)
+
+
+def _score_text(trained: TrainedRun, documents: dict[str, list[str]], batch_size: int) -> dict[str, TextScore]:
+    scorer = make_scorer(trained.model, scoring_objective(trained.config), trained.mesh)
+    parts = trained.mesh.devices.size
+    scores = {}
+    with Progress("scoring", sum(map(len, documents.values()))) as progress:
+        for name, texts in documents.items():
+            score = score_documents(
+                scorer, trained.parameters, texts, trained.tokenizer, trained.mesh,
+                num_heads=trained.config.heads.num_heads, length=trained.config.training.sequence_length,
+                batch_size=-(-batch_size // parts) * parts,
+            )  # fmt: skip
+            assert score is not None  # only a callback that says so ends the scoring early
+            scores[name] = score
+            progress.advance(len(texts))
+    if not any(score.tokens for score in scores.values()):
+        raise ValueError(f"{', '.join(documents)}: no text to score")
+    return scores
+
+
+def _decode(
+    trained: TrainedRun,
+    prompts: list[str],
+    numbers: list[int],
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling,
+    seed: int,
+) -> PromptReport:
+    decoder = Decoder(trained.model, trained.parameters, trained.tokenizer.end_id)
+    ids = [trained.tokenizer.encode(prompt) for prompt in prompts]
+    with Progress("decoding", len(prompts) * len(numbers)) as progress:
+        found = decode_prompts(
+            decoder, ids, numbers, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling, seed=seed,
+            on_batch=progress.advance,
+        )  # fmt: skip
+    scores = score_decoding(decoder, ids, found, sampling)
+    return PromptReport({str(number): scores[number] for number in numbers})
+
+
+def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
+    """The numbers of heads to run: those asked for, and 0 and 1 as baselines."""
+    if heads is None:
+        heads = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent <= most] + [most]
+    for number in heads:
+        if not 0 <= number <= most:
+            raise ValueError(f"--heads={number}: expected 0 to {most}, the heads that the model has")
+    return sorted({0, *([1] if most else []), *heads})
+
+
+def _read_prompts(path: str, limit: int | None) -> list[str]:
+    (file,) = expand([path], "--prompts")[:1]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompts={path}: holds no prompt")
+    try:
+        return [json_field(line, "prompt") for line in lines[:limit]]
+    except ValueError as error:
+        raise ValueError(f"--prompts={path}: {error}") from error
+
+
+def main() -> int:
+    """Parses the flags, measures, reports."""
+    parser = frontdoor.Parser(prog="python -m mtpd_jax.evaluate", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="of a trained run")
+    parser.add_argument("--text", action="append", default=[], help="a file or glob to score; may be given again")
+    parser.add_argument("--split", help="validation: score the run's own held-out documents")
+    parser.add_argument("--prompts", help='a file of JSON lines with a field "prompt" to decode')
+    parser.add_argument("--heads", type=frontdoor.integers, help="numbers of heads to decode with, such as 0,1,2,4")
+    parser.add_argument("--limit", type=int, help="at most this many documents and prompts")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded together (default: 1)")
+    frontdoor.add_sampling_flags(parser)
+    parser.add_argument("--json", help="write the report to this file")
+    flags = parser.parse_args()
+    report = run(
+        flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
+        limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
+        sampling=frontdoor.sampling_of(flags), seed=flags.seed,
+    )  # fmt: skip
+    console = rich.console.Console()
+    if report.text:
+        console.print(text_table(report.text))
+    for name, found in report.decoding.items():
+        console.print(decoding_table(name, found.heads))
+    if flags.json:
+        write_json(flags.json, report.to_json())
+    return 0
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(main)

@@ -1,0 +1,114 @@
+"""Decoding a set of prompts with several numbers of heads, side by side, and what came of it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.evaluation.acceptance import (
+    Acceptance,
+    Interval,
+    acceptance_intervals,
+    ratio,
+    tokens_per_pass,
+    tokens_per_pass_without_bonus,
+)
+from mtpd_jax.evaluation.comparison import Divergence, distinct_ngrams, first_divergence
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingScore:
+    """A set of prompts decoded with one number of heads; rates, lengths and speeds with 95 % intervals over prompts.
+
+    Attributes:
+      tokens_per_pass, tokens_per_pass_without_bonus, acceptance: see ``evaluation.acceptance``.
+      tokens_per_second: wall clock, prefill included, compilation not.
+      speedup_over_plain, speedup_over_one_head: tokens per second over those of 0 and of 1 head; the latter is None
+        for a model without heads.
+      identical: every prompt's tokens are plain decoding's; None under sampling.
+      divergences: of the prompts that are not identical: where, and whether rounding explains it.
+      distinct_4grams: share of distinct 4-grams in the output; repetitive text is easy to draft.
+      prompts: how many.
+    """
+
+    tokens_per_pass: Interval
+    tokens_per_pass_without_bonus: Interval
+    acceptance: Acceptance[Interval]
+    tokens_per_second: Interval
+    speedup_over_plain: Interval
+    speedup_over_one_head: Interval | None
+    identical: bool | None
+    divergences: tuple[Divergence, ...]
+    distinct_4grams: float | None
+    prompts: int
+
+
+def decode_prompts(
+    decoder: Decoder,
+    prompts: Sequence[np.ndarray],
+    heads: Sequence[int],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling,
+    seed: int,
+    on_batch: Callable[[int], None] = lambda prompts: None,
+) -> dict[int, list[Continuation]]:
+    """Decodes all prompts with each number of heads, batch by batch in turn, so that a slow minute hits all alike.
+
+    Args:
+      prompts: token ids.
+      heads: numbers of heads; 0 is plain decoding.
+      batch_size: prompts decoded together.
+      on_batch: called with the number of prompts just decoded with one number of heads.
+    """
+    found: dict[int, list[Continuation]] = {number: [] for number in heads}
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        for number in heads:
+            found[number] += decoder.run(
+                batch, num_heads=number, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, first_row=start
+            )
+            on_batch(len(batch))
+    return found
+
+
+def score_decoding(
+    decoder: Decoder, prompts: Sequence[np.ndarray], found: dict[int, list[Continuation]], sampling: Sampling
+) -> dict[int, DecodingScore]:
+    """Turns the continuations of ``decode_prompts`` into scores, plain decoding and one head being the baselines."""
+    plain, one_head = found[0], found.get(1)
+
+    def score(continuations: list[Continuation]) -> DecodingScore:
+        divergences = []
+        if sampling.greedy:
+            compared = zip(prompts, plain, continuations, strict=True)
+            divergences = [first_divergence(decoder, prompt.tolist(), *pair) for prompt, *pair in compared]
+        return DecodingScore(
+            tokens_per_pass=tokens_per_pass(continuations),
+            tokens_per_pass_without_bonus=tokens_per_pass_without_bonus(continuations),
+            acceptance=acceptance_intervals(continuations),
+            tokens_per_second=ratio([_tokens(continuations)], [_seconds(continuations)]),
+            speedup_over_plain=_speedup(continuations, plain),
+            speedup_over_one_head=None if one_head is None else _speedup(continuations, one_head),
+            identical=not any(divergences) if sampling.greedy else None,
+            divergences=tuple(divergence for divergence in divergences if divergence is not None),
+            distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
+            prompts=len(continuations),
+        )
+
+    return {number: score(continuations) for number, continuations in found.items()}
+
+
+def _tokens(continuations: Sequence[Continuation]) -> list[float]:
+    return [len(continuation.tokens) for continuation in continuations]
+
+
+def _seconds(continuations: Sequence[Continuation]) -> list[float]:
+    return [continuation.seconds for continuation in continuations]
+
+
+def _speedup(continuations: Sequence[Continuation], baseline: Sequence[Continuation]) -> Interval:
+    return ratio([_tokens(continuations), _seconds(baseline)], [_seconds(continuations), _tokens(baseline)])

@@ -1,0 +1,104 @@
+"""Small configs, parameters and batches that tests share."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import base
+from mtpd_jax.config import Config
+from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.model.backbone import LanguageModel, build_model
+
+_TINY: dict[str, dict[str, Any]] = {
+    "data": {"packages": False, "shuffle_window": 8, "validation_fraction": 0.2},
+    "model": {
+        "vocabulary_size": 300,
+        "width": 32,
+        "layers": 2,
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_size": 8,
+        "mlp_width": 48,
+        "dtype": "float32",
+    },
+    "heads": {"num_heads": 2},
+    "objective": {"top_n": 20},
+    "optimizer": {"warmup_steps": 2, "learning_rate": 3e-3},
+    "training": {"steps": 20, "batch_size": 8, "sequence_length": 32},
+    "checkpoint": {"every_steps": 10},
+    "logging": {"every_steps": 5},
+    "evaluation": {"every_steps": 10, "documents": 2},
+}
+
+
+def tiny_config(**overrides: Any) -> Config:
+    """The base config shrunk, with overrides written ``section__field=value``."""
+    config = base.get_config()
+    for section, values in _TINY.items():
+        config[section].update(values)
+    for name, value in overrides.items():
+        section, field = name.split("__")
+        config[section][field] = value
+    return Config.build(config.to_dict())
+
+
+def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -> Any:
+    """Parameters in which nothing is zero, so that every path through the model matters."""
+    dummy = jnp.ones((1, 8), jnp.int32)
+    parameters = nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed), dummy, dummy, dummy))["params"]
+    leaves, structure = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+
+    def fill(key: jax.Array, leaf: jax.Array) -> jax.Array:
+        noise = jax.random.normal(key, leaf.shape)
+        return jnp.where(leaf == 1, 1 + 0.1 * noise, scale * noise * leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else leaf)
+
+    return jax.tree.unflatten(structure, [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+
+
+def model_and_parameters(config: Config, seed: int = 0, scale: float = 1.0) -> tuple[LanguageModel, Any]:
+    model = build_model(config)
+    return model, random_parameters(model, seed, scale)
+
+
+def packed_batch(config: Config, seed: int = 0, lengths: tuple[int, ...] = (11, 4, 9, 1)) -> Batch:
+    """A [1, B, T] batch; every row holds documents of these lengths, rotated row by row, and padding after them."""
+    batch, length = config.training.batch_size, config.training.sequence_length
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, config.model.vocabulary_size, (batch, length)).astype(np.int32)
+    segment_ids, positions = np.zeros((2, batch, length), np.int32)
+    for row in range(batch):
+        start = 0
+        for number, size in enumerate(np.roll(lengths, row), 1):
+            segment_ids[row, start : start + size] = number
+            positions[row, start : start + size] = np.arange(size)
+            start += size
+    tokens[segment_ids == 0] = 0
+    return Batch(*(jnp.asarray(array)[None] for array in (tokens, segment_ids, positions)))
+
+
+def with_micro_batches(batch: Batch, parts: int) -> Batch:
+    return jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[-1]), batch)
+
+
+def replace(config: Config, **overrides: Any) -> Config:
+    """A copy of a config with overrides written ``section__field=value``."""
+    for name, value in overrides.items():
+        section, field = name.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
+    config.validate()
+    return config
+
+
+def assert_trees_close(left: Any, right: Any, tolerance: float) -> None:
+    """Every leaf agrees within ``tolerance`` of the right one's norm."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        difference = np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+        norm = np.linalg.norm(np.asarray(b, np.float64))
+        assert difference <= tolerance * max(norm, 1e-12), (jax.tree_util.keystr(path), difference, norm)

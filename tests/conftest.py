@@ -1,0 +1,37 @@
+"""Set up before anything imports JAX: eight simulated devices, a shared compilation cache, shape checks at run time."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import jaxtyping  # noqa: E402
+
+jaxtyping.install_import_hook(["mtpd_jax.model", "mtpd_jax.losses", "mtpd_jax.decoding"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests.builders import tiny_config  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def config():
+    """A valid config of a model that compiles in a second."""
+    return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A file of 60 small documents, some of them the same."""
+    path = tmp_path_factory.mktemp("data") / "documents.txt"
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more", "big", "dog", "run", "by"]
+    documents = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 30 + 7 * (i % 9))) for i in range(50)]
+    path.write_text("<|endoftext|>".join(documents + documents[:10]))
+    return str(path)

@@ -1,0 +1,161 @@
+"""Causality, packing, and the pieces of the model against independent forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtpd_jax.model.backbone import build_model, count_parameters
+from mtpd_jax.model.layers import rotate
+from tests.builders import model_and_parameters, packed_batch, replace, tiny_config
+
+
+@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("pass_normed", [True, False])
+def test_causality_by_gradient(kind, pass_normed):
+    """Head k at position i depends on token i+k and on none after it; the main head on token i and none after it."""
+    config = tiny_config(heads__kind=kind, heads__num_heads=3, heads__pass_normed=pass_normed)
+    model, parameters = model_and_parameters(config)
+    length = 10
+    tokens = jnp.arange(1, length + 1)[None]
+    ones, positions = jnp.ones_like(tokens), jnp.arange(length)[None]
+
+    # A perturbation of each token's embedding stands in for the token, which has no gradient.
+    def states(perturbation_VxD):
+        changed = {**parameters, "embedding": parameters["embedding"] + perturbation_VxD}
+        hidden = model.apply({"params": changed}, tokens, ones, positions)
+        return jnp.concatenate([hidden.main[None], hidden.heads])[:, 0]  # [K+1, T, D]
+
+    jacobian = jax.jit(jax.jacrev(lambda p: jnp.sum(states(p) ** 3, axis=-1)))(jnp.zeros((300, 32)))
+    influence = np.abs(np.asarray(jacobian)).sum(-1)[:, :, 1 : length + 1]  # [K+1, position, token]
+    for k in range(4):
+        for i in range(length - k):
+            seen = np.nonzero(influence[k, i])[0]
+            assert seen.max() == i + k, (k, i)
+            assert seen.min() == 0
+
+
+@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+def test_packed_equals_separate(kind):
+    """Every head computes the same for a document in a packed row as for the document alone."""
+    config = tiny_config(heads__kind=kind, heads__num_heads=3)
+    model, parameters = model_and_parameters(config)
+    batch = jax.tree.map(lambda array: array[0], packed_batch(config))
+    apply = jax.jit(lambda *inputs: model.apply({"params": parameters}, *inputs))
+    packed = apply(batch.tokens, batch.segment_ids, batch.positions)
+    for row in range(4):
+        for segment in range(1, 5):
+            places = np.nonzero(np.asarray(batch.segment_ids[row]) == segment)[0]
+            tokens = batch.tokens[row, places][None]
+            alone = apply(tokens, jnp.ones_like(tokens), jnp.arange(len(places))[None])
+            np.testing.assert_allclose(packed.main[row, places], alone.main[0], atol=2e-5)
+            for k in range(1, 4):
+                valid = places[: max(0, len(places) - k)]  # beyond, the look-ahead token is another document's
+                np.testing.assert_allclose(
+                    packed.heads[k - 1, row, valid], alone.heads[k - 1, 0, : len(valid)], atol=2e-5
+                )
+
+
+def test_changing_another_document_changes_nothing():
+    config = tiny_config()
+    model, parameters = model_and_parameters(config)
+    batch = jax.tree.map(lambda array: array[0], packed_batch(config))
+    other = jnp.where(batch.segment_ids == 2, (batch.tokens + 7) % 300, batch.tokens)
+
+    def run(tokens):
+        return model.apply({"params": parameters}, tokens, batch.segment_ids, batch.positions).main
+
+    kept = np.asarray(batch.segment_ids == 1)
+    np.testing.assert_array_equal(np.asarray(run(batch.tokens))[kept], np.asarray(run(other))[kept])
+    assert np.any(np.asarray(run(batch.tokens)) != np.asarray(run(other)))
+
+
+def test_rotation_turns_dot_products_into_functions_of_distance():
+    rng = np.random.default_rng(0)
+    query, key = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 8)), jnp.float32)
+
+    def score(i, j):
+        return float(jnp.sum(rotate(query, jnp.array([[i]]), 100.0) * rotate(key, jnp.array([[j]]), 100.0)))
+
+    assert score(5, 2) == pytest.approx(score(15, 12), abs=1e-5)
+    assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
+    assert score(0, 0) == pytest.approx(float(jnp.sum(query * key)), abs=1e-6)
+
+
+def test_one_block_against_numpy():
+    """The backbone with one layer, qkv biases and qk-norm, against the same formulas in NumPy."""
+    config = tiny_config(model__layers=1, model__qkv_bias=True, heads__num_heads=0)
+    model, parameters = model_and_parameters(config)
+    tokens = jnp.array([[5, 9, 2, 7]])
+    found = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(4)[None]).main[0]
+    block = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), parameters["backbone"]["blocks"])
+    embedding = np.asarray(parameters["embedding"], np.float64)
+
+    def norm(x, scale):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * scale
+
+    def turn(x):  # [T, heads, H]
+        angles = np.arange(4)[:, None, None] * 10_000.0 ** (-np.arange(4) / 4)
+        a, b = x[..., :4], x[..., 4:]
+        return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
+
+    x = embedding[tokens[0]] * np.sqrt(32)
+    attention, inner = block["attention"], norm(x, block["attention_norm"]["scale"])
+    q, k, v = (
+        np.einsum("td,dnh->tnh", inner, attention[name]["kernel"]) + attention[name]["bias"]
+        for name in ("query", "key", "value")
+    )
+    q, k = turn(norm(q, attention["query_norm"]["scale"])), turn(norm(k, attention["key_norm"]["scale"]))
+    k, v = np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)  # query heads 0, 1 share key/value head 0
+    scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(8)
+    scores = np.where(np.tril(np.ones((4, 4)))[None] > 0, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
+    x = x + np.einsum("tnh,nhd->td", mixed, attention["out"]["kernel"])
+    inner = norm(x, block["mlp_norm"]["scale"])
+    gate, up = inner @ block["mlp"]["gate"]["kernel"], inner @ block["mlp"]["up"]["kernel"]
+    x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
+    expected = norm(x, np.asarray(parameters["backbone"]["final_norm"]["scale"]))
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_remat_changes_nothing_but_is_on():
+    config = tiny_config()
+    batch = jax.tree.map(lambda array: array[0], packed_batch(config))
+    _, parameters = model_and_parameters(config)
+
+    def gradient(remat):
+        model = build_model(replace(config, model__remat=remat))
+
+        def loss(parameters):
+            hidden = model.apply({"params": parameters}, batch.tokens, batch.segment_ids, batch.positions)
+            return jnp.sum(hidden.main**3) + jnp.sum(hidden.heads**3)
+
+        return jax.grad(loss)
+
+    programs = {remat: str(jax.make_jaxpr(gradient(remat))(parameters)) for remat in (True, False)}
+    assert "remat" in programs[True] or "checkpoint" in programs[True]
+    assert "remat" not in programs[False] and "checkpoint" not in programs[False]
+    on, off = jax.jit(gradient(True))(parameters), jax.jit(gradient(False))(parameters)
+    for a, b in zip(jax.tree.leaves(on), jax.tree.leaves(off), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_parameters_by_kind():
+    """A recurrent head has one module's parameters whatever K is; no heads, no head parameters."""
+
+    def count(**overrides):
+        _, parameters = model_and_parameters(tiny_config(**overrides))
+        return count_parameters(parameters.get("heads", {})), parameters
+
+    one, _ = count(heads__num_heads=1)
+    three, _ = count(heads__num_heads=3)
+    recurrent, _ = count(heads__num_heads=3, heads__kind="recurrent")
+    none, parameters = count(heads__num_heads=0)
+    assert three == 3 * one == 3 * recurrent > 0
+    assert none == 0 and "heads" not in parameters
+
+
+def test_untied_unembedding_is_its_own_matrix():
+    _, parameters = model_and_parameters(tiny_config(model__tied_unembedding=False))
+    assert parameters["unembedding"].shape == parameters["embedding"].shape

@@ -1,0 +1,133 @@
+"""The sharded, accumulated step against the same step on one device in one piece."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from mtpd_jax.config import MeshConfig
+from mtpd_jax.data.pipeline import put_on_devices
+from mtpd_jax.losses.objective import training_objective
+from mtpd_jax.model.backbone import build_model
+from mtpd_jax.sharding import batch_sharding, check_divisible, make_mesh, within
+from mtpd_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
+from mtpd_jax.training.state import abstract_state, initial_state
+from mtpd_jax.training.step import gradients_of_batch, make_step
+from tests.builders import assert_trees_close, packed_batch, random_parameters, replace, tiny_config, with_micro_batches
+
+SHAPES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)]
+
+
+def one_step(config, mesh, batch, parameters):
+    """Loss, gradients, and the parameters after one SGD step, as NumPy arrays."""
+    model, objective = build_model(config), training_objective(config)
+    optimizer = optax.sgd(0.5)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, config, mesh).parameters)
+    # Copied first: the step donates its state.
+    placed = jax.device_put(jax.tree.map(np.array, parameters), shardings)
+    on_devices = put_on_devices(batch, batch_sharding(mesh))
+    compute = jax.jit(within(mesh, lambda p, b: gradients_of_batch(model, objective, p, b, mesh)))
+    loss, sums, weights, gradients = jax.device_get(compute(placed, on_devices))
+    state = initial_state(model, optimizer, config, mesh).replace(parameters=placed)
+    state, result = make_step(model, objective, optimizer, mesh)(state, on_devices)
+    assert float(result.loss) == pytest.approx(float(loss), rel=1e-6)
+    return loss, (sums, weights), gradients, jax.device_get(state.parameters)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    config = tiny_config()
+    parameters = random_parameters(build_model(config))
+    batch = packed_batch(config)
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    return config, parameters, batch, one_step(config, mesh, batch, parameters)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eight_devices_equal_one(reference, shape):
+    config, parameters, batch, expected = reference
+    found = one_step(config, make_mesh(MeshConfig(*shape)), batch, parameters)
+    assert_trees_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_equals_one_batch(reference, parts):
+    """The parts hold different numbers of supervised tokens; weighting each part alone would not give this."""
+    config, parameters, batch, expected = reference
+    config = replace(config, training__micro_batches=parts)
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    assert_trees_close(one_step(config, mesh, with_micro_batches(batch, parts), parameters), expected, 1e-5)
+
+
+def test_accumulation_over_devices(reference):
+    config, parameters, batch, expected = reference
+    config = replace(config, training__micro_batches=2)
+    found = one_step(config, make_mesh(MeshConfig(2, 2, 2, 1)), with_micro_batches(batch, 2), parameters)
+    assert_trees_close(found, expected, 1e-5)
+
+
+def test_state_is_sharded_and_work_is_divided(reference):
+    """Parameters and optimizer state are split as the rules say, and a device does its share of the FLOPs."""
+    config, _, batch, _ = reference
+    model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
+
+    def flops_and_bytes(mesh):
+        state = abstract_state(model, optimizer, config, mesh)
+        on_devices = put_on_devices(batch, batch_sharding(mesh))
+        compiled = make_step(model, objective, optimizer, mesh).lower(state, on_devices).compile()
+        local = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
+        return compiled.cost_analysis()["flops"], local
+
+    one = flops_and_bytes(make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))
+    split = flops_and_bytes(make_mesh(MeshConfig(1, 8, 1, 1)))
+    assert split[1] < one[1] / 6
+    assert split[0] < one[0] / 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"mesh__data": 3}, "must multiply to the number of devices"),
+        ({"mesh__data": 1, "mesh__tensor": 8}, "query_heads"),
+        ({"mesh__data": 8, "training__micro_batches": 2}, "batch_size"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(config, overrides, message):
+    config = replace(config, **overrides)
+    with pytest.raises(ValueError, match=message):
+        check_divisible(make_mesh(config.mesh), config.model, config.training)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_schedules(name):
+    config = tiny_config(optimizer__schedule=name, optimizer__warmup_steps=5, optimizer__final_fraction=0.1)
+    rates = np.array([learning_rate_schedule(config)(step) for step in range(21)])
+    assert rates[0] == pytest.approx(3e-3 / 5) and rates[4] == pytest.approx(3e-3)
+    assert rates[20] == pytest.approx(3e-4, rel=1e-3)
+    assert np.all(np.diff(rates[5:]) <= 0)
+    if name == "wsd":  # constant but for the last fifth
+        np.testing.assert_allclose(rates[5:17], 3e-3, rtol=1e-6)
+        assert rates[18] < 3e-3
+
+
+def test_matrices_are_decayed_and_norms_are_not(config):
+    parameters = random_parameters(build_model(tiny_config(model__qkv_bias=True)))
+    mask = decay_mask(parameters)
+    flat = {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(mask)}
+    for path, decayed in flat.items():
+        assert decayed == (not path.endswith("['scale']") and not path.endswith("['bias']")), path
+    assert len(set(flat.values())) == 2
+
+
+def test_average_follows_the_parameters():
+    config = tiny_config(optimizer__ema_decay=0.75, optimizer__clip_norm=None)
+    model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
+    mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
+    state = initial_state(model, optimizer, config, mesh)
+    before = jax.device_get(state.parameters)
+    state, _ = make_step(model, objective, optimizer, mesh, 0.75)(
+        state, put_on_devices(packed_batch(config), batch_sharding(mesh))
+    )
+    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(state.parameters))
+    assert_trees_close(jax.device_get(state.average), expected, 1e-6)
+    assert state.evaluated is state.average
