@@ -12,11 +12,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.validation_fraction = 0.07
     config.data.shuffle_window = 512
     config.model.update(
-        vocabulary_size=2048, width=128, layers=12, query_heads=4, kv_heads=2, head_size=32, mlp_width=384
+        vocabulary_size=2048, width=192, layers=6, query_heads=3, kv_heads=1, head_size=64, mlp_width=512
     )
+    # Not to save memory: on a CPU, writing activations out and reading them back takes longer than computing them.
+    config.model.remat = True
     config.objective.top_n = 512
-    config.optimizer.update(learning_rate=3e-3, warmup_steps=50, final_fraction=0.05)
-    config.training.update(steps=1600, batch_size=4, sequence_length=256)
+    config.optimizer.update(learning_rate=4e-3, warmup_steps=50, final_fraction=0.05)
+    config.training.update(steps=950, batch_size=2, sequence_length=256)
     config.checkpoint.every_steps = 200
-    config.evaluation.update(every_steps=400, documents=8)
+    config.logging.every_steps = 50
+    config.evaluation.update(every_steps=475, documents=4)
     return config

@@ -136,8 +136,9 @@ class EvaluationConfig:
     documents: int
 
 
-# A run may be resumed with other values of these: none of them changes what a given step computes, except that the
-# number of steps also moves the end of a decaying learning rate, which is what someone who prolongs a run asks for.
+# A run may be resumed with other values of these: none of them changes what a given step computes, except that another
+# mesh rounds differently, and that the number of steps also moves the end of a decaying learning rate, which is what
+# someone who prolongs a run asks for.
 RESUMABLE = frozenset(
     {
         "training.steps",
@@ -147,6 +148,10 @@ RESUMABLE = frozenset(
         "logging.tensorboard",
         "evaluation.every_steps",
         "evaluation.documents",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "mesh.expert",
     }
 )
 

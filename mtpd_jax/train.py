@@ -7,7 +7,6 @@ the signal's number. A loss that is not finite exits with status 1.
 import dataclasses
 import itertools
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +46,7 @@ class TrainResult:
       signal: the signal that ended the call early, or None.
       tokens: non-padding tokens trained on, over all calls.
       parameters: number of parameters.
-      seconds: wall time of this call.
+      seconds: wall time of the training loop, compilation and evaluation included, over all calls.
     """
 
     workdir: str
@@ -70,7 +69,6 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
       ValueError: bad config, data or workdir; raised before anything is created.
       DivergedError: the loss is not finite any more.
     """
-    start = time.monotonic()
     config = config if isinstance(config, Config) else Config.build(config.to_dict())
     config.validate()
     place = open_workdir(workdir)
@@ -87,12 +85,12 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
         TrainingData(config, source, tokenizer) as data,
         StopRequest() as stop,
     ):
-        done, tokens, news = 0, 0, f"training {parameters:,} parameters for {steps} steps"
+        done, tokens, seconds, news = 0, 0, 0.0, f"training {parameters:,} parameters for {steps} steps"
         if checkpointer.latest_step() is None:
             state = initial_state(model, optimizer, config, mesh)
         else:
             state, record = checkpointer.restore(abstract)
-            done, tokens = int(state.step), record["tokens"]
+            done, tokens, seconds = int(state.step), record["tokens"], record["seconds"]
             data.set_state(record["data"])
             news = (
                 f"already finished, at step {done} of {steps}"
@@ -116,11 +114,13 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
                 stop,
                 progress,
             )
-            done, tokens = loop.run(state, done, tokens)
+            if done < steps:
+                done = loop.run(state, done, tokens, seconds)
+                tokens, seconds = loop.tokens, loop.seconds
             if stop.signal is not None and done < steps:
                 progress.say(f"{place.path}: asked to stop; saved step {done}")
     signal = None if done >= steps else stop.signal
-    return TrainResult(str(place.path), done, done >= steps, signal, tokens, parameters, time.monotonic() - start)
+    return TrainResult(str(place.path), done, done >= steps, signal, tokens, parameters, seconds)
 
 
 def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:

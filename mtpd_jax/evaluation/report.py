@@ -22,17 +22,17 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
-def bounded(interval: Interval, digits: int = 2) -> str:
+def bounded(interval: Interval) -> str:
     """``mean [low, high]``, or the mean alone where there is no interval."""
-    if interval.low is None or interval.high is None:
-        return number(interval.mean, digits)
-    return f"{number(interval.mean, digits)} [{number(interval.low, digits)}, {number(interval.high, digits)}]"
+    if interval.low is None or interval.high is None or interval.low == interval.high:
+        return number(interval.mean)
+    return f"{number(interval.mean)} [{number(interval.low)}, {number(interval.high)}]"
 
 
 def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
     """One row per head of each text: cross entropy, KL and agreement, teacher-forced."""
     table = rich.table.Table(title="text, teacher-forced")
-    for column in ("text", "head", "CE (nats)", "bits per byte", "KL from main (nats)", "agreement with main"):
+    for column in ("text", "head", "CE, nats", "bits/byte", "KL, nats", "agreement"):
         table.add_column(column, justify="left" if column == "text" else "right", overflow="fold")
     for name, score in scores.items():
         table.add_row(
@@ -48,23 +48,28 @@ def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
 
 
 def decoding_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table:
-    """One row per number of heads: acceptance, tokens per pass and speed, with 95 % intervals over prompts."""
+    """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals over prompts."""
     prompts = next(iter(by_heads.values())).prompts
-    table = rich.table.Table(title=f"decoding: {name} ({prompts} prompts)")
-    for column in ("heads", "conditional acceptance", "cumulative acceptance", "tokens per pass", "tokens/s",
-                   "speed-up over plain", "over 1 head", "identical"):  # fmt: skip
+    table = rich.table.Table(title=f"decoding: {name} ({prompts} prompts)", caption="[95 % interval over prompts]")
+    columns = ("heads", "acceptance, %", "cumulative, %", "tokens/pass", "tokens/s", "x plain", "x 1 head", "same")
+    for column in columns:
         table.add_column(column, justify="right")
     for heads, score in by_heads.items():
         conditional, cumulative = (
-            "\n".join(percent(rate.mean) for rate in rates)
+            " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates)
             for rates in (score.acceptance.conditional, score.acceptance.cumulative)
         )
-        one_head = "–" if score.speedup_over_one_head is None else bounded(score.speedup_over_one_head)
+        one_head = None if score.speedup_over_one_head is None else score.speedup_over_one_head.mean
         table.add_row(
-            heads, conditional or "–", cumulative or "–", bounded(score.tokens_per_pass),
-            bounded(score.tokens_per_second, 0), bounded(score.speedup_over_plain), one_head,
-            {True: "yes", False: "NO", None: "–"}[score.identical], end_section=True,
-        )  # fmt: skip
+            heads,
+            conditional or "–",
+            cumulative or "–",
+            bounded(score.tokens_per_pass),
+            number(score.tokens_per_second.mean, 0),
+            bounded(score.speedup_over_plain),
+            number(one_head),
+            {True: "yes", False: "NO", None: "–"}[score.identical],
+        )
     return table
 
 

@@ -151,7 +151,7 @@ def _summarise(weights: np.ndarray, sums: LossSums, scored_bytes: int) -> TextSc
     heads = tuple(
         HeadScore(
             mean(sums.ce[k], weights[k]), mean(sums.kl[k - 1], weights[k]), mean(sums.agreement[k - 1], weights[k])
-        )  # fmt: skip
+        )
         for k in range(1, len(weights))
     )
     main = MainScore(mean(sums.ce[0], weights[0]), mean(sums.ce[0] / math.log(2), scored_bytes))

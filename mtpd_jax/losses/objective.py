@@ -48,7 +48,7 @@ def align(hidden: HiddenStates, tokens: Tokens, segment_ids: SegmentIds) -> Alig
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """L = CE_main + sum_k alpha_k CE_k + sum_k beta_k KL_k, each term a mean over its own supervised tokens (MTP-D §3.2).
+    """CE_main + sum_k (alpha_k CE_k + beta_k KL_k), each term a mean over its own supervised tokens (MTP-D §3.2).
 
     Attributes:
       alpha, beta: one coefficient per head.

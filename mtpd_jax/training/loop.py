@@ -83,18 +83,19 @@ class Loop:
         self._meter = _Meter()
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
+        self._begin = time.monotonic()
 
-    def run(self, state: TrainState, done: int, tokens: int) -> tuple[int, int]:
-        """Trains until the last step or until asked to stop; returns the step and the tokens reached.
+    def run(self, state: TrainState, done: int, tokens: int, seconds: float) -> int:
+        """Trains until the last step or until asked to stop; returns the step reached.
 
         Args:
-          state: after ``done`` steps and ``tokens`` tokens.
+          state: after ``done`` steps, ``tokens`` tokens and ``seconds`` of earlier calls.
 
         Raises:
           DivergedError: naming the step and the last good checkpoint.
         """
         config, last = self._config, self._config.training.steps
-        self._tokens = tokens
+        self._tokens, self._begin = tokens, time.monotonic() - seconds
         # A run that was stopped in the middle of an evaluation does it now.
         if self._evaluation_due(done) and not self._metrics.has(done, "eval/main/ce"):
             self._run_evaluation(state, done)
@@ -114,7 +115,17 @@ class Loop:
         if self._stop.asked(done) and self._checkpointer.latest_step() != done:
             self._save(state, done)
         self._checkpointer.wait()
-        return done, self._tokens
+        return done
+
+    @property
+    def tokens(self) -> int:
+        """Non-padding tokens trained on, over all calls."""
+        return self._tokens
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the loop, compilation and evaluation included, over all calls."""
+        return time.monotonic() - self._begin
 
     def _evaluation_due(self, done: int) -> bool:
         return done > 0 and (done % self._config.evaluation.every_steps == 0 or done == self._config.training.steps)
@@ -182,7 +193,7 @@ class Loop:
     def _save(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)
         self._meter.pause()
-        progress = {"data": self._data.get_state(), "tokens": self._tokens}
+        progress = {"data": self._data.get_state(), "tokens": self._tokens, "seconds": self.seconds}
         self._checkpointer.save(done, state, self._config, progress)
         self._metrics.publish()
         self._meter.run()

@@ -41,9 +41,10 @@ class Workdir:
         if self.config_file.exists():
             changed = differences(self.read_config(), config)
             if changed:
+                verb = "differs" if len(changed) == 1 else "differ"
                 raise ValueError(
-                    f"{self.path} holds a run with another config: {', '.join(changed)} "
-                    f"differ{'s' if len(changed) == 1 else ''}; use another --workdir, or the config that it was made with"
+                    f"{self.path} holds a run with another config: {', '.join(changed)} {verb}; "
+                    "use another --workdir, or the config that it was made with"
                 )
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} exists and holds no run (no config.json): use a new or an empty folder")

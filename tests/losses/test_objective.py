@@ -82,7 +82,7 @@ def test_default_coefficients(config):
 
 def test_detached_trunk_trains_as_if_there_were_no_heads():
     config = tiny_config(objective__detach_trunk=True)
-    model, parameters = model_and_parameters(config)
+    _, parameters = model_and_parameters(config)
     batch = packed_batch(config)
 
     def gradients(config, parameters):

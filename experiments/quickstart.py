@@ -1,0 +1,164 @@
+"""The quickstart: train a small MTP-D model on Python's own source, decode held-out code with its heads, report.
+
+``python -m experiments.quickstart --workdir=DIR`` leaves ``DIR/summary.json`` beside the run. Started again, training
+goes on where it stopped, and a finished run is only measured.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import rich.console
+import rich.table
+
+from configs import quickstart
+from mtpd_jax import evaluate, frontdoor, generate, train
+from mtpd_jax.config import Config
+from mtpd_jax.data.sources import open_source, split
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.evaluation.report import decoding_table, number, percent, text_table, write_json
+from mtpd_jax.training.restore import open_run
+from mtpd_jax.training.workdir import open_workdir
+
+PROMPTS = 10
+PROMPT_TOKENS = 64
+NEW_TOKENS = 128
+SCORED_DOCUMENTS = 12
+
+
+def held_out_prompts(workdir: str) -> list[str]:
+    """Takes a piece from inside each of the first held-out files: code rather than the licence at the top."""
+    trained = open_run(workdir)
+    source = open_source(trained.config.data)
+    prompts = []
+    for text in split(source, trained.config.data.validation_fraction, validation=True):
+        ids = trained.tokenizer.encode(text)
+        if len(ids) >= 4 * PROMPT_TOKENS and len(prompts) < PROMPTS:
+            middle = len(ids) // 2
+            prompts.append(trained.tokenizer.decode(ids[middle : middle + PROMPT_TOKENS]))
+    return prompts
+
+
+def summarise(scores: dict[str, DecodingScore]) -> dict[str, Any]:
+    """The decoding part of summary.json: plain numbers, the flat ones for all heads, and the best K by wall clock."""
+
+    def by_heads(score: DecodingScore) -> dict[str, Any]:
+        return {
+            "tokens_per_pass": score.tokens_per_pass.mean,
+            "acceptance": {
+                "conditional": [rate.mean for rate in score.acceptance.conditional],
+                "cumulative": [rate.mean for rate in score.acceptance.cumulative],
+            },
+            "tokens_per_second": score.tokens_per_second.mean,
+            "speedup": score.speedup_over_plain.mean,
+        }
+
+    drafting = {name: by_heads(score) for name, score in scores.items() if name != "0"}
+    most = max(drafting, key=int)
+    best = max(drafting, key=lambda name: drafting[name]["speedup"])
+    everything = scores[most]
+    return {
+        "prompts": everything.prompts,
+        "tokens_per_pass": drafting[most]["tokens_per_pass"],
+        "acceptance": drafting[most]["acceptance"],
+        "plain_tokens_per_second": scores["0"].tokens_per_second.mean,
+        "speculative_tokens_per_second": drafting[most]["tokens_per_second"],
+        "speedup": drafting[most]["speedup"],
+        "identical": None if everything.identical is None else all(score.identical for score in scores.values()),
+        "distinct_4grams": everything.distinct_4grams,
+        "best_heads": int(best),
+        "best_speedup": drafting[best]["speedup"],
+        "by_heads": drafting,
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> rich.table.Table:
+    """The whole of the quickstart on one screen."""
+    greedy, sampled = summary["decoding"], summary["decoding"]["sampled"]
+    table = rich.table.Table(title="quickstart: summary")
+    for column in ("", "greedy", "sampled, temperature 1"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("trained", f"{summary['parameters']:,} parameters", f"{summary['train_seconds']:,.0f} s")
+    main = summary["main"]
+    table.add_row("held-out text, main head", f"CE {main['ce']:.3f} nats", f"{main['bits_per_byte']:.3f} bits per byte")
+    for k, head in enumerate(summary["heads"], 1):
+        table.add_row(
+            f"held-out text, head {k}", f"CE {head['ce']:.3f} nats", f"agreement {percent(head['agreement'])}"
+        )
+    table.add_section()
+    for k, _ in enumerate(summary["heads"]):
+        cells = [
+            f"{percent(part['acceptance']['conditional'][k])}, {percent(part['acceptance']['cumulative'][k])}"
+            for part in (greedy, sampled)
+        ]
+        table.add_row(f"head {k + 1}: acceptance, cumulative", *cells)
+    rows = {
+        "tokens per pass": "tokens_per_pass",
+        "tokens/s, plain": "plain_tokens_per_second",
+        "tokens/s, all heads": "speculative_tokens_per_second",
+        "speed-up, all heads": "speedup",
+        "distinct 4-grams": "distinct_4grams",
+        "best number of heads": "best_heads",
+        "speed-up with that many": "best_speedup",
+    }
+    for label, name in rows.items():
+        digits = 0 if name.endswith(("second", "heads")) else 2
+        table.add_row(label, number(greedy[name], digits), number(sampled[name], digits))
+    table.add_row("identical to plain decoding", "yes" if greedy["identical"] else "NO", "(by distribution)")
+    return table
+
+
+def run(workdir: str) -> dict[str, Any]:
+    """Trains, measures, prints, and returns what summary.json holds.
+
+    Raises:
+      ValueError: the workdir holds another run.
+    """
+    console = rich.console.Console(highlight=False)
+    result = train.run(Config.build(quickstart.get_config().to_dict()), workdir)
+    if not result.finished:
+        raise SystemExit(128 + (result.signal or 0))
+    place = open_workdir(workdir).path
+    prompts = held_out_prompts(workdir)
+    prompt_file = place / "prompts.jsonl"
+    prompt_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    console.print("scoring held-out files")
+    text = evaluate.run(workdir, split_name="validation", limit=SCORED_DOCUMENTS, batch_size=4).text
+    console.print(text_table(text))
+    heads = range(quickstart.get_config().heads.num_heads + 1)
+    parts = {}
+    for name, sampling in (("greedy", GREEDY), ("sampled at temperature 1", Sampling(temperature=1.0))):
+        console.print(f"decoding {len(prompts)} held-out prompts, {name}")
+        report = evaluate.run(
+            workdir, prompts=str(prompt_file), heads=list(heads), max_new_tokens=NEW_TOKENS, sampling=sampling
+        )
+        parts[name] = report.decoding[str(prompt_file)].heads
+        console.print(decoding_table(name, parts[name]))
+    generation = generate.run(workdir, prompts[:1], max_new_tokens=NEW_TOKENS, compare=True)[0]
+    generate.show(console, prompts[0], generation, open_run(workdir).tokenizer.decode)
+    greedy, sampled = (summarise(part) for part in parts.values())
+    score = dataclasses.asdict(text["validation"])
+    summary = {
+        "train_seconds": result.seconds,
+        "parameters": result.parameters,
+        "main": score["main"],
+        "heads": list(score["heads"]),
+        "decoding": {**greedy, "sampled": sampled},
+    }
+    write_json(str(place / "summary.json"), summary)
+    console.print(summary_table(summary))
+    console.print(f"written to {place / 'summary.json'}")
+    return summary
+
+
+def main() -> int:
+    """Parses the flag, runs."""
+    parser = frontdoor.Parser(prog="python -m experiments.quickstart", description=__doc__)
+    parser.add_argument("--workdir", required=True, help="where the run goes")
+    run(parser.parse_args().workdir)
+    return 0
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(main)

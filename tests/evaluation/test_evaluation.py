@@ -1,0 +1,154 @@
+"""Scores of text, acceptance rates and intervals against hand-written forms."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtpd_jax.config import MeshConfig
+from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.evaluation.acceptance import (
+    acceptance_intervals,
+    acceptance_of,
+    ratio,
+    tokens_per_pass,
+    tokens_per_pass_without_bonus,
+)
+from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
+from mtpd_jax.evaluation.scoring import batches, make_scorer, score_documents, windows
+from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.sharding import make_mesh
+from tests.builders import model_and_parameters, tiny_config
+
+
+def continuation(tokens, passes, tried, accepted):
+    return Continuation(tuple(tokens), (0,) * len(tokens), passes, tuple(tried), tuple(accepted), 0.1)
+
+
+FOUND = [continuation(range(11), 4, (4, 3, 0), (3, 2, 0)), continuation(range(6), 4, (4, 1, 0), (1, 0, 0))]
+
+
+def test_rates_by_their_definition():
+    rates = acceptance_of(FOUND)
+    assert rates.conditional == (4 / 8, 2 / 4, None)
+    assert rates.cumulative == (0.5, 0.25, None)
+    assert tokens_per_pass(FOUND).mean == (10 + 5) / 8
+    assert tokens_per_pass_without_bonus(FOUND).mean == (5 + 1) / 8
+
+
+def test_intervals_hold_the_mean_and_shrink():
+    rng = np.random.default_rng(0)
+
+    def width(prompts):
+        tried = rng.integers(20, 30, prompts)
+        found = ratio([rng.binomial(tried, 0.6).tolist()], [tried.tolist()])
+        assert found.low < found.mean < found.high
+        assert found.low < 0.6 < found.high
+        return found.high - found.low
+
+    assert width(400) < width(20) / 2
+    assert ratio([[3]], [[4]]) == type(ratio([[3]], [[4]]))(0.75, None, None)
+
+
+def test_a_head_never_tried_has_no_rate():
+    intervals = acceptance_intervals([continuation(range(3), 2, (2, 0), (0, 0))] * 2)
+    assert intervals.conditional[1].mean is None and intervals.cumulative[1].mean is None
+    assert intervals.conditional[0].mean == 0
+
+
+def test_distinct_ngrams():
+    assert distinct_ngrams([[1, 2, 3, 4, 5]]) == 1
+    assert distinct_ngrams([[1] * 8]) == 1 / 5
+    assert distinct_ngrams([[1, 2]]) is None
+
+
+def test_windows_score_every_token_but_the_first_once():
+    for length in (1, 2, 5, 8, 9, 15, 16):
+        ids = np.arange(length)
+        targets = [token for window in windows(ids, 8) for token in window[1:]]
+        assert targets == list(range(1, length))
+        assert all(len(window) <= 8 for window in windows(ids, 8))
+
+
+def test_batches_are_padded():
+    (first, second) = batches([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 2, 4)
+    assert first.tokens.tolist() == [[1, 2, 0, 0], [3, 0, 0, 0]]
+    assert second.segment_ids.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def scored():
+    config = tiny_config()
+    model, parameters = model_and_parameters(config)
+    tokenizer = Tokenizer.train(["a cat sat on the mat"] * 3, 300, "<|endoftext|>", 1000)
+    return config, model, parameters, tokenizer
+
+
+def test_text_scores_against_numpy(scored):
+    config, model, parameters, tokenizer = scored
+    documents = ["the cat saß on the mat; " * 9, "a mat", ""]
+    mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
+    found = score_documents(
+        make_scorer(model, scoring_objective(config), mesh), parameters, documents, tokenizer, mesh,
+        num_heads=2, length=32, batch_size=8,
+    )  # fmt: skip
+    nats, kl, agree, count, scored_bytes = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3), 0
+    for text in documents:
+        ids = tokenizer.encode_document(text)
+        pieces = [len(tokenizer.decode([token]).encode()) for token in ids[:-1]]
+        assert sum(tokenizer.byte_lengths(text, ids)) == len(text.encode())
+        if "ß" not in text:
+            scored_bytes += sum(pieces[1:])
+        else:
+            scored_bytes += len(text.encode()) - pieces[0]
+        for window in windows(ids, 32):
+            row = jnp.asarray(window)[None]
+            hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(len(window))[None])
+            states = np.concatenate([hidden.main[None], hidden.heads])[:, 0].astype(np.float64)
+            logits = states @ np.asarray(parameters["embedding"], np.float64).T
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            for k in range(3):
+                for i in range(len(window) - 1 - k):
+                    teacher, student = log_p[0, i + k], log_p[k, i]
+                    nats[k] -= student[window[i + k + 1]]
+                    kl[k] += np.sum(np.exp(teacher) * (teacher - student))
+                    agree[k] += teacher.argmax() == student.argmax()
+                    count[k] += 1
+    assert found.tokens == count[0] and found.bytes == scored_bytes
+    assert found.main.ce == pytest.approx(nats[0] / count[0], rel=1e-5)
+    assert found.main.bits_per_byte == pytest.approx(nats[0] / math.log(2) / scored_bytes, rel=1e-5)
+    for k in (1, 2):
+        assert found.heads[k - 1].ce == pytest.approx(nats[k] / count[k], rel=1e-5)
+        assert found.heads[k - 1].kl == pytest.approx(kl[k] / count[k], rel=1e-4)
+        assert found.heads[k - 1].agreement == pytest.approx(agree[k] / count[k])
+
+
+def test_scoring_can_be_ended(scored):
+    config, model, parameters, tokenizer = scored
+    mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
+    scorer = make_scorer(model, scoring_objective(config), mesh)
+    ended = score_documents(
+        scorer, parameters, ["a cat " * 200], tokenizer, mesh, num_heads=2, length=32, batch_size=8,
+        on_batch=lambda: False,
+    )  # fmt: skip
+    assert ended is None
+
+
+def test_divergence_names_place_and_margin(scored):
+    _, model, parameters, _ = scored
+    decoder = Decoder(model, parameters, end_id=0)
+    prompt = np.array([5, 6, 7])
+    plain = decoder.run([prompt], num_heads=0, max_new_tokens=6)[0]
+    assert first_divergence(decoder, [5, 6, 7], plain, plain) is None
+    other = continuation([*plain.tokens[:3], 299, *plain.tokens[4:]], 1, (), ())
+    found = first_divergence(decoder, [5, 6, 7], plain, other)
+    assert found.index == 3 and not found.tie
+    text = jnp.asarray([5, 6, 7, *plain.tokens[:3]])[None]
+    hidden = model.apply({"params": parameters}, text, jnp.ones_like(text), jnp.arange(6)[None]).main[0, -1]
+    first, second = np.sort(np.asarray(parameters["embedding"] @ hidden))[::-1][:2]
+    assert found.margin == pytest.approx(first - second, rel=1e-3)
+    tied = jax.tree.map(jnp.zeros_like, parameters)
+    assert first_divergence(Decoder(model, tied, 0), [5, 6, 7], plain, other).tie

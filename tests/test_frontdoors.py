@@ -1,0 +1,218 @@
+"""The commands as a user types them: what they print and write, and one clear line for every mistake."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from configs import base, quickstart
+from mtpd_jax import evaluate, frontdoor, generate, train
+from mtpd_jax.config import Config
+from tests.builders import tiny_config
+
+DOORS = {"train": train, "generate": generate, "evaluate": evaluate}
+
+
+@pytest.fixture(scope="module")
+def workdir(text_file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("frontdoors") / "run"
+    train.run(tiny_config(data__source="text", data__paths=(text_file,), training__steps=10), str(path))
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a front door in this process; returns (exit status, standard output, standard error)."""
+
+    def run(door, *arguments):
+        monkeypatch.setattr("sys.argv", [door, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            frontdoor.guarded(DOORS[door].main)
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+def assert_one_line(outcome, *words):
+    status, _, errors = outcome
+    assert status == 2
+    assert len(errors.strip().splitlines()) == 1, errors
+    assert "Traceback" not in errors
+    for word in words:
+        assert word in errors, errors
+
+
+def test_generate_writes_what_is_documented(call, workdir, tmp_path):
+    status, output, _ = call("generate", f"--workdir={workdir}", "--prompt=the cat", "--max_new_tokens=12", "--compare",
+                             f"--json={tmp_path / 'g.json'}")  # fmt: skip
+    assert status == 0
+    assert "the cat" in output and "tokens per pass" in output and "identical to plain" in output
+    found = json.loads((tmp_path / "g.json").read_text())
+    assert {"text", "tokens", "passes", "tokens_per_pass", "seconds", "tokens_per_second", "acceptance"} <= set(found)
+    assert set(found["plain"]) == {"tokens", "seconds", "tokens_per_second"}
+    assert found["identical"] is True and found["plain"]["tokens"] == found["tokens"]
+    assert len(found["acceptance"]["conditional"]) == len(found["acceptance"]["cumulative"]) == 2
+    assert found["tokens_per_pass"] == pytest.approx((len(found["tokens"]) - 1) / found["passes"])
+    assert found["speedup"] == pytest.approx(found["tokens_per_second"] / found["plain"]["tokens_per_second"])
+
+
+def test_generate_reads_a_file_and_samples(call, workdir, tmp_path):
+    (tmp_path / "prompt.txt").write_text("a mat")
+    options = [f"--workdir={workdir}", f"--prompt_file={tmp_path / 'prompt.txt'}", "--max_new_tokens=8", "--compare",
+               "--temperature=1", "--top_k=50", "--top_p=0.9", "--seed=3", f"--json={tmp_path / 'g.json'}"]  # fmt: skip
+    assert call("generate", *options)[0] == 0
+    first = json.loads((tmp_path / "g.json").read_text())
+    assert first["identical"] is None
+    assert call("generate", *options)[0] == 0
+    assert json.loads((tmp_path / "g.json").read_text())["tokens"] == first["tokens"]
+
+
+def test_evaluate_writes_what_is_documented(call, workdir, tmp_path, text_file):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran by and"}\n{"prompt": "one"}\n')
+    status, output, _ = call("evaluate", f"--workdir={workdir}", f"--text={text_file}", "--split=validation",
+                             f"--prompts={prompts}", "--heads=2", "--max_new_tokens=10", "--batch_size=2",
+                             f"--json={tmp_path / 'e.json'}")  # fmt: skip
+    assert status == 0 and "agreement" in output and "speed-up" in output
+    report = json.loads((tmp_path / "e.json").read_text())
+    for score in (report["text"][text_file], report["text"]["validation"]):
+        assert set(score) == {"main", "heads", "tokens", "bytes"}
+        assert set(score["main"]) == {"ce", "bits_per_byte"}
+        assert [set(head) for head in score["heads"]] == [{"ce", "kl", "agreement"}] * 2
+    by_heads = report["decoding"][str(prompts)]["heads"]
+    assert list(by_heads) == ["0", "1", "2"]  # the baselines always run
+    for heads, score in by_heads.items():
+        assert score["prompts"] == 3 and score["identical"] is True
+        assert len(score["acceptance"]["conditional"]) == int(heads)
+        for name in ("tokens_per_pass", "tokens_per_pass_without_bonus", "tokens_per_second", "speedup_over_plain",
+                     "speedup_over_one_head", *score["acceptance"]):  # fmt: skip
+            values = score["acceptance"][name] if name in score["acceptance"] else [score[name]]
+            assert all(set(value) == {"mean", "low", "high"} for value in values)
+    assert by_heads["0"]["speedup_over_plain"]["mean"] == 1 and by_heads["1"]["speedup_over_one_head"]["mean"] == 1
+
+
+def test_validation_scores_agree_with_the_training_log(workdir):
+    """``evaluate --split=validation`` and the evaluation inside training measure the same."""
+    logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
+    found = evaluate.run(str(workdir), split_name="validation", limit=2, batch_size=8).text["validation"]
+    assert found.main.bits_per_byte == pytest.approx(logged["eval/main/bits_per_byte"], rel=1e-5)
+    assert found.heads[1].kl == pytest.approx(logged["eval/head_2/kl"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config=configs/base.py"], ["--workdir is missing"]),
+        (["--workdir=W"], ["--config is missing"]),
+        (["--config=configs/nothing.py", "--workdir=W"], ["configs/nothing.py", "no such file"]),
+        (["--config=configs/base.py", "--workdir=W", "--confg=3"], ["confg"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.model.widht=3"], ["widht"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.model.width=wide"], ["model.width", "wide"]),
+        (
+            ["--config=configs/base.py", "--workdir=W", "--config.model.width=-8"],
+            ["config.model.width = -8", "more than"],
+        ),
+        (["--config=configs/base.py", "--workdir=W", "--config.model.kv_heads=5"], ["kv_heads = 5", "divisor"]),
+        (
+            ["--config=configs/base.py", "--workdir=W", "--config.objective.kl=backward"],
+            ["backward", "forward, reverse"],
+        ),
+        (["--config=configs/base.py", "--workdir=W", "--config.objective.mode=loop"], ["loop", "expected joint"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.objective.beta=(1.0,2.0)"], ["objective.beta", "4"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.data.source=text"], ["config.data.paths"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.mesh.data=3"], ["config.mesh", "number of devices"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.tokenizer.path=/no/such.json"], ["/no/such.json"]),
+        (["--config=configs/base.py", "--workdir=W", "extra"], ["extra"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_train_answers_mistakes_before_creating_anything(call, tmp_path, monkeypatch, arguments, words):
+    root = pathlib.Path(base.__file__).parents[1]
+    monkeypatch.chdir(root)
+    place = tmp_path / "W"
+    arguments = [argument.replace("--workdir=W", f"--workdir={place}") for argument in arguments]
+    assert_one_line(call("train", *arguments), *words)
+    assert not place.exists()
+
+
+def test_a_config_file_with_an_error_is_one_line(call, tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config():\n    return undefined_name\n")
+    assert_one_line(
+        call("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'w'}"), "undefined_name"
+    )
+
+
+def test_a_folder_with_something_else_is_left_alone(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(base.__file__).parents[1])
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert_one_line(call("train", "--config=configs/quickstart.py", f"--workdir={tmp_path}"), "holds no run")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workdir=/no/such/run", "--prompt=x"], ["/no/such/run", "holds no run"]),
+        (["--workdir=RUN"], ["--prompt"]),
+        (["--workdir=RUN", "--prompt="], ["prompt 1 is empty"]),
+        (["--workdir=RUN", "--prompt=x", "--heads=3"], ["heads = 3", "0 (plain decoding) to 2"]),
+        (["--workdir=RUN", "--prompt=x", "--max_new_tokens=0"], ["max_new_tokens = 0"]),
+        (["--workdir=RUN", "--prompt=x", "--max_new_tokens=many"], ["many"]),
+        (["--workdir=RUN", "--prompt=x", "--temperature=-1"], ["temperature = -1.0"]),
+        (["--workdir=RUN", "--prompt=x", "--top_p=0.5"], ["need a temperature"]),
+        (["--workdir=RUN", "--prompt_file=/no/such/file"], ["/no/such/file"]),
+        (["--workdir=RUN", "--prompt=x", "--json=/no/such/folder/x.json"], ["/no/such/folder/x.json"]),
+        (["--workdir=RUN", "--prompt=x", "--colour=red"], ["--colour=red"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_generate_answers_mistakes(call, workdir, arguments, words):
+    assert_one_line(call("generate", *(argument.replace("RUN", str(workdir)) for argument in arguments)), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["nothing to evaluate"]),
+        (["--split=test"], ["--split=test", "validation"]),
+        (["--text=/no/such/file"], ["/no/such/file"]),
+        (["--prompts=/no/such/file"], ["/no/such/file"]),
+        (["--prompts=FILE"], ["FILE", "field 'prompt'"]),
+        (["--split=validation", "--heads=0,9"], ["--heads=9"]),
+        (["--split=validation", "--heads=a"], ["--heads"]),
+        (["--split=validation", "--batch_size=0"], ["--batch_size=0"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) and value else None,
+)
+def test_evaluate_answers_mistakes(call, workdir, tmp_path, arguments, words):
+    (tmp_path / "FILE").write_text('{"text": "no prompt here"}\n')
+    arguments = [argument.replace("FILE", str(tmp_path / "FILE")) for argument in arguments]
+    assert_one_line(call("evaluate", f"--workdir={workdir}", *arguments), *words)
+
+
+def test_damaged_runs_are_one_line(call, workdir, tmp_path):
+    for name, damage in {
+        "no_checkpoint": lambda path: shutil.rmtree(path / "checkpoints"),
+        "broken_config": lambda path: (path / "config.json").write_text("{"),
+        "broken_tokenizer": lambda path: (path / "tokenizer.json").write_text("{}"),
+        "no_tokenizer": lambda path: (path / "tokenizer.json").unlink(),
+        "empty_arrays": lambda path: [f.write_bytes(b"") for f in (path / "checkpoints").rglob("*") if f.is_file()],
+    }.items():
+        copy = tmp_path / name
+        shutil.copytree(workdir, copy)
+        damage(copy)
+        assert_one_line(call("generate", f"--workdir={copy}", "--prompt=x"), str(copy))
+
+
+def test_help_lists_what_there_is(call):
+    for door, words in {"train": "--workdir", "generate": "--compare", "evaluate": "--prompts"}.items():
+        status, output, _ = call(door, "--help")
+        assert status == 0 and words in output
+        assert "posthoc" not in output and "--tasks" not in output
+
+
+def test_shipped_configs_are_valid():
+    for module in (base, quickstart):
+        Config.build(module.get_config().to_dict())

@@ -1,0 +1,283 @@
+"""Whole runs: resumed equals uninterrupted, whatever stopped them; and what a run leaves behind."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mtpd_jax import train
+from mtpd_jax.model.backbone import build_model
+from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training.checkpoint import Checkpointer
+from mtpd_jax.training.interrupt import StopRequest
+from mtpd_jax.training.loop import DivergedError
+from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.state import abstract_state
+from mtpd_jax.training.workdir import open_workdir
+from tests.builders import assert_trees_close, replace, tiny_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run_config(text_file):
+    return tiny_config(
+        data__source="text", data__paths=(text_file,), evaluation__every_steps=10, optimizer__ema_decay=0.9
+    )  # fmt: skip
+
+
+def restored(workdir, config, step=None, mesh=None):
+    """A checkpoint's state as NumPy arrays, and what was stored beside it."""
+    mesh = mesh or make_mesh(config.mesh)
+    abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
+    with Checkpointer(open_workdir(str(workdir))) as checkpointer:
+        if step is not None:
+            checkpointer.latest_step = lambda: step
+        state, record = checkpointer.restore(abstract)
+        return jax.device_get(state), record
+
+
+def assert_bitwise(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(workdir):
+    timing = ("tokens_per_second", "mfu")
+    return [{name: value for name, value in line.items() if name not in timing} for line in lines(workdir)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    result = train.run(run_config, str(workdir))
+    assert result.finished and result.step == 20
+    return workdir
+
+
+def stop_after(monkeypatch, step):
+    monkeypatch.setattr(StopRequest, "asked", lambda self, done: done == step)
+    monkeypatch.setattr(StopRequest, "signal", property(lambda self: signal.SIGTERM))
+
+
+def test_interrupted_equals_uninterrupted(run_config, uninterrupted, tmp_path, monkeypatch, capsys):
+    """7 steps, a stop, 13 steps: the same bits, the same order of data, the same metrics."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        result = train.run(run_config, str(tmp_path))
+    assert (result.step, result.finished, result.signal) == (7, False, signal.SIGTERM)
+    capsys.readouterr()
+    result = train.run(run_config, str(tmp_path))
+    assert "resuming from step 7 of 20" in capsys.readouterr().err
+    assert result.finished
+    expected, record = restored(uninterrupted, run_config)
+    found, found_record = restored(tmp_path, run_config)
+    assert_bitwise(found, expected)
+    assert found_record["data"] == record["data"] and found_record["tokens"] == record["tokens"] == result.tokens
+    assert comparable(tmp_path) == comparable(uninterrupted)
+
+
+def test_training_on_while_a_checkpoint_is_written_does_not_change_it(run_config, uninterrupted, tmp_path, monkeypatch):
+    """Step 10 as saved in the background of a run that went on equals step 10 of a run that stopped there."""
+    stop_after(monkeypatch, 10)
+    train.run(run_config, str(tmp_path))
+    assert_bitwise(restored(uninterrupted, run_config, step=10)[0], restored(tmp_path, run_config)[0])
+
+
+def test_metrics_have_the_documented_names(uninterrupted):
+    training = [line for line in lines(uninterrupted) if "loss" in line]
+    evaluation = [line for line in lines(uninterrupted) if "eval/main/ce" in line]
+    assert [line["step"] for line in training] == [5, 10, 15, 20]
+    assert [line["step"] for line in evaluation] == [10, 20]
+    heads = {f"head_{k}/{name}" for k in (1, 2) for name in ("ce", "kl", "agreement")}
+    assert heads | {"main/ce", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "mfu"} <= set(training[0])
+    assert {f"eval/{name}" for name in heads} | {"eval/main/bits_per_byte"} <= set(evaluation[0])
+    assert training[-1]["tokens"] == 20 * 8 * 32  # cumulative; no padding in this stream
+    assert training[-1]["mfu"] is None  # the peak of a CPU is not known
+    assert training[0]["loss"] > training[-1]["loss"]
+    assert list((uninterrupted / "tb").glob("events*"))
+
+
+def test_plain_mtp_reports_no_kl(run_config, tmp_path):
+    train.run(replace(run_config, objective__beta=0.0, training__steps=5), str(tmp_path))
+    training, evaluation = lines(tmp_path)
+    assert training["head_1/kl"] is None and training["head_1/agreement"] is not None
+    assert evaluation["eval/head_1/kl"] > 0
+
+
+def test_a_finished_run_says_so(run_config, uninterrupted, capsys):
+    before = (uninterrupted / "metrics.jsonl").read_text()
+    assert train.run(run_config, str(uninterrupted)).finished
+    assert "already finished, at step 20 of 20" in capsys.readouterr().err
+    assert (uninterrupted / "metrics.jsonl").read_text() == before
+
+
+def test_old_checkpoints_are_dropped_and_versions_kept(run_config, uninterrupted, tmp_path):
+    every_step = replace(run_config, training__steps=6, checkpoint__every_steps=1, checkpoint__keep=3)
+    train.run(every_step, str(tmp_path))
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 5, 6]
+    record = restored(uninterrupted, run_config)[1]
+    assert record["config"] == json.loads((uninterrupted / "config.json").read_text())
+    assert record["versions"]["jax"] == jax.__version__
+
+
+def test_another_config_is_refused_by_name(run_config, uninterrupted):
+    other = replace(run_config, optimizer__learning_rate=1.0, heads__num_heads=1)
+    with pytest.raises(ValueError, match="heads.num_heads, optimizer.learning_rate differ"):
+        train.run(other, str(uninterrupted))
+    more = replace(run_config, training__steps=22, logging__every_steps=1)
+    assert train.run(more, str(uninterrupted)).step == 22
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 4, 2, 1)], ids=str)
+def test_restores_onto_another_mesh(run_config, uninterrupted, shape):
+    other = replace(
+        run_config, **dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor", "mesh__expert"), shape, strict=True))
+    )
+    found, _ = restored(uninterrupted, other, mesh=make_mesh(other.mesh))
+    assert_bitwise(found, restored(uninterrupted, run_config)[0])
+
+
+def test_resumes_on_another_mesh(run_config, uninterrupted, tmp_path, monkeypatch):
+    """All but one step on eight copies, the last one on 2x2x2: equal to a tolerance."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 19)
+        train.run(run_config, str(tmp_path))
+    assert train.run(replace(run_config, mesh__data=2, mesh__fsdp=2, mesh__tensor=2), str(tmp_path)).finished
+    found, expected = (restored(workdir, run_config, step=20)[0] for workdir in (tmp_path, uninterrupted))
+    # The first moments are linear in the gradients; the parameters after Adam are not compared, for a gradient near
+    # zero may flip a whole step.
+    moments = [state.optimizer[1][0].mu for state in (found, expected)]
+    assert_trees_close(*moments, 1e-4)
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(run_config, tmp_path):
+    train.run(replace(run_config, training__steps=5), str(tmp_path))
+    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
+        train.run(replace(run_config, training__steps=6), str(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run_config, tmp_path, monkeypatch):
+    broken = replace(run_config, checkpoint__every_steps=2, training__steps=8)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        train.run(broken, str(tmp_path))
+    real = train.make_step
+
+    def poisoned(*arguments):
+        step = real(*arguments)
+
+        def run(state, batch):
+            state, result = step(state, batch)
+            return state, result.replace(grad_norm=result.grad_norm * float("nan")) if int(state.step) == 6 else result
+
+        return run
+
+    monkeypatch.setattr(train, "make_step", poisoned)
+    with pytest.raises(DivergedError, match=r"step 6: .*last good checkpoint is step 4"):
+        train.run(broken, str(tmp_path))
+
+
+def test_stopped_in_an_evaluation_it_is_done_after_resuming(run_config, tmp_path, monkeypatch, uninterrupted):
+    """SIGTERM is heeded between the batches of an evaluation, not only between steps."""
+    real = train.score_documents
+
+    def interrupted(*arguments, on_batch, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, on_batch=on_batch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score_documents", interrupted)
+        result = train.run(run_config, str(tmp_path))
+    assert (result.step, result.signal) == (10, signal.SIGTERM)
+    assert not any("eval/main/ce" in line for line in lines(tmp_path))
+    train.run(run_config, str(tmp_path))
+    assert comparable(tmp_path) == comparable(uninterrupted)
+
+
+def command(config, workdir, **more):
+    """The command line that trains this config."""
+    overrides = []
+    for section, fields in replace(config, **more).to_dict().items():
+        for name, value in fields.items():
+            if value is not None:
+                text = ",".join(f"'{item}'" for item in value) + "," if isinstance(value, list | tuple) else value
+                overrides.append(
+                    f"--config.{section}.{name}={f'({text})' if isinstance(value, list | tuple) else text}"
+                )
+    return [sys.executable, "-m", "mtpd_jax.train", "--config=configs/base.py", f"--workdir={workdir}", *overrides]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_sigterm_saves_then_exits(run_config, uninterrupted, tmp_path):
+    """A real process, a real signal; the same command then ends with the uninterrupted run's parameters."""
+    slow = command(run_config, tmp_path / "run", checkpoint__every_steps=1000, logging__every_steps=1)
+    process = subprocess.Popen(slow, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode in (128 + signal.SIGTERM, 0), errors
+    assert process.returncode == 128 + signal.SIGTERM, "the run ended before the signal came"
+    assert "asked to stop; saved step" in errors and "Traceback" not in errors
+    again = subprocess.run(slow, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step" in again.stderr
+    assert_bitwise(restored(tmp_path / "run", run_config)[0], restored(uninterrupted, run_config)[0])
+
+
+KILLED_IN_A_SAVE = """
+    import os, signal, sys
+    from orbax.checkpoint._src.path import atomicity  # imported first, so that it uses the functions patched here
+    real = os.rename
+    def rename(source, target, **options):
+        if str(target).rstrip("/").endswith("checkpoints/10"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(source, target, **options)
+    os.rename = os.replace = rename
+    from mtpd_jax import frontdoor, train
+    frontdoor.guarded(train.main)
+"""
+
+
+def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path):
+    """Killed when the files of step 10 are written and not yet renamed, a run goes on from step 5."""
+    arguments = command(run_config, tmp_path / "run", checkpoint__every_steps=5)[3:]
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED_IN_A_SAVE), *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "5" in names and "10" not in names
+    assert any(name.startswith("10.") for name in names), "it was not killed in the middle of a save"
+    again = subprocess.run(
+        [sys.executable, "-m", "mtpd_jax.train", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step 5" in again.stderr
+    assert_bitwise(restored(tmp_path / "run", run_config)[0], restored(uninterrupted, run_config)[0])
+    assert comparable(tmp_path / "run") == comparable(uninterrupted)
