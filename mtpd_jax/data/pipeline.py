@@ -88,7 +88,14 @@ class TrainingData:
                 f"config.data names {self._documents} documents, but the run was trained on {state['documents']}: "
                 "it can only go on with the data that it began with"
             )
-        self._iterator.set_state(state["iterator"])
+        self._iterator.set_state(_with_tuples(state["iterator"]))
+
+
+def _with_tuples(state: Any) -> Any:
+    """Turns the lists that JSON made of tuples back: grain's packing compares its stored slices with tuples."""
+    if isinstance(state, dict):
+        return {name: _with_tuples(value) for name, value in state.items()}
+    return tuple(state) if isinstance(state, list) else state
 
 
 def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.IterDataset:

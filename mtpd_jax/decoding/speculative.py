@@ -237,6 +237,6 @@ def make_speculative(
     return jax.jit(with_precision)
 
 
-def _slice_rows(values: Hidden, start: Int[Array, " B"], count: int) -> Hidden:
+def _slice_rows(values: Float[Array, "B S D"], start: Int[Array, " B"], count: int) -> Float[Array, "B T D"]:
     """Takes ``count`` positions of each row from its own place on."""
     return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count))(values, start)

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
@@ -122,25 +121,27 @@ def scoring_objective(config: Config) -> Objective:
     return Objective(ones, ones, distillation if ones else None, chunk_rows=config.objective.chunk_rows)
 
 
-@struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class LossTerm:
     """A sum over supervised tokens and the number of them; the mean is taken once, when it is reported."""
 
-    sum: Float[AnyArray, ""]
-    weight: Float[AnyArray, ""]
+    sum: float
+    weight: float
 
     def mean(self) -> float | None:
         """The mean, or None where nothing was supervised."""
-        weight = float(self.weight)
-        return float(self.sum) / weight if weight else None
+        return self.sum / self.weight if self.weight else None
 
 
-def loss_terms(sums: LossSums, weights: Float[Array, " J"], with_kl: bool) -> dict[str, LossTerm]:
-    """Names the terms as ``metrics.jsonl`` does: ``main/ce``, ``head_1/ce``, ``head_1/kl``, ``head_1/agreement``, …"""
-    sums, weights = jax.device_get((sums, weights))
-    terms = {"main/ce": LossTerm(sums.ce[0], weights[0])}
-    for k in range(1, len(weights)):
-        terms[f"head_{k}/ce"] = LossTerm(sums.ce[k], weights[k])
-        terms[f"head_{k}/kl"] = LossTerm(sums.kl[k - 1], weights[k] if with_kl else 0)
-        terms[f"head_{k}/agreement"] = LossTerm(sums.agreement[k - 1], weights[k])
+def loss_terms(sums: LossSums, weights: Float[AnyArray, " J"], with_kl: bool) -> dict[str, LossTerm]:
+    """Names the terms as ``metrics.jsonl`` does: ``main/ce``, ``head_1/ce``, ``head_1/kl``, ``head_1/agreement``, …
+
+    Without a KL in the objective its terms have weight 0, and so no mean.
+    """
+    ce, kl, agreement, weight = (array.tolist() for array in (sums.ce, sums.kl, sums.agreement, weights))
+    terms = {"main/ce": LossTerm(ce[0], weight[0])}
+    for k in range(1, len(weight)):
+        terms[f"head_{k}/ce"] = LossTerm(ce[k], weight[k])
+        terms[f"head_{k}/kl"] = LossTerm(kl[k - 1], weight[k] if with_kl else 0.0)
+        terms[f"head_{k}/agreement"] = LossTerm(agreement[k - 1], weight[k])
     return terms

@@ -1,28 +1,59 @@
 """Speculative decoding against plain decoding, and both against a reference without caches."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.decoding import speculative
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.plain import decoding_parameters, logits_of, prefill
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.losses.objective import training_objective
 from mtpd_jax.model.backbone import build_model
-from tests.builders import model_and_parameters, random_parameters, tiny_config
+from mtpd_jax.training.step import gradients_of_batch
+from tests.builders import model_and_parameters, random_parameters, tiny_config, with_micro_batches
 
 END = 0
+STEPS = 60
 
 
-def small_vocabulary(num_heads, vocabulary=7, kind="cascade", pass_normed=True):
-    """A model whose heads agree with it now and then by chance; ``validate`` would want more tokens."""
-    config = tiny_config(heads__num_heads=num_heads, heads__kind=kind, heads__pass_normed=pass_normed)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=vocabulary))
+@functools.cache
+def small_vocabulary(kind="cascade", trained=True):
+    """A model of seven tokens with four heads, trained until the heads agree with it more often than not.
+
+    ``validate`` would want more tokens; training is on a noisy chain, t -> 3t + 1 modulo 7.
+    """
+    config = tiny_config(heads__num_heads=4, heads__kind=kind, heads__pass_normed=kind == "cascade")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=7))
     model = build_model(config)
-    return model, random_parameters(model, seed=3)
+    parameters = random_parameters(model, seed=2, scale=0.4)
+    if not trained:
+        return model, parameters
+    rng = np.random.default_rng(0)
+    tokens = np.zeros((8, 40), np.int32)
+    for i in range(1, 40):
+        tokens[:, i] = np.where(rng.random(8) < 0.7, (3 * tokens[:, i - 1] + 1) % 7, rng.integers(0, 7, 8))
+    batch = jax.tree.map(jnp.asarray, Batch(tokens, np.ones_like(tokens), np.tile(np.arange(40), (8, 1))))
+    batch = with_micro_batches(batch, 1)
+    optimizer, objective = optax.adam(3e-3), training_objective(config)
+
+    @jax.jit
+    def train(parameters):
+        def step(carry, _):
+            parameters, state = carry
+            gradients = gradients_of_batch(model, objective, parameters, batch)[3]
+            updates, state = optimizer.update(gradients, state)
+            return (optax.apply_updates(parameters, updates), state), None
+
+        return jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=STEPS)[0][0]
+
+    return model, train(parameters)
 
 
 def forward(model, parameters):
@@ -68,7 +99,7 @@ PROMPTS = [np.array(p, np.int32) for p in ([3], [1, 2], [5, 4, 3, 2, 1, 6, 6, 2,
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
 def test_everything_against_a_reference_without_caches(num_heads, kind):
     """Tokens, who proposed them, passes, and how often each head was tried and accepted; a batch of four lengths."""
-    model, parameters = small_vocabulary(num_heads, kind=kind, pass_normed=kind == "cascade")
+    model, parameters = small_vocabulary(kind)
     found = Decoder(model, parameters, END).run(PROMPTS, num_heads=num_heads, max_new_tokens=25)
     total = np.zeros(num_heads, int)
     for prompt, continuation in zip(PROMPTS, found, strict=True):
@@ -81,14 +112,14 @@ def test_everything_against_a_reference_without_caches(num_heads, kind):
         assert list(continuation.accepted) == accepted
         assert list(continuation.proposers) == proposers
         total += accepted
-    assert total[0] > 0  # else nothing was shown
+    assert np.all(total > 0)  # else nothing was shown
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-@pytest.mark.parametrize("max_new_tokens", [1, 2, 7, 40])
-def test_speculative_equals_plain(num_heads, max_new_tokens):
+@pytest.mark.parametrize(("max_new_tokens", "trained"), [(1, True), (2, True), (7, True), (40, True), (40, False)])
+def test_speculative_equals_plain(num_heads, max_new_tokens, trained):
     """Rows of a batch end at different times, by end token or by length inside a block of accepted drafts."""
-    model, parameters = small_vocabulary(4)
+    model, parameters = small_vocabulary(trained=trained)
     decoder = Decoder(model, parameters, END)
     plain = decoder.run(PROMPTS, num_heads=0, max_new_tokens=max_new_tokens)
     found = decoder.run(PROMPTS, num_heads=num_heads, max_new_tokens=max_new_tokens)
@@ -99,20 +130,23 @@ def test_speculative_equals_plain(num_heads, max_new_tokens):
         assert continuation.passes == len(continuation.tokens) - 1
 
 
-def test_always_rejected_drafts_lose_nothing():
-    """Heads that know nothing (300 tokens, random weights): no draft stands, the text is the same."""
+def test_always_rejected_drafts_lose_nothing(monkeypatch):
+    """Drafts of a token that the main head never writes: every round confirms one token, and the text is the same."""
     model, parameters = model_and_parameters(tiny_config(heads__num_heads=4))
-    decoder = Decoder(model, parameters, END)
-    plain = decoder.run(PROMPTS, num_heads=0, max_new_tokens=20)
-    found = decoder.run(PROMPTS, num_heads=4, max_new_tokens=20)
+    plain = Decoder(model, parameters, END).run(PROMPTS, num_heads=0, max_new_tokens=20)
+    never = next(token for token in range(1, 300) if all(token not in c.tokens for c in plain))
+    monkeypatch.setattr(speculative, "choose", lambda keys, logits, _: (jnp.full(logits.shape[:1], never), None))
+    found = Decoder(model, parameters, END).run(PROMPTS, num_heads=4, max_new_tokens=20)
     assert [c.tokens for c in found] == [c.tokens for c in plain]
-    assert sum(sum(c.accepted) for c in found) <= 1
-    assert all(c.tried[0] == c.passes for c in found)
+    for continuation in found:
+        assert continuation.accepted == (0, 0, 0, 0)
+        assert continuation.tried == (continuation.passes, 0, 0, 0)
+        assert continuation.passes == len(continuation.tokens) - 1
 
 
 def test_perfect_drafts_are_all_accepted():
     """A model that always writes the same token is drafted perfectly, also past end-of-length by up to K."""
-    model, parameters = small_vocabulary(4)
+    model, parameters = small_vocabulary()
     parameters = jax.tree.map(jnp.zeros_like, parameters)  # all logits equal: the first index, always
     found = Decoder(model, parameters, end_id=6).run([PROMPTS[2]], num_heads=4, max_new_tokens=22)[0]
     assert found.tokens == (0,) * 22
@@ -125,7 +159,7 @@ def test_perfect_drafts_are_all_accepted():
 def test_draft_logits_equal_training_logits(kind):
     """Head by head, round by round, after acceptances and rejections of every length, for several prompts."""
     num_heads = 4
-    model, parameters = small_vocabulary(num_heads, kind=kind)
+    model, parameters = small_vocabulary(kind)
     logits = forward(model, parameters)
     parameters = decoding_parameters(model, parameters)
     width = max(map(len, PROMPTS))
@@ -157,7 +191,7 @@ def test_draft_logits_equal_training_logits(kind):
             error = np.abs(np.asarray(drafts.logits[row]) - expected).max()
             assert error <= 1e-5 * np.abs(expected).max(), (row, n, error)
             seen.add(int(accepted[row]))
-    assert {0, 1} <= seen
+    assert {0, 4} < seen  # rejected at once, all accepted, and something between
 
 
 def test_parity_notices_stale_caches(monkeypatch):
@@ -173,13 +207,13 @@ def test_parity_notices_stale_caches(monkeypatch):
 
 
 def test_fewer_heads_than_the_model_has():
-    model, parameters = small_vocabulary(4)
+    model, parameters = small_vocabulary()
     two = Decoder(model, parameters, END).run(PROMPTS, num_heads=2, max_new_tokens=20)
     assert all(len(c.tried) == 2 and max(c.proposers) <= 2 for c in two)
 
 
 def test_a_seed_reproduces_whatever_the_batch():
-    model, parameters = small_vocabulary(2)
+    model, parameters = small_vocabulary()
     decoder = Decoder(model, parameters, END)
     options = {"num_heads": 2, "max_new_tokens": 12, "sampling": Sampling(1.0)}
     together = decoder.run(PROMPTS, seed=5, **options)
@@ -195,7 +229,7 @@ def test_a_seed_reproduces_whatever_the_batch():
     [
         ([np.array([], np.int32)], {}, "prompt 1 is empty"),
         ([], {}, "no prompt"),
-        (PROMPTS, {"num_heads": 3}, "heads = 3: expected 0 .* to 2"),
+        (PROMPTS, {"num_heads": 5}, "heads = 5: expected 0 .* to 4"),
         (PROMPTS, {"num_heads": -1}, "heads = -1"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens = 0"),
         (PROMPTS, {"sampling": Sampling(-1.0)}, "temperature = -1"),
@@ -205,6 +239,6 @@ def test_a_seed_reproduces_whatever_the_batch():
     ],
 )
 def test_bad_options_are_refused(prompts, options, message):
-    model, parameters = small_vocabulary(2)
+    model, parameters = small_vocabulary()
     with pytest.raises(ValueError, match=message):
         Decoder(model, parameters, END).run(prompts, **{"num_heads": 2, "max_new_tokens": 3, **options})

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,12 +134,13 @@ def test_old_checkpoints_are_dropped_and_versions_kept(run_config, uninterrupted
     assert record["versions"]["jax"] == jax.__version__
 
 
-def test_another_config_is_refused_by_name(run_config, uninterrupted):
+def test_another_config_is_refused_by_name(run_config, uninterrupted, tmp_path):
     other = replace(run_config, optimizer__learning_rate=1.0, heads__num_heads=1)
     with pytest.raises(ValueError, match="heads.num_heads, optimizer.learning_rate differ"):
         train.run(other, str(uninterrupted))
     more = replace(run_config, training__steps=22, logging__every_steps=1)
-    assert train.run(more, str(uninterrupted)).step == 22
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    assert train.run(more, str(tmp_path / "copy")).step == 22
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 4, 2, 1)], ids=str)
