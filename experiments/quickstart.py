@@ -8,6 +8,7 @@ import dataclasses
 import json
 from typing import Any
 
+import rich.box
 import rich.console
 import rich.table
 
@@ -76,7 +77,7 @@ def summarise(scores: dict[str, DecodingScore]) -> dict[str, Any]:
 def summary_table(summary: dict[str, Any]) -> rich.table.Table:
     """The whole of the quickstart on one screen."""
     greedy, sampled = summary["decoding"], summary["decoding"]["sampled"]
-    table = rich.table.Table(title="quickstart: summary")
+    table = rich.table.Table(title="quickstart: summary", box=rich.box.SIMPLE_HEAD)
     for column in ("", "greedy", "sampled, temperature 1"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("trained", f"{summary['parameters']:,} parameters", f"{summary['train_seconds']:,.0f} s")
@@ -92,7 +93,7 @@ def summary_table(summary: dict[str, Any]) -> rich.table.Table:
             f"{percent(part['acceptance']['conditional'][k])}, {percent(part['acceptance']['cumulative'][k])}"
             for part in (greedy, sampled)
         ]
-        table.add_row(f"head {k + 1}: acceptance, cumulative", *cells)
+        table.add_row(f"head {k + 1}: accepted, cumulative", *cells)
     rows = {
         "tokens per pass": "tokens_per_pass",
         "tokens/s, plain": "plain_tokens_per_second",
@@ -116,7 +117,8 @@ def run(workdir: str) -> dict[str, Any]:
       ValueError: the workdir holds another run.
     """
     console = rich.console.Console(highlight=False)
-    result = train.run(Config.build(quickstart.get_config().to_dict()), workdir)
+    config = Config.build(quickstart.get_config().to_dict())
+    result = train.run(config, workdir)
     if not result.finished:
         raise SystemExit(128 + (result.signal or 0))
     place = open_workdir(workdir).path
@@ -126,7 +128,7 @@ def run(workdir: str) -> dict[str, Any]:
     console.print("scoring held-out files")
     text = evaluate.run(workdir, split_name="validation", limit=SCORED_DOCUMENTS, batch_size=4).text
     console.print(text_table(text))
-    heads = range(quickstart.get_config().heads.num_heads + 1)
+    heads = range(config.heads.num_heads + 1)
     parts = {}
     for name, sampling in (("greedy", GREEDY), ("sampled at temperature 1", Sampling(temperature=1.0))):
         console.print(f"decoding {len(prompts)} held-out prompts, {name}")

@@ -80,10 +80,11 @@ class ObjectiveConfig:
         """
         alpha = 0.3 / max(num_heads, 1) if self.alpha is None else self.alpha
         beta = (1.0 if num_heads == 1 else 0.5) if self.beta is None else self.beta
-        return tuple(
-            coefficient if isinstance(coefficient, tuple) else (float(coefficient),) * num_heads
-            for coefficient in (alpha, beta)
-        )  # pyright: ignore[reportReturnType]
+
+        def per_head(value: float | tuple[float, ...]) -> tuple[float, ...]:
+            return value if isinstance(value, tuple) else (float(value),) * num_heads
+
+        return per_head(alpha), per_head(beta)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Measures a trained run: ``python -m mtpd_jax.evaluate --workdir=DIR [--text=FILE …] [--split=validation] [--prompts=FILE]``.
+"""Measures a trained run: ``python -m mtpd_jax.evaluate --workdir=DIR [--text=FILE …] [--split=…] [--prompts=FILE]``.
 
 Text is scored teacher-forced: cross entropy, bits per byte, each head's agreement with the main head. Prompts (a file
 with one JSON object with the field "prompt" per line) are decoded with several numbers of heads: acceptance, tokens

@@ -100,4 +100,4 @@ def parse_config_flags(arguments: list[str], description: str) -> tuple[Any, str
     for name in ("config", "workdir"):
         if not values[name].value:
             raise ValueError(f"--{name} is missing")
-    return config, values["workdir"].value
+    return config, str(values["workdir"].value)

@@ -5,7 +5,7 @@ On a terminal every token is coloured by who proposed it: the main head, or head
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import rich.console
 import rich.table
@@ -155,7 +155,9 @@ def _generate(
     )
 
 
-def show(console: rich.console.Console, prompt: str, generation: Generation, tokenizer_decode: object) -> None:
+def show(
+    console: rich.console.Console, prompt: str, generation: Generation, decode: Callable[[Sequence[int]], str]
+) -> None:
     """Prints prompt and continuation, coloured by proposer, and the table of figures below them."""
     text = rich.text.Text(prompt, style="dim")
     # Tokens that share a colour are decoded together, so that characters split over several tokens come out whole.
@@ -163,7 +165,7 @@ def show(console: rich.console.Console, prompt: str, generation: Generation, tok
     proposers, tokens = generation.proposers, generation.tokens
     for end in range(1, len(tokens) + 1):
         if end == len(tokens) or proposers[end] != proposers[begin]:
-            piece = tokenizer_decode(tokens[begin:end])  # pyright: ignore[reportCallIssue]
+            piece = decode(tokens[begin:end])
             text.append(piece, style=_COLOURS[proposers[begin] % len(_COLOURS)])
             begin = end
     console.print(text, soft_wrap=True)
@@ -181,7 +183,7 @@ def _table(generation: Generation) -> rich.table.Table:
     if generation.tokens_per_pass is not None:
         table.add_row("tokens per pass", f"{generation.tokens_per_pass:.2f}")
     for k, rates in enumerate(zip(generation.acceptance.conditional, generation.acceptance.cumulative, strict=True), 1):
-        table.add_row(f"head {k}: acceptance, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
+        table.add_row(f"head {k}: accepted, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
     table.add_row("tokens/s", f"{generation.tokens_per_second:,.0f}")
     if generation.plain is not None:
         table.add_row("tokens/s, plain", f"{generation.plain.tokens_per_second:,.0f}")

@@ -19,11 +19,13 @@ Bodies carry the letters as suffixes (``hidden_BxTxD``); signatures carry them i
 tests check at run time; einsum strings use the same letters in lower case.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-# Fields of structures that are fetched from the devices as NumPy arrays.
-AnyArray = Array | np.ndarray
+# Fields of structures that also live on the host, as NumPy arrays. (To the type checker they are one thing.)
+AnyArray = Array if TYPE_CHECKING else Array | np.ndarray
 
 Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import ml_collections
-from etils import epath
 from jax.sharding import Mesh
 
 from mtpd_jax import frontdoor
@@ -129,7 +128,7 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
     if not new:
         tokenizer = place.read_tokenizer(config)
     elif config.tokenizer.path:
-        tokenizer = Tokenizer.load(epath.Path(config.tokenizer.path), config.tokenizer.end_token)
+        tokenizer = Tokenizer.load(config.tokenizer.path, config.tokenizer.end_token)
     else:
         documents = split(source, config.data.validation_fraction, validation=False)
         tokenizer = Tokenizer.train(

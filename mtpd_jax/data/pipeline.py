@@ -30,19 +30,6 @@ class Batch:
     positions: Int[AnyArray, "*axes T"]
 
 
-class _TokenizeTrainingDocument(grain.transforms.Map):
-    """Document -> token ids; a held-out document becomes None, which grain drops."""
-
-    def __init__(self, tokenizer: Tokenizer, validation_fraction: float):
-        self._tokenizer = tokenizer
-        self._validation_fraction = validation_fraction
-
-    def map(self, element: str) -> dict[str, np.ndarray] | None:
-        if held_out(element, self._validation_fraction):
-            return None
-        return {"tokens": self._tokenizer.encode_document(element)}
-
-
 class TrainingData:
     """The endless stream of global batches, each a ``Batch`` of [micro-batch, B, T] int32 arrays.
 
@@ -107,8 +94,11 @@ def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.Iter
 
         return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))
 
-    documents = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat()
-    tokenized = documents.map(_TokenizeTrainingDocument(tokenizer, config.data.validation_fraction))
+    def tokenize(text: str) -> dict[str, np.ndarray] | None:
+        # grain drops what is None: the documents of the other side.
+        return None if held_out(text, config.data.validation_fraction) else {"tokens": tokenizer.encode_document(text)}
+
+    tokenized = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat().map(tokenize)
     rows = experimental.ConcatThenSplitIterDataset(
         tokenized.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)),
         length_struct={"tokens": training.sequence_length},

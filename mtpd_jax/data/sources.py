@@ -68,7 +68,7 @@ class TfdsSource:
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder(name, data_dir=directory or None)
+            builder: Any = tfds.builder(name, data_dir=directory or None)
             self._records = builder.as_data_source(split)
         except Exception as error:  # the library raises many kinds, and all of them mean that this set cannot be read
             reason = str(error).strip().splitlines()[0]
@@ -142,7 +142,7 @@ def expand(patterns: Sequence[str], name: str) -> list[pathlib.Path]:
     """
     found: dict[pathlib.Path, None] = {}
     for pattern in patterns:
-        matches = [path for path in map(pathlib.Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]
+        matches = [path for path in map(pathlib.Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207
         if not matches:
             raise ValueError(f"{name} = {pattern!r}: expected a file, or a glob that matches one")
         found.update(dict.fromkeys(matches))

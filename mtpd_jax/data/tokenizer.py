@@ -1,10 +1,10 @@
-"""The tokenizer: a byte-level BPE trained on the training split, or any tokenizer.json, with a token that ends documents."""
+"""The tokenizer: a byte-level BPE trained on the training split, or any tokenizer.json that can end a document."""
 
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 
@@ -44,8 +44,8 @@ class Tokenizer:
           limit: stop reading after this many bytes of text.
         """
         bpe = tokenizers.Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-        bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary_size,
             special_tokens=[end_token],
@@ -56,14 +56,14 @@ class Tokenizer:
         return cls(bpe, end_token)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, end_token: str) -> "Tokenizer":
+    def load(cls, path: epath.PathLike, end_token: str) -> "Tokenizer":
         """Loads a tokenizer.json.
 
         Raises:
           ValueError: the file is missing or is not a tokenizer, or lacks the end token.
         """
         try:
-            text = pathlib.Path(path).read_text(encoding="utf-8")
+            text = epath.Path(path).read_text()
             return cls(tokenizers.Tokenizer.from_str(text), end_token)
         except ValueError:
             raise

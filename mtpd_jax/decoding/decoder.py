@@ -13,6 +13,7 @@ from mtpd_jax.decoding.plain import Rows, logits_of, make_plain, precision_of
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.decoding.speculative import make_speculative
 from mtpd_jax.model.backbone import LanguageModel
+from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Array
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled. Our choice.
@@ -94,7 +95,7 @@ class Decoder:
         positions = jnp.arange(place)[None]
 
         def top_two(parameters: Any, row: Array) -> Array:
-            hidden = self._model.apply({"params": parameters}, row, jnp.ones_like(row), positions).main  # pyright: ignore
+            hidden = apply(self._model, parameters, row, jnp.ones_like(row), positions).main
             return jax.lax.top_k(logits_of(hidden[0, -1], parameters), 2)[0]
 
         with jax.default_matmul_precision(precision_of(self._model)):
@@ -124,7 +125,7 @@ class Decoder:
                 loop = make_speculative(self._model, num_heads=num_heads, **options)
             else:
                 loop = make_plain(self._model, **options)
-            self._compiled[key] = loop.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
+            self._compiled[key] = loop.lower(*arguments).compile()
         return self._compiled[key]
 
 

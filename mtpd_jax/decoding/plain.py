@@ -1,6 +1,6 @@
 """Plain decoding, one token per pass: the reference for speculative decoding and its baseline; and what both share."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from flax import struct
 from mtpd_jax.decoding.sampling import Sampling, choose, fold
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.cache import KVCache, empty_cache, visible
-from mtpd_jax.model.layers import compute_dtype
+from mtpd_jax.model.layers import apply, compute_dtype
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Hidden, Int
 
 
@@ -89,8 +89,8 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(padded), prompts.shape)
     cache = empty_cache(model.config.layers, batch, slots, model.config, compute_dtype(model.config))
     start = jnp.zeros(batch, jnp.int32)
-    hidden, cache = model.apply(
-        {"params": parameters}, prompts, positions, visible(positions, slots), cache, start, method=model.extend
+    hidden, cache = apply(
+        model, parameters, prompts, positions, visible(positions, slots), cache, start, method=model.extend
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     first, _ = choose(fold(keys, lengths), logits_of(last, parameters), sampling)
@@ -136,7 +136,8 @@ def append(
     count = jnp.where(rows.finished, 0, jnp.minimum(count, first_end + 1))
     length = rows.length + count
     proposer = jnp.where(index < drafted[:, None], index + 1, 0)
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         tokens=write(rows.tokens, candidates, rows.length),
         proposer=write(rows.proposer, proposer, rows.length),
         length=length,
@@ -144,9 +145,7 @@ def append(
     )
 
 
-def make_plain(
-    model: LanguageModel, *, max_new_tokens: int, end_id: int, sampling: Sampling
-) -> Callable[[Any, Array, Array, Array], Rows]:
+def make_plain(model: LanguageModel, *, max_new_tokens: int, end_id: int, sampling: Sampling) -> Any:
     """Returns the jitted loop (parameters, prompts [B, P], lengths [B], keys [B]) -> ``Rows`` with K = 0."""
 
     def decode(parameters: Any, prompts: Array, lengths: Array, keys: Array) -> Rows:
@@ -164,12 +163,10 @@ def make_plain(
             rows, cache = state
             position = (rows.length - 1)[:, None]
             mask = visible(position, rows.tokens.shape[1])
-            hidden, cache = model.apply(
-                {"params": parameters}, read(rows.tokens, position[:, 0], 1), position, mask, cache, position[:, 0],
-                method=model.extend,
-            )  # fmt: skip
+            newest = read(rows.tokens, position[:, 0], 1)
+            hidden, cache = apply(model, parameters, newest, position, mask, cache, position[:, 0], method=model.extend)
             token, _ = choose(fold(keys, rows.length), logits_of(hidden[:, 0], parameters), sampling)
-            rows = rows.replace(passes=rows.passes + ~rows.finished)
+            rows = dataclasses.replace(rows, passes=rows.passes + ~rows.finished)
             return append(rows, token[:, None], one, one * 0, end_id), cache
 
         rows, _ = jax.lax.while_loop(unfinished, one_token, (rows, cache))

@@ -12,7 +12,7 @@ states h^0: with that, whatever was accepted, every entry of every head's cache 
 training, except for the newest positions, whose look-ahead tokens are the drafts themselves.
 """
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from mtpd_jax.losses.terms import argmax
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.cache import KVCache, empty_cache, visible
 from mtpd_jax.model.heads import Head, head_parameters
-from mtpd_jax.model.layers import compute_dtype
+from mtpd_jax.model.layers import apply, compute_dtype
 from mtpd_jax.shapes import Array, Float, Hidden, Int
 
 # Numbers folded into a row's key, to keep its draws apart: drafts use 1…K.
@@ -97,12 +97,12 @@ class Cascade:
         count = state.shape[1]
         positions = first[:, None] + jnp.arange(count)[None, :]
         ahead = read(tokens, first + depth, count)
-        embedded = self._model.apply({"params": parameters}, ahead, method=self._model.embed)
+        embedded = apply(self._model, parameters, ahead, method=self._model.embed)
         weights = head_parameters(parameters["heads"], self._model.heads_config.kind, depth)
         mask = visible(positions, cache.keys.shape[1], self._margin)
-        state, (normed, cache) = self._head.apply(
-            {"params": weights}, state, embedded, cache, positions, mask, first + self._margin
-        )  # pyright: ignore[reportGeneralTypeIssues]
+        state, (normed, cache) = apply(
+            self._head, weights, state, embedded, cache, positions, mask, first + self._margin
+        )
         return state, normed, cache
 
     def prefill(self, parameters: Any, hidden: Hidden, rows: Rows) -> tuple[KVCache, ...]:
@@ -161,9 +161,7 @@ def verify(
     inputs = jnp.concatenate([read(rows.tokens, first, 1), drafts.tokens], axis=1)
     positions = first[:, None] + jnp.arange(num_drafts + 1)[None, :]
     mask = visible(positions, rows.tokens.shape[1])
-    hidden, cache = model.apply(
-        {"params": parameters}, inputs, positions, mask, state.cache, first, method=model.extend
-    )  # pyright: ignore[reportGeneralTypeIssues]
+    hidden, cache = apply(model, parameters, inputs, positions, mask, state.cache, first, method=model.extend)
     logits = logits_of(hidden, parameters)
     if drafts.probabilities is None:
         choices = argmax(logits)
@@ -194,8 +192,8 @@ def advance(
     room = (rows.limit - rows.length)[:, None]
     tried = (k <= accepted[:, None]) & (k < room) & ~ended & ~rows.finished[:, None]
     stands = tried & (k < accepted[:, None])
-    counted = rows.replace(
-        passes=rows.passes + ~rows.finished, tried=rows.tried + tried, accepted=rows.accepted + stands
+    counted = dataclasses.replace(
+        rows, passes=rows.passes + ~rows.finished, tried=rows.tried + tried, accepted=rows.accepted + stands
     )
     moved = append(counted, candidates, accepted + 1, accepted, end_id)
     both = jnp.concatenate([state.window, hidden], axis=1)
@@ -204,7 +202,7 @@ def advance(
 
 def make_speculative(
     model: LanguageModel, *, num_heads: int, max_new_tokens: int, end_id: int, sampling: Sampling
-) -> Callable[[Any, Array, Array, Array], Rows]:
+) -> Any:
     """Returns the jitted loop (parameters, prompts [B, P], lengths [B], keys [B]) -> ``Rows``.
 
     Greedy output equals plain decoding's up to rounding; sampled output has plain decoding's distribution.

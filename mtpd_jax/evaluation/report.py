@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import rich.box
 import rich.table
 from etils import epath
 
@@ -23,15 +24,15 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def bounded(interval: Interval) -> str:
-    """``mean [low, high]``, or the mean alone where there is no interval."""
-    if interval.low is None or interval.high is None or interval.low == interval.high:
+    """The mean and half the width of its interval, or the mean alone where there is none; JSON has both ends."""
+    if interval.low is None or interval.high is None or interval.high - interval.low < 1e-9:
         return number(interval.mean)
-    return f"{number(interval.mean)} [{number(interval.low)}, {number(interval.high)}]"
+    return f"{number(interval.mean)} ±{number((interval.high - interval.low) / 2)}"
 
 
 def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
     """One row per head of each text: cross entropy, KL and agreement, teacher-forced."""
-    table = rich.table.Table(title="text, teacher-forced")
+    table = rich.table.Table(title="text, teacher-forced", box=rich.box.SIMPLE_HEAD)
     for column in ("text", "head", "CE, nats", "bits/byte", "KL, nats", "agreement"):
         table.add_column(column, justify="left" if column == "text" else "right", overflow="fold")
     for name, score in scores.items():
@@ -50,10 +51,13 @@ def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
 def decoding_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table:
     """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals over prompts."""
     prompts = next(iter(by_heads.values())).prompts
-    table = rich.table.Table(title=f"decoding: {name} ({prompts} prompts)", caption="[95 % interval over prompts]")
-    columns = ("heads", "acceptance, %", "cumulative, %", "tokens/pass", "tokens/s", "x plain", "x 1 head", "same")
+    # Narrow enough for a terminal of 80 columns at four heads.
+    table = rich.table.Table(
+        title=f"decoding: {name} ({prompts} prompts, ± 95 % interval)", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    columns = ("heads", "accepted %", "cumulative", "tokens/pass", "tok/s", "x plain", "x K=1", "same")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for heads, score in by_heads.items():
         conditional, cumulative = (
             " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates)

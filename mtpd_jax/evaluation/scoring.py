@@ -1,4 +1,4 @@
-"""Teacher-forced scores of held-out text: cross entropy, bits per byte, and each head's agreement with the main head."""
+"""Teacher-forced scores of a text: cross entropy, bits per byte, and each head's agreement with the main head."""
 
 import dataclasses
 import math
@@ -13,6 +13,7 @@ from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.losses.objective import Objective
 from mtpd_jax.losses.terms import LossSums
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Array
 from mtpd_jax.sharding import BATCH_AXES, within
 
@@ -63,7 +64,7 @@ def make_scorer(model: LanguageModel, objective: Objective, mesh: Mesh) -> Score
 
     def score(parameters: object, rows: Batch) -> tuple[Array, LossSums]:
         weights = objective.count(rows.segment_ids)
-        hidden = model.apply({"params": parameters}, rows.tokens, rows.segment_ids, rows.positions)
+        hidden = apply(model, parameters, rows.tokens, rows.segment_ids, rows.positions)
         unembedding = unembedding_of(parameters)
         _, sums = objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, mesh)
         return weights, sums

@@ -99,7 +99,7 @@ def _over_mesh(static: Any, with_gradients: bool, arrays: tuple[Array, ...]) -> 
 
     def run_and_reduce(*local: Array) -> Any:
         total, sums, gradients = run(*local)
-        if with_gradients:
+        if gradients is not None:
             gradients = gradients[0], jax.lax.psum(gradients[1], BATCH_AXES)
         return *jax.lax.psum((total, sums), BATCH_AXES), gradients
 
@@ -169,7 +169,7 @@ def _over_chunks(
     ((total, sums), matrix_gradient), hidden_gradient = jax.lax.scan(
         one_chunk, start, (cut(hidden), cut(targets), cut(mask))
     )
-    if not with_gradients:
+    if hidden_gradient is None:
         return total, sums, None
     hidden_gradient = hidden_gradient.reshape(chunks * size, heads, width)[:rows].reshape(hidden.shape)
     return total, sums, (hidden_gradient, matrix_gradient)

@@ -87,7 +87,7 @@ class Heads(nn.Module):
             variable_axes={} if tied else {"params": 0},
             variable_broadcast="params" if tied else False,
             split_rngs={"params": not tied},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=self.heads.num_heads,
             metadata_params={} if tied else {nn.PARTITION_NAME: "heads"},
         )(self.config, self.heads.pass_normed, name="head")

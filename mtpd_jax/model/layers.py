@@ -21,6 +21,11 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
+def apply(module: nn.Module, parameters: Any, *inputs: Any, **options: Any) -> Any:
+    """Runs a Linen module as a pure function. Nothing here has mutable collections, so outputs are all it returns."""
+    return module.apply({"params": parameters}, *inputs, **options)
+
+
 def partitioned(initializer: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
     """Attaches logical axis names (see ``sharding.ShardingRules``) to what an initializer returns."""
     return nn.with_logical_partitioning(initializer, axes)
@@ -92,7 +97,7 @@ class Attention(nn.Module):
             key_BxTxGxH = norm(config, "key_norm")(key_BxTxGxH)
         query_BxTxNxH = rotate(query_BxTxNxH, positions, config.rope_theta)
         key_BxTxGxH = rotate(key_BxTxGxH, positions, config.rope_theta)
-        if cache is not None:
+        if cache is not None and start is not None:
             cache = cache.write(start, key_BxTxGxH, value_BxTxGxH)
             key_BxTxGxH, value_BxTxGxH = cache.keys, cache.values
         mixed_BxTxNxH = jax.nn.dot_product_attention(query_BxTxNxH, key_BxTxGxH, value_BxTxGxH, mask=mask[:, None])

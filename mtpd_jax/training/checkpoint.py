@@ -56,7 +56,7 @@ class Checkpointer:
           progress: JSON: the data iterator's state and the counters of the loop.
         """
         record = {"config": config.to_dict(), "versions": package_versions(), **progress}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(record))  # pyright: ignore[reportCallIssue]
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(record))
         self._manager.save(step, args=items, force=True)
 
     def wait(self) -> None:
@@ -69,8 +69,8 @@ class Checkpointer:
         Raises:
           ValueError: it cannot be read, or its shapes are others.
         """
-        state = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))  # pyright: ignore[reportCallIssue]
-        restored = self._restore(ocp.args.Composite(state=state, progress=ocp.args.JsonRestore()))  # pyright: ignore[reportCallIssue]
+        state = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+        restored = self._restore(ocp.args.Composite(state=state, progress=ocp.args.JsonRestore()))
         return restored["state"], restored["progress"]
 
     def restore_parameters(self, abstract: TrainState) -> Any:
@@ -82,7 +82,7 @@ class Checkpointer:
         name = "parameters" if abstract.average is None else "average"
         wanted = {name: getattr(abstract, name)}
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        state = ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True)  # pyright: ignore[reportCallIssue]
+        state = ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True)
         return self._restore(ocp.args.Composite(state=state))["state"][name]
 
     def _restore(self, items: ocp.args.Composite) -> Any:

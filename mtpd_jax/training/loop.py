@@ -158,7 +158,7 @@ class Loop:
             "tokens": self._tokens,
             "loss": float(result.loss),
             **means,
-            "learning_rate": float(self._schedule(done - 1)),
+            "learning_rate": float(jax.device_get(self._schedule(done - 1))),
             "grad_norm": float(result.grad_norm),
             "tokens_per_second": rate,
             "mfu": None if rate is None else utilisation(self._config, rate),

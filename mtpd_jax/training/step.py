@@ -13,6 +13,7 @@ from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.losses.objective import Objective
 from mtpd_jax.losses.terms import LossSums
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Array, Float, Int
 from mtpd_jax.sharding import batch_sharding, within
 from mtpd_jax.training.state import TrainState
@@ -40,8 +41,8 @@ def loss_of_rows(
     model: LanguageModel, objective: Objective, parameters: Any, rows: Batch, weights: Array, mesh: Mesh | None
 ) -> tuple[Float[Array, ""], LossSums]:
     """Runs model and objective on [B, T] rows; returns their share of the loss and the sums behind it."""
-    hidden = model.apply(
-        {"params": parameters}, rows.tokens, rows.segment_ids, rows.positions, detach_trunk=objective.detach_trunk
+    hidden = apply(
+        model, parameters, rows.tokens, rows.segment_ids, rows.positions, detach_trunk=objective.detach_trunk
     )
     return objective.loss(hidden, unembedding_of(parameters), rows.tokens, rows.segment_ids, weights, mesh)
 
