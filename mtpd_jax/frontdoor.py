@@ -29,11 +29,11 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def guarded(main: Callable[[], int]) -> NoReturn:
-    """Runs a front door; a ValueError, which is how the library says "bad input", ends it with one line."""
+    """Runs a front door; bad input (ValueError) and files that cannot be read or written end it with one line."""
     logging.set_verbosity(logging.ERROR)  # orbax warns about what is meant: reading a run without writing to it
     try:
         status = main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     raise SystemExit(status)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mtpd_jax import frontdoor
@@ -139,6 +140,8 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
             f"config.model.vocabulary_size = {config.model.vocabulary_size}: "
             f"expected at least the tokenizer's {tokenizer.size}"
         )
+    if jax.process_count() > 1:  # none writes before all have looked at what was there
+        multihost_utils.sync_global_devices("workdir checked")
     if jax.process_index() == 0:
         place.write_config(config)
         if new:

@@ -64,6 +64,7 @@ class MetricsLog:
         self._remote = workdir.path if workdir.remote else None
         self._scratch = tempfile.TemporaryDirectory() if workdir.remote else None
         self._folder = pathlib.Path(self._scratch.name if self._scratch else workdir.path)
+        self._local = self._folder / "metrics.jsonl"
         self._lines: list[dict[str, Any]] = []
         self._writing = jax.process_index() == 0
         stored = workdir.path / "metrics.jsonl"
@@ -72,9 +73,7 @@ class MetricsLog:
         self._writer = None
         if not self._writing:
             return
-        local = self._folder / "metrics.jsonl"
-        write_atomically(epath.Path(local), "".join(json.dumps(line) + "\n" for line in self._lines))
-        self._file = local.open("a", encoding="utf-8")
+        self._rewrite()
         if tensorboard:
             self._writer = tensorboardX.SummaryWriter(str(self._folder / "tb"), purge_step=resumed_step + 1)
 
@@ -84,31 +83,35 @@ class MetricsLog:
     def __exit__(self, *_: Any) -> None:
         if self._writing:
             self.publish()
-            self._file.close()
             if self._writer is not None:
                 self._writer.close()
         if self._scratch:
             self._scratch.cleanup()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Adds one line; None becomes null, and is left out of TensorBoard."""
-        line = {"step": step, **values}
-        self._lines.append(line)
+        """Adds values to the step's line; None becomes null, and is left out of TensorBoard."""
+        again = bool(self._lines) and self._lines[-1]["step"] == step
+        if again:
+            self._lines[-1].update(values)
+        else:
+            self._lines.append({"step": step, **values})
         if not self._writing:
             return
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if again:
+            self._rewrite()
+        else:
+            with self._local.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self._lines[-1]) + "\n")
         for name, value in values.items():
             if self._writer is not None and value is not None:
                 self._writer.add_scalar(name, value, step)
 
+    def _rewrite(self) -> None:
+        write_atomically(epath.Path(self._local), "".join(json.dumps(line) + "\n" for line in self._lines))
+
     def has(self, step: int, name: str) -> bool:
         """Whether a value of that name was written for that step."""
         return any(line["step"] == step and name in line for line in self._lines)
-
-    def last(self, name: str) -> float | None:
-        """The newest value of that name."""
-        return next((line[name] for line in reversed(self._lines) if name in line), None)
 
     def publish(self) -> None:
         """Uploads everything, if the run lives in a bucket."""

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import jax
 import rich.console
 import rich.progress
 
@@ -11,7 +12,7 @@ class Progress:
     """A bar where somebody watches; elsewhere the lines that the job writes through ``say``. A context manager."""
 
     def __init__(self, label: str, total: int, done: int = 0):
-        self._console = rich.console.Console(stderr=True)
+        self._console = rich.console.Console(stderr=True, quiet=jax.process_index() != 0)
         self._total, self._done, self._first_done = total, done, done
         self._start = time.monotonic()
         self._bar = rich.progress.Progress(

@@ -22,7 +22,7 @@ from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.loop import DivergedError
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
-from mtpd_jax.training.workdir import open_workdir
+from mtpd_jax.training.workdir import Workdir, open_workdir
 from tests.builders import assert_trees_close, replace, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -100,7 +100,8 @@ def test_training_on_while_a_checkpoint_is_written_does_not_change_it(run_config
 def test_metrics_have_the_documented_names(uninterrupted):
     training = [line for line in lines(uninterrupted) if "loss" in line]
     evaluation = [line for line in lines(uninterrupted) if "eval/main/ce" in line]
-    assert [line["step"] for line in training] == [5, 10, 15, 20]
+    assert [line["step"] for line in lines(uninterrupted)] == [5, 10, 15, 20]  # one object per step
+    assert len(training) == 4
     assert [line["step"] for line in evaluation] == [10, 20]
     heads = {f"head_{k}/{name}" for k in (1, 2) for name in ("ce", "kl", "agreement")}
     assert heads | {"main/ce", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "mfu"} <= set(training[0])
@@ -113,9 +114,30 @@ def test_metrics_have_the_documented_names(uninterrupted):
 
 def test_plain_mtp_reports_no_kl(run_config, tmp_path):
     train.run(replace(run_config, objective__beta=0.0, training__steps=5), str(tmp_path))
-    training, evaluation = lines(tmp_path)
-    assert training["head_1/kl"] is None and training["head_1/agreement"] is not None
-    assert evaluation["eval/head_1/kl"] > 0
+    (line,) = lines(tmp_path)
+    assert line["head_1/kl"] is None and line["head_1/agreement"] is not None
+    assert line["eval/head_1/kl"] > 0
+
+
+def test_a_run_in_a_bucket_writes_locally_and_uploads(run_config, uninterrupted, tmp_path, monkeypatch):
+    """The same files in the same place, from a folder where nothing can be appended to."""
+    monkeypatch.setattr(Workdir, "remote", True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 12)
+        train.run(run_config, str(tmp_path))
+    assert lines(tmp_path)[-1]["step"] == 10
+    train.run(run_config, str(tmp_path))
+    assert comparable(tmp_path) == comparable(uninterrupted)
+    assert len(list((tmp_path / "tb").glob("events*"))) == 2
+
+
+def test_metrics_beyond_the_restored_step_are_dropped(run_config, uninterrupted, tmp_path):
+    """As after a crash between two checkpoints, the last line cut short."""
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    with (tmp_path / "copy" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "loss": 1.0}\n{"step": 22, "lo')
+    train.run(run_config, str(tmp_path / "copy"))
+    assert comparable(tmp_path / "copy") == comparable(uninterrupted)
 
 
 def test_a_finished_run_says_so(run_config, uninterrupted, capsys):
