@@ -114,9 +114,8 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
                 stop,
                 progress,
             )
-            if done < steps:
-                done = loop.run(state, done, tokens, seconds)
-                tokens, seconds = loop.tokens, loop.seconds
+            done = loop.run(state, done, tokens, seconds)
+            tokens, seconds = loop.tokens, loop.seconds
             if stop.signal is not None and done < steps:
                 progress.say(f"{place.path}: asked to stop; saved step {done}")
     signal = None if done >= steps else stop.signal

@@ -40,14 +40,7 @@ class TrainingData:
     """
 
     def __init__(self, config: Config, source: Source, tokenizer: Tokenizer):
-        """Opens the stream at its beginning.
-
-        Raises:
-          ValueError: every document is held out.
-        """
-        fraction = config.data.validation_fraction
-        if all(held_out(source[index], fraction) for index in range(len(source))):
-            raise ValueError(f"config.data.validation_fraction = {fraction}: holds out all {len(source)} documents")
+        """Opens the stream at its beginning."""
         self._documents = len(source)
         self._iterator = iter(_dataset(config, source, tokenizer))
 

@@ -91,8 +91,8 @@ def open_source(config: DataConfig) -> Source:
     """Opens the documents that a config names.
 
     Raises:
-      ValueError: a path matches nothing, a line is not JSON or lacks the field, a data set cannot be read, or there
-        is no document at all.
+      ValueError: a path matches nothing, a line is not JSON or lacks the field, a data set cannot be read, there is
+        no document at all, or every document is held out.
     """
     if config.source == "python":
         source: Source = FileSource(_python_files(config.packages))
@@ -113,6 +113,9 @@ def open_source(config: DataConfig) -> Source:
         source = TfdsSource(config.name, config.split, config.directory, config.field)
     if not len(source):
         raise ValueError(f"config.data.source = {config.source!r}: found no document")
+    fraction = config.validation_fraction
+    if next(split(source, fraction, validation=False), None) is None:
+        raise ValueError(f"config.data.validation_fraction = {fraction}: holds out all {len(source)} documents")
     return source
 
 

@@ -204,9 +204,9 @@ def test_other_data_are_refused(stream, text_file, tmp_path):
 
 
 def test_all_held_out_is_refused(stream):
-    config, source, tokenizer = stream
+    config, _, _ = stream
     with pytest.raises(ValueError, match="holds out all 60 documents"):
-        TrainingData(replace(config, data__validation_fraction=0.999999), source, tokenizer)
+        open_source(replace(config, data__validation_fraction=0.999999).data)
 
 
 def test_each_device_gets_its_rows_of_the_global_batch(stream):
