@@ -67,12 +67,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.schedule = "cosine"  # cosine | linear | wsd (constant, then a linear decay)
     config.optimizer.warmup_steps = 500  # of linear warm-up
     config.optimizer.decay_fraction = 0.2  # wsd: the share of all steps over which the rate decays
-    config.optimizer.final_fraction = 0.1  # of the peak learning rate, at the last step
+    config.optimizer.final_fraction = 0.1  # of the peak learning rate, where the decay ends, after the last step
     config.optimizer.weight_decay = 0.1  # of matrices; norms and biases are not decayed
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.epsilon = 1e-8
-    config.optimizer.clip_norm = 1.0  # of the global gradient norm; None: no clipping
+    config.optimizer.clip_norm = config_dict.FieldReference(1.0, field_type=object)  # of the global norm; None: none
     config.optimizer.ema_decay = config_dict.placeholder(float)  # of the averaged copy that is evaluated; None: no copy
 
     config.training = ml_collections.ConfigDict()

@@ -106,7 +106,7 @@ def summary_table(summary: dict[str, Any]) -> rich.table.Table:
     for label, name in rows.items():
         digits = 0 if name.endswith(("second", "heads")) else 2
         table.add_row(label, number(greedy[name], digits), number(sampled[name], digits))
-    table.add_row("identical to plain decoding", "yes" if greedy["identical"] else "NO", "(by distribution)")
+    table.add_row("identical to plain decoding", "yes" if greedy["identical"] else "no", "(by distribution)")
     return table
 
 

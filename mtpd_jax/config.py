@@ -303,6 +303,12 @@ def _validate_objective(objective: ObjectiveConfig, heads: HeadsConfig) -> None:
     _require(objective.mode == "joint", "objective.mode", objective.mode, "joint")
     kinds = ("forward", "reverse", "js")
     _require(objective.kl in kinds, "objective.kl", objective.kl, "one of " + ", ".join(kinds))
+    _require(
+        objective.detach_teacher or not objective.detach_trunk,
+        "objective.detach_teacher",
+        objective.detach_teacher,
+        "True with detach_trunk: the teacher's logits are the trunk's",
+    )
     for name in ("alpha", "beta"):
         value = getattr(objective, name)
         if isinstance(value, tuple):
@@ -340,6 +346,7 @@ def _validate_training(config: Config) -> None:
         training.sequence_length,
         f"more than heads.num_heads + 1 = {heads.num_heads + 1}, so that the last head has a target",
     )
+    _require(training.seed < 2**32, "training.seed", training.seed, "less than 2**32")
     mesh = config.mesh
     _require(not mesh.data == mesh.fsdp == -1, "mesh.data", mesh.data, "at most one of data and fsdp to be -1")
     _require(mesh.expert == 1, "mesh.expert", mesh.expert, "1 (no layer has experts)")

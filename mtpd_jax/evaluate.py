@@ -2,7 +2,8 @@
 
 Text is scored teacher-forced: cross entropy, bits per byte, each head's agreement with the main head. Prompts (a file
 with one JSON object with the field "prompt" per line) are decoded with several numbers of heads: acceptance, tokens
-per pass, wall clock against plain decoding on the same prompts.
+per pass, wall clock against plain decoding on the same prompts. Greedy text that differs from plain decoding's by more
+than a tie exits with status 1.
 """
 
 import dataclasses
@@ -175,6 +176,7 @@ def main() -> int:
     frontdoor.add_sampling_flags(parser)
     parser.add_argument("--json", help="write the report to this file")
     flags = parser.parse_args()
+    frontdoor.check_json_path(flags.json)
     report = run(
         flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
@@ -187,7 +189,7 @@ def main() -> int:
         console.print(decoding_table(name, found.heads))
     if flags.json:
         write_json(flags.json, report.to_json())
-    return 0
+    return int(any(score.failed for found in report.decoding.values() for score in found.heads.values()))
 
 
 if __name__ == "__main__":

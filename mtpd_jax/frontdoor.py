@@ -6,10 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import jax
 from absl import flags, logging
+from etils import epath
 from ml_collections import config_flags
 
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.training.loop import DivergedError
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,12 +32,22 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def guarded(main: Callable[[], int]) -> NoReturn:
-    """Runs a front door; bad input (ValueError) and files that cannot be read or written end it with one line."""
+    """Runs a front door and exits with its status.
+
+    Bad input (ValueError), files that cannot be read or written, and a device out of memory end it with one line and
+    status 2; a diverged loss with status 1.
+    """
     logging.set_verbosity(logging.ERROR)  # orbax warns about what is meant: reading a run without writing to it
     try:
         status = main()
     except (ValueError, OSError) as error:
         fail(str(error))
+    except DivergedError as error:
+        fail(str(error), status=1)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(f"out of memory: take a smaller batch, model or number of tokens ({str(error)[:200]})")
     raise SystemExit(status)
 
 
@@ -54,9 +67,21 @@ def sampling_of(flags: argparse.Namespace) -> Sampling:
     Raises:
       ValueError: a value is out of range.
     """
+    if not 0 <= flags.seed < 2**32:
+        raise ValueError(f"--seed={flags.seed}: expected 0 to 2**32 - 1")
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
     sampling.validate()
     return sampling
+
+
+def check_json_path(path: str | None) -> None:
+    """Checks that a ``--json`` file can be written, before the work whose figures it is for.
+
+    Raises:
+      ValueError: its folder is not there.
+    """
+    if path is not None and not epath.Path(path).parent.is_dir():
+        raise ValueError(f"--json={path}: there is no folder {epath.Path(path).parent}")
 
 
 def integers(text: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Continues a prompt: ``python -m mtpd_jax.generate --workdir=DIR --prompt=TEXT [--compare] …``.
 
-On a terminal every token is coloured by who proposed it: the main head, or head 1…K, whose draft was accepted.
+On a terminal every token is coloured by who proposed it: the main head, or head 1…K, whose draft was accepted. Greedy
+text that differs from plain decoding's by more than a tie exits with status 1.
 """
 
 import dataclasses
@@ -213,6 +214,7 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true", help="decode plainly, too, and compare")
     parser.add_argument("--json", help="write the figures to this file")
     flags = parser.parse_args()
+    frontdoor.check_json_path(flags.json)
     sampling = frontdoor.sampling_of(flags)
     text = flags.prompt if flags.prompt is not None else _read(flags.prompt_file)
     trained = open_run(flags.workdir)
@@ -223,7 +225,7 @@ def main() -> int:
     show(rich.console.Console(highlight=False), text, generation, trained.tokenizer.decode)
     if flags.json:
         write_json(flags.json, dataclasses.asdict(generation))
-    return 0
+    return int(generation.divergence is not None and not generation.divergence.tie)
 
 
 def _read(path: str) -> str:

@@ -10,8 +10,7 @@
     L  Transformer layers of the backbone
     K  multi-token-prediction heads (depths)
     J  all heads, J = K+1: the main head is row 0
-    M  head modules with weights of their own (K for a cascade, 1 for a recurrent head)
-    P  rows of a chunk of the loss
+    P  rows of a chunk of the loss; R = P·J rows of its logits
     S  slots of a key/value cache
     V  vocabulary
 

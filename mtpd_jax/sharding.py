@@ -43,6 +43,8 @@ RULES = ShardingRules()
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """Builds the mesh (data, fsdp, tensor, expert); an axis of -1 takes the devices that are left.
 
+    Without a -1, one process may leave devices unused.
+
     Raises:
       ValueError: the axes' sizes do not multiply to the number of devices.
     """
@@ -50,10 +52,13 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     sizes = dataclasses.asdict(config)
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
-    if int(np.prod(shape)) != len(devices):
+    used = int(np.prod(shape))
+    too_few = -1 in sizes.values() or jax.process_count() > 1
+    if used > len(devices) or used == 0 or (used < len(devices) and too_few):
         raise ValueError(
             f"config.mesh = {sizes}: the axes must multiply to the number of devices, which is {len(devices)}"
         )
+    devices = devices[:used]
     # Auto, because Linen's logical constraints cannot be placed on the Explicit axes that make_mesh now defaults to.
     return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 

@@ -26,11 +26,11 @@ from mtpd_jax.model.backbone import LanguageModel, build_model, count_parameters
 from mtpd_jax.sharding import check_divisible, make_mesh
 from mtpd_jax.training.checkpoint import Checkpointer
 from mtpd_jax.training.interrupt import StopRequest
-from mtpd_jax.training.loop import DivergedError, Evaluate, Loop
+from mtpd_jax.training.loop import Evaluate, Loop
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mtpd_jax.training.progress import Progress
-from mtpd_jax.training.state import abstract_state, initial_state
+from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
 from mtpd_jax.training.workdir import Workdir, open_workdir, write_atomically
 
@@ -77,6 +77,8 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
     check_divisible(mesh, config.model, config.training)
     source = open_source(config.data)
     tokenizer = _prepare(config, place, source)
+    if jax.process_count() > 1:  # none goes on before the workdir is there
+        multihost_utils.sync_global_devices("workdir ready")
     model, optimizer = build_model(config), make_optimizer(config)
     abstract = abstract_state(model, optimizer, config, mesh)
     steps, parameters = config.training.steps, count_parameters(abstract.parameters)
@@ -85,7 +87,8 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
         TrainingData(config, source, tokenizer) as data,
         StopRequest() as stop,
     ):
-        done, tokens, seconds, news = 0, 0, 0.0, f"training {parameters:,} parameters for {steps} steps"
+        done, tokens, seconds = 0, 0, 0.0
+        news = f"training {parameters:,} parameters for {steps} steps on {_describe(mesh)}"
         if checkpointer.latest_step() is None:
             state = initial_state(model, optimizer, config, mesh)
         else:
@@ -97,6 +100,8 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
                 if done >= steps
                 else f"resuming from step {done} of {steps}"
             )
+        if done < steps and jax.process_index() == 0:
+            place.write_config(config)  # with what a resume may change
         with (
             Progress("training", steps, done) as progress,
             MetricsLog(place, done, config.logging.tensorboard) as metrics,
@@ -104,7 +109,14 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
             progress.say(f"{place.path}: {news}")
             loop = Loop(
                 config,
-                make_step(model, training_objective(config), optimizer, mesh, config.optimizer.ema_decay),
+                make_step(
+                    model,
+                    training_objective(config),
+                    optimizer,
+                    mesh,
+                    state_shardings(abstract),
+                    config.optimizer.ema_decay,
+                ),
                 learning_rate_schedule(config),
                 _evaluator(config, model, mesh, source, tokenizer),
                 data,
@@ -141,11 +153,18 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
         )
     if jax.process_count() > 1:  # none writes before all have looked at what was there
         multihost_utils.sync_global_devices("workdir checked")
-    if jax.process_index() == 0:
+    if new and jax.process_index() == 0:
         place.write_config(config)
-        if new:
-            write_atomically(place.tokenizer_file, tokenizer.to_json())
+        write_atomically(place.tokenizer_file, tokenizer.to_json())
     return tokenizer
+
+
+def _describe(mesh: Mesh) -> str:
+    """How many devices, and how they are arranged if they are more than one."""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    return f"{mesh.devices.size} of {jax.device_count()} {mesh.devices.flat[0].platform} devices" + f" ({axes})" * bool(
+        axes
+    )
 
 
 def _evaluator(config: Config, model: LanguageModel, mesh: Mesh, source: Source, tokenizer: Tokenizer) -> Evaluate:
@@ -178,10 +197,7 @@ def _evaluator(config: Config, model: LanguageModel, mesh: Mesh, source: Source,
 def main() -> int:
     """Parses the flags, trains, reports."""
     config, workdir = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
-    try:
-        result = run(config, workdir)
-    except DivergedError as error:
-        frontdoor.fail(str(error), status=1)
+    result = run(config, workdir)
     return 0 if result.signal is None else 128 + result.signal
 
 

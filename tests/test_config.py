@@ -34,6 +34,7 @@ from tests.builders import replace, tiny_config
         ("training.micro_batches", 3),
         ("training.sequence_length", 3),
         ("mesh.expert", 2),
+        ("training.seed", 2**32),
     ],
 )
 def test_bad_values_are_named(field, value):

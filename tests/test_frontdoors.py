@@ -1,14 +1,20 @@
 """The commands as a user types them: what they print and write, and one clear line for every mistake."""
 
+import io
 import json
 import pathlib
 import shutil
 
 import pytest
+import rich.console
+from ml_collections import config_dict
 
 from configs import base, quickstart
+from experiments import quickstart as quickstart_module
 from mtpd_jax import evaluate, frontdoor, generate, train
 from mtpd_jax.config import Config
+from mtpd_jax.evaluation.acceptance import Acceptance
+from mtpd_jax.evaluation.comparison import Divergence
 from tests.builders import tiny_config
 
 DOORS = {"train": train, "generate": generate, "evaluate": evaluate}
@@ -122,8 +128,9 @@ def test_validation_scores_agree_with_the_training_log(workdir):
         (["--config=configs/base.py", "--workdir=W", "--config.objective.mode=loop"], ["loop", "expected joint"]),
         (["--config=configs/base.py", "--workdir=W", "--config.objective.beta=(1.0,2.0)"], ["objective.beta", "4"]),
         (["--config=configs/base.py", "--workdir=W", "--config.data.source=text"], ["config.data.paths"]),
-        (["--config=configs/base.py", "--workdir=W", "--config.mesh.data=3"], ["config.mesh", "number of devices"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.mesh.data=16"], ["config.mesh", "number of devices"]),
         (["--config=configs/base.py", "--workdir=W", "--config.tokenizer.path=/no/such.json"], ["/no/such.json"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.training.seed=4294967296"], ["seed = 4294967296"]),
         (["--config=configs/base.py", "--workdir=W", "extra"], ["extra"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
@@ -163,7 +170,9 @@ def test_a_folder_with_something_else_is_left_alone(call, tmp_path, monkeypatch)
         (["--workdir=RUN", "--prompt=x", "--temperature=-1"], ["temperature = -1.0"]),
         (["--workdir=RUN", "--prompt=x", "--top_p=0.5"], ["need a temperature"]),
         (["--workdir=RUN", "--prompt_file=/no/such/file"], ["/no/such/file"]),
-        (["--workdir=RUN", "--prompt=x", "--json=/no/such/folder/x.json"], ["/no/such/folder/x.json"]),
+        (["--workdir=RUN", "--prompt=x", "--json=/no/such/folder/x.json"], ["/no/such/folder"]),
+        (["--workdir=RUN", "--prompt=x", "--seed=9223372036854775808"], ["--seed=9223372036854775808"]),
+        (["--workdir=gs://no-bucket/run", "--prompt=x"], ["gs://no-bucket/run"]),
         (["--workdir=RUN", "--prompt=x", "--colour=red"], ["--colour=red"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
@@ -204,6 +213,43 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
         shutil.copytree(workdir, copy)
         damage(copy)
         assert_one_line(call("generate", f"--workdir={copy}", "--prompt=x"), str(copy))
+
+
+def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):
+    """Shown as such, with exit status 1; a tie is none."""
+    for margin, status, words in ((0.5, 1, "NOT A TIE"), (1e-6, 0, "a tie")):
+        found = Divergence(3, margin, margin < 1e-4)
+        monkeypatch.setattr(generate, "first_divergence", lambda *_, found=found: found)
+        outcome = call("generate", f"--workdir={workdir}", "--prompt=a mat", "--max_new_tokens=5", "--compare")
+        assert outcome[0] == status
+        assert words in outcome[1] or "yes" in outcome[1]
+
+
+def test_on_a_terminal_tokens_are_coloured_by_proposer():
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    generation = generate.Generation(
+        "abc", (1, 2, 3), (0, 1, 0), 1, 2.0, 1.0, 3.0, Acceptance((1.0,), (1.0,))
+    )  # fmt: skip
+    generate.show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
+    shown = console.file.getvalue()
+    assert "\x1b[32mb\x1b[0m" in shown and "\x1b[32ma" not in shown  # green: head 1
+
+
+def test_the_quickstart_writes_its_summary(text_file, tmp_path, monkeypatch):
+    """The whole of it on a tiny model; the names are those that other tools read."""
+    tiny = tiny_config(data__source="text", data__paths=(text_file,), training__steps=6, heads__num_heads=2)
+    monkeypatch.setattr(quickstart_module.quickstart, "get_config", lambda: config_dict.ConfigDict(tiny.to_dict()))
+    monkeypatch.setattr(quickstart_module, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(quickstart_module, "NEW_TOKENS", 6)
+    quickstart_module.run(str(tmp_path / "run"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert set(summary) == {"train_seconds", "parameters", "main", "heads", "decoding"}
+    flat = {"prompts", "tokens_per_pass", "acceptance", "plain_tokens_per_second", "speculative_tokens_per_second",
+            "speedup", "identical", "distinct_4grams", "best_heads", "best_speedup", "by_heads"}  # fmt: skip
+    assert set(summary["decoding"]) == flat | {"sampled"} and set(summary["decoding"]["sampled"]) == flat
+    assert summary["decoding"]["identical"] is True and summary["decoding"]["sampled"]["identical"] is None
+    assert list(summary["decoding"]["by_heads"]) == ["1", "2"]
+    assert len(summary["heads"]) == 2 and set(summary["heads"][0]) == {"ce", "kl", "agreement"}
 
 
 def test_help_lists_what_there_is(call):

@@ -1,5 +1,6 @@
 """From documents to packed batches, with grain: one deterministic global stream, the same in every process."""
 
+import hashlib
 from typing import Any
 
 import grain
@@ -41,7 +42,7 @@ class TrainingData:
 
     def __init__(self, config: Config, source: Source, tokenizer: Tokenizer):
         """Opens the stream at its beginning."""
-        self._documents = len(source)
+        self._source = {"documents": len(source), "digest": hashlib.sha256(source.outline().encode()).hexdigest()}
         self._iterator = iter(_dataset(config, source, tokenizer))
 
     def __enter__(self) -> "TrainingData":
@@ -55,18 +56,19 @@ class TrainingData:
 
     def get_state(self) -> dict[str, Any]:
         """The place in the stream after the last batch drawn, as JSON."""
-        return {"documents": self._documents, "iterator": self._iterator.get_state()}
+        return {"source": self._source, "iterator": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a place in the stream.
 
         Raises:
-          ValueError: the source does not hold as many documents as the one that the state came from.
+          ValueError: the source is not the one that the state came from: other documents, or other sizes.
         """
-        if state["documents"] != self._documents:
+        found, expected = self._source, state["source"]
+        if found != expected:
             raise ValueError(
-                f"config.data names {self._documents} documents, but the run was trained on {state['documents']}: "
-                "it can only go on with the data that it began with"
+                f"config.data: the {found['documents']} documents found are not the {expected['documents']} "
+                "that the run was trained on, or have changed; it can only go on with the data that it began with"
             )
         self._iterator.set_state(_with_tuples(state["iterator"]))
 

@@ -25,12 +25,19 @@ class Source(Protocol):
         """Returns the text of one document."""
         ...
 
+    def outline(self) -> str:
+        """Names and sizes of what was read: a changed source is told from the same one without reading all of it."""
+        ...
+
 
 class FileSource:
     """One document per file."""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
         self._paths = paths
+
+    def outline(self) -> str:
+        return repr([(path.name, path.stat().st_size) for path in self._paths])
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -53,6 +60,9 @@ class SpanSource:
         self._parse = parse
         self._spans = [(file, *span) for file, content in enumerate(self._maps) for span in find(content)]
 
+    def outline(self) -> str:
+        return repr(self._spans)
+
     def __len__(self) -> int:
         return len(self._spans)
 
@@ -71,14 +81,20 @@ class TfdsSource:
             builder: Any = tfds.builder(name, data_dir=directory or None)
             self._records = builder.as_data_source(split)
         except Exception as error:  # the library raises many kinds, and all of them mean that this set cannot be read
-            reason = str(error).strip().splitlines()[0]
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
                 f"config.data.name = {name!r}, split {split!r}: not readable as a random-access data set ({reason}); "
                 "prepare it with file_format='array_record', or name another"
             ) from error
         self._field = field
-        if len(self._records) and field not in self._records[0]:
-            raise ValueError(f"config.data.field = {field!r}: {name} has {', '.join(self._records[0])}")
+        self._outline = f"{name} {split} {builder.info.version} {len(self._records)}"
+        first = self._records[0] if len(self._records) else {field: b""}
+        if not isinstance(first.get(field), bytes):
+            texts = [name for name, value in first.items() if isinstance(value, bytes)]
+            raise ValueError(f"config.data.field = {field!r}: expected a field that holds text: {', '.join(texts)}")
+
+    def outline(self) -> str:
+        return self._outline
 
     def __len__(self) -> int:
         return len(self._records)
@@ -106,7 +122,7 @@ def open_source(config: DataConfig) -> Source:
     elif config.source == "jsonl":
         source = SpanSource(
             expand(config.paths, "config.data.paths"),
-            lambda content: _between(content, b"\n"),
+            lambda content: _json_lines(content, config.field),
             lambda raw: json_field(raw, config.field),
         )
     else:
@@ -166,6 +182,13 @@ def json_field(line: str | bytes, field: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} = {value!r}: expected text")
     return value
+
+
+def _json_lines(content: bytes | mmap.mmap, field: str) -> Iterator[tuple[int, int]]:
+    """Yields the ranges of lines, each of them checked: a bad one must not turn up hours into a run."""
+    for start, end in _between(content, b"\n"):
+        json_field(content[start:end], field)
+        yield start, end
 
 
 def _python_files(packages: bool) -> list[pathlib.Path]:

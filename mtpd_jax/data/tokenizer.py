@@ -86,20 +86,20 @@ class Tokenizer:
         """The text of token ids; special tokens write nothing."""
         return self._tokenizer.decode([int(token) for token in ids])
 
-    def byte_lengths(self, text: str, ids: np.ndarray) -> np.ndarray:
-        """UTF-8 bytes that each token of a document stands for, [T] int64; the end token stands for none.
+    def encode_document_and_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a document with its end token, and the UTF-8 bytes that each stands for, both [T+1].
 
-        A character that is split over several tokens counts with the first of them.
+        The end token stands for none. A character that is split over several tokens counts with the first of them.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        starts = np.array([start for start, _ in encoding.offsets] + [len(text)])
-        # Offsets count characters; they are made to partition the text, whatever the tokenizer strips.
-        starts[0] = 0
-        starts = np.maximum.accumulate(starts)
-        character_bytes = np.array([len(character.encode("utf-8", errors="replace")) for character in text], np.int64)
-        before = np.concatenate([[0], np.cumsum(character_bytes)])
-        lengths = np.diff(before[starts])
-        return np.concatenate([lengths, np.zeros(len(ids) - len(lengths), np.int64)])
+        ids = np.asarray([*encoding.ids, self.end_id], np.int32)
+        # Offsets count characters; their ends are made to partition the text, whatever the tokenizer strips.
+        ends = np.array([end for _, end in encoding.offsets], np.int64)
+        ends[-1:] = len(text)
+        character_bytes = [len(character.encode("utf-8", errors="replace")) for character in text]
+        bytes_before = np.concatenate([[0], np.cumsum(character_bytes, dtype=np.int64)])
+        lengths = np.diff(bytes_before[np.maximum.accumulate(ends)], prepend=0)
+        return ids, np.append(lengths, 0)
 
 
 def _at_most(documents: Iterable[str], limit: int) -> Iterator[str]:

@@ -70,7 +70,7 @@ class Decoder:
         Raises:
           ValueError: an empty prompt, or options out of range.
         """
-        self._check(prompts, num_heads, max_new_tokens, sampling)
+        self._check(prompts, num_heads, max_new_tokens, sampling, first_row)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = -(-int(lengths.max()) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
         padded = np.zeros((len(prompts), width), np.int32)
@@ -102,7 +102,9 @@ class Decoder:
             first, second = jax.jit(top_two)(self._parameters, row)
         return float(first - second)
 
-    def _check(self, prompts: Sequence[np.ndarray], num_heads: int, max_new_tokens: int, sampling: Sampling) -> None:
+    def _check(
+        self, prompts: Sequence[np.ndarray], num_heads: int, max_new_tokens: int, sampling: Sampling, first_row: int
+    ) -> None:
         sampling.validate()
         most = self._model.heads_config.num_heads
         if not 0 <= num_heads <= most:
@@ -113,7 +115,7 @@ class Decoder:
             raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least one")
         if not prompts:
             raise ValueError("no prompt was given")
-        for number, prompt in enumerate(prompts, 1):
+        for number, prompt in enumerate(prompts, first_row + 1):
             if not len(prompt):
                 raise ValueError(f"prompt {number} is empty: decoding needs at least one token to begin from")
 

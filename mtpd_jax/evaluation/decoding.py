@@ -44,6 +44,11 @@ class DecodingScore:
     distinct_4grams: float | None
     prompts: int
 
+    @property
+    def failed(self) -> bool:
+        """Whether greedy text differs from plain decoding's by more than rounding explains."""
+        return any(not divergence.tie for divergence in self.divergences)
+
 
 def decode_prompts(
     decoder: Decoder,

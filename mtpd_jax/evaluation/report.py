@@ -72,7 +72,7 @@ def decoding_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.
             number(score.tokens_per_second.mean, 0),
             bounded(score.speedup_over_plain),
             number(one_head),
-            {True: "yes", False: "NO", None: "–"}[score.identical],
+            "–" if score.identical is None else "yes" if score.identical else "NO" if score.failed else "tie",
         )
     return table
 

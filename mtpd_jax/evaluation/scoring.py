@@ -131,8 +131,8 @@ def score_documents(
     def rows() -> Iterator[np.ndarray]:
         nonlocal encoded_bytes
         for text in documents:
-            ids = tokenizer.encode_document(text)
-            encoded_bytes += int(tokenizer.byte_lengths(text, ids)[1:].sum())
+            ids, byte_lengths = tokenizer.encode_document_and_bytes(text)
+            encoded_bytes += int(byte_lengths[1:].sum())
             yield from windows(ids, length)
 
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from mtpd_jax.losses.terms import Distillation, LossSums, chunk_terms
+from mtpd_jax.losses.terms import Distillation, LossSums, chunk_terms, zero_sums
 from mtpd_jax.shapes import Array, Bool, Float, Int
 from mtpd_jax.sharding import BATCH_AXES
 
@@ -164,8 +164,7 @@ def _over_chunks(
         return (jax.tree.map(jnp.add, (total, sums), value), matrix_gradient), hidden_gradient
 
     zero = jnp.zeros((), jnp.float32)
-    zeros = (zero, LossSums(jnp.zeros(heads), jnp.zeros(heads - 1), jnp.zeros(heads - 1)))
-    start = (zeros, jnp.zeros(unembedding.shape, jnp.float32) if with_gradients else zero)
+    start = ((zero, zero_sums(heads - 1)), jnp.zeros(unembedding.shape, jnp.float32) if with_gradients else zero)
     ((total, sums), matrix_gradient), hidden_gradient = jax.lax.scan(
         one_chunk, start, (cut(hidden), cut(targets), cut(mask))
     )

@@ -49,6 +49,11 @@ class LossSums:
     agreement: Float[AnyArray, " K"]
 
 
+def zero_sums(num_heads: int) -> LossSums:
+    """Sums over no rows."""
+    return LossSums(jnp.zeros(num_heads + 1), jnp.zeros(num_heads), jnp.zeros(num_heads))
+
+
 def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     """The first index of the largest entry; on XLA's CPU backend many times faster than ``jnp.argmax``."""
     indices = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)

@@ -32,6 +32,7 @@ class Checkpointer:
             max_to_keep=keep,
             create=keep is not None,
             read_only=keep is None,
+            cleanup_tmp_directories=keep is not None,  # what a killed process left of a save
             enable_async_checkpointing=keep is not None,
         )
         self._manager = ocp.CheckpointManager(self._path, options=options)
@@ -99,8 +100,8 @@ class Checkpointer:
             ) from error
 
 
-def restored_parameters(workdir: Workdir, abstract: TrainState) -> tuple[int, Any]:
-    """The newest checkpoint's step and evaluated parameters.
+def restored_parameters(workdir: Workdir, abstract: TrainState) -> Any:
+    """The newest checkpoint's evaluated parameters.
 
     Raises:
       ValueError: see ``Checkpointer.restore_parameters``.
@@ -108,5 +109,4 @@ def restored_parameters(workdir: Workdir, abstract: TrainState) -> tuple[int, An
     if not workdir.checkpoints.exists():
         raise ValueError(f"{workdir.checkpoints}: holds no complete checkpoint")
     with Checkpointer(workdir) as checkpointer:
-        parameters = checkpointer.restore_parameters(abstract)
-        return int(checkpointer.latest_step() or 0), jax.block_until_ready(parameters)
+        return jax.block_until_ready(checkpointer.restore_parameters(abstract))

@@ -11,12 +11,13 @@ from jax.experimental import multihost_utils
 class StopRequest:
     """Reads true once the process was asked to stop. A context manager: the old handlers come back on leaving.
 
-    A second Ctrl-C interrupts at once. With several processes JAX's own preemption service decides, so that all of
-    them stop after the same step.
+    A second Ctrl-C interrupts at once. With several processes it is JAX's own preemption service that heeds SIGTERM, so
+    that all of them stop at the same place; Ctrl-C then interrupts as it does anywhere.
     """
 
     def __init__(self) -> None:
         self._asked: int | None = None
+        self._questions = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -40,8 +41,12 @@ class StopRequest:
         """The signal that asked, or None."""
         return self._asked
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self._asked = int(signal.SIGTERM)
+    def asked(self) -> bool:
+        """Whether to stop now. With several processes all must ask equally often, and all get the same answer."""
+        if jax.process_count() > 1 and self._asked is None:
+            # JAX settles on a number that no process has reached yet, and steps stand still in an evaluation; the
+            # questions do not.
+            self._questions += 1
+            if multihost_utils.reached_preemption_sync_point(self._questions):
+                self._asked = int(signal.SIGTERM)
         return self._asked is not None

@@ -38,9 +38,14 @@ class _Meter:
     tokens: int = 0
     seconds: float = 0.0
     since: float | None = None
+    started: bool = False
 
     def run(self) -> None:
-        self.since = time.monotonic()
+        self.started, self.since = True, time.monotonic()
+
+    def resume(self) -> None:
+        if self.started:
+            self.run()
 
     def pause(self) -> None:
         if self.since is not None:
@@ -99,7 +104,7 @@ class Loop:
         # A run that was stopped in the middle of an evaluation does it now.
         if self._evaluation_due(done) and not self._metrics.has(done, "eval/main/ce"):
             self._run_evaluation(state, done)
-        while done < last and not self._stop.asked(done):
+        while done < last and not self._stop.asked():
             batch = put_on_devices(next(self._data), self._sharding)
             state, result = self._step(state, batch)
             done += 1
@@ -112,7 +117,7 @@ class Loop:
                 self._run_evaluation(state, done)
             if done % config.checkpoint.every_steps == 0 or done == last:
                 self._save(state, done)
-        if self._stop.asked(done) and self._checkpointer.latest_step() != done:
+        if self._checkpointer.latest_step() != done:  # asked to stop in between
             self._save(state, done)
         self._checkpointer.wait()
         return done
@@ -143,7 +148,7 @@ class Loop:
                 raise DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {kept}")
             self._tokens += int(tokens)
             if self._meter.since is None:  # the first result came with compilation, which is not training speed
-                self._meter.run()
+                self._meter.resume()
             else:
                 self._meter.tokens += int(tokens)
         return result
@@ -182,18 +187,17 @@ class Loop:
     def _run_evaluation(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)
         self._meter.pause()
-        found = self._evaluate(state.evaluated, lambda: not self._stop.asked(done))
+        found = self._evaluate(state.evaluated, lambda: not self._stop.asked())
         if found is not None:
             self._metrics.write(done, {f"eval/{name}": value for name, value in found.items()})
             shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
             self._progress.say(f"step {done}  held out:  {shown}")
-        if done < self._config.training.steps:
-            self._meter.run()
+        self._meter.resume()
 
     def _save(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)
         self._meter.pause()
         progress = {"data": self._data.get_state(), "tokens": self._tokens, "seconds": self.seconds}
+        self._metrics.publish()  # first, so that no checkpoint is newer than the metrics
         self._checkpointer.save(done, state, self._config, progress)
-        self._metrics.publish()
-        self._meter.run()
+        self._meter.resume()

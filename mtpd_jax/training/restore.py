@@ -24,7 +24,6 @@ class TrainedRun:
       config, tokenizer, model: of the run.
       parameters: the averaged ones if the run keeps an average; a whole copy on every device.
       mesh: all devices along ``data``, whatever mesh the run was trained on.
-      step: optimizer steps done.
     """
 
     config: Config
@@ -32,7 +31,6 @@ class TrainedRun:
     model: LanguageModel
     parameters: Any
     mesh: Mesh
-    step: int
 
 
 def open_run(workdir: str) -> TrainedRun:
@@ -46,5 +44,5 @@ def open_run(workdir: str) -> TrainedRun:
     tokenizer = place.read_tokenizer(config)
     model = build_model(config)
     mesh = make_mesh(MeshConfig(data=jax.device_count(), fsdp=1, tensor=1, expert=1))
-    step, parameters = restored_parameters(place, abstract_state(model, make_optimizer(config), config, mesh))
-    return TrainedRun(config, tokenizer, model, parameters, mesh, step)
+    parameters = restored_parameters(place, abstract_state(model, make_optimizer(config), config, mesh))
+    return TrainedRun(config, tokenizer, model, parameters, mesh)

@@ -60,11 +60,16 @@ def abstract_state(
     )
 
 
+def state_shardings(abstract: TrainState) -> TrainState:
+    """The shardings of an abstract state's leaves."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
 def initial_state(
     model: LanguageModel, optimizer: optax.GradientTransformation, config: Config, mesh: Mesh
 ) -> TrainState:
     """Creates the state on the mesh; no device ever holds more than its own share of it."""
     create = _initializer(model, optimizer, config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, config, mesh))
+    shardings = state_shardings(abstract_state(model, optimizer, config, mesh))
     sharded_create = jax.jit(within(mesh, lambda key: nn.meta.unbox(create(key))), out_shardings=shardings)
     return sharded_create(jax.random.key(config.training.seed))

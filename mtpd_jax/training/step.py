@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.losses.objective import Objective
-from mtpd_jax.losses.terms import LossSums
+from mtpd_jax.losses.terms import LossSums, zero_sums
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Array, Float, Int
-from mtpd_jax.sharding import batch_sharding, within
+from mtpd_jax.sharding import batch_sharding, replicated, within
 from mtpd_jax.training.state import TrainState
 
 
@@ -59,11 +59,12 @@ def gradients_of_batch(
 
         return jax.value_and_grad(loss, has_aux=True)(parameters)
 
-    first = of_rows(jax.tree.map(lambda part: part[0], batch))
-    if batch.tokens.shape[0] > 1:
-        rest = jax.tree.map(lambda part: part[1:], batch)
-        first, _ = jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, of_rows(rows)), None), first, rest)
-    (loss, sums), gradients = first
+    if batch.tokens.shape[0] == 1:
+        (loss, sums), gradients = of_rows(jax.tree.map(lambda part: part[0], batch))
+    else:
+        zeros = (jnp.zeros(()), zero_sums(objective.num_heads)), jax.tree.map(jnp.zeros_like, parameters)
+        summed = jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, of_rows(rows)), None), zeros, batch)
+        (loss, sums), gradients = summed[0]
     return loss, sums, weights, gradients
 
 
@@ -72,9 +73,17 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    shardings: TrainState,
     ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
-    """Returns the jitted step; it consumes the state that it is given (donation)."""
+    """Returns the jitted step; it consumes the state that it is given (donation).
+
+    Args:
+      model, objective, optimizer, mesh: what to train, and where.
+      shardings: of the state, leaf by leaf (see ``state_shardings``); it goes out as it came in, so that a resumed
+        run executes the same program as one that went on.
+      ema_decay: of the averaged parameters; None if the state has none.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
         loss, sums, weights, gradients = gradients_of_batch(model, objective, state.parameters, batch, mesh)
@@ -87,5 +96,9 @@ def make_step(
         result = StepResult(loss, sums, weights, optax.global_norm(gradients), tokens)
         return TrainState(state.step + 1, parameters, optimizer_state, average), result
 
-    # The state comes in with the shardings that it was created with, and goes out with the same.
-    return jax.jit(within(mesh, step), donate_argnums=0, in_shardings=(None, batch_sharding(mesh)))
+    return jax.jit(
+        within(mesh, step),
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+    )

@@ -46,7 +46,9 @@ class Workdir:
                     f"{self.path} holds a run with another config: {', '.join(changed)} {verb}; "
                     "use another --workdir, or the config that it was made with"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and not (
+            self.path.is_dir() and all(_is_temporary(file) for file in self.path.iterdir())
+        ):
             raise ValueError(f"{self.path} exists and holds no run (no config.json): use a new or an empty folder")
 
     def read_config(self) -> Config:
@@ -79,9 +81,22 @@ class Workdir:
 
 
 def open_workdir(path: str) -> Workdir:
-    """Names a run's folder. A local path is made absolute, which is what checkpoints need."""
-    named = epath.Path(path)
+    """Names a run's folder. A local path is made absolute, which is what checkpoints need.
+
+    Raises:
+      ValueError: it is a bucket, and what reads buckets is not installed.
+    """
+    try:
+        named = epath.Path(path)
+        named.exists()
+    except ImportError as error:
+        raise ValueError(f"--workdir={path}: {error} (pip install 'etils[epath-gcs]')") from error
     return Workdir(named if "://" in str(path) else named.expanduser().resolve())
+
+
+def _is_temporary(path: epath.Path) -> bool:
+    """Whether a file is what ``write_atomically`` leaves when it is killed."""
+    return path.name.endswith(".tmp")
 
 
 def write_atomically(path: epath.Path, text: str) -> None:

@@ -56,7 +56,10 @@ def test_jsonl_source_reads_a_field(tmp_path):
     source = open_source(data_config(source="jsonl", paths=(str(path),), field="body"))
     assert [source[0], source[1], len(source)] == ["x\ny", "ü", 2]
     with pytest.raises(ValueError, match="field 'text'"):
-        open_source(data_config(source="jsonl", paths=(str(path),), field="text"))[0]
+        open_source(data_config(source="jsonl", paths=(str(path),), field="text"))
+    path.write_text(path.read_text() + "not JSON\n")  # found at once, not in the middle of a run
+    with pytest.raises(ValueError, match="not JSON"):
+        open_source(data_config(source="jsonl", paths=(str(path),), field="body"))
 
 
 def test_tfds_source_without_tensorflow(tmp_path):
@@ -128,8 +131,11 @@ def test_tokenizer_round_trips_any_text(stream, tmp_path):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.end_id not in ids  # a document cannot end itself
-        lengths = tokenizer.byte_lengths(text, tokenizer.encode_document(text))
-        assert lengths.sum() == len(text.encode()) and len(lengths) == len(ids) + 1
+        document, lengths = tokenizer.encode_document_and_bytes(text)
+        assert document.tolist() == tokenizer.encode_document(text).tolist() == [*ids, tokenizer.end_id]
+        assert lengths.sum() == len(text.encode()) and lengths[-1] == 0
+    ids, lengths = tokenizer.encode_document_and_bytes("aß漢b")  # 1, 2, 3 and 1 bytes, of which two are split
+    assert lengths[lengths > 0].tolist() == [1, 2, 3, 1] and lengths.tolist() == [1, 2, 0, 3, 0, 0, 1, 0]
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())
     assert Tokenizer.load(path, END).encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
@@ -172,9 +178,16 @@ def test_order_depends_on_the_seed_and_changes_every_epoch(stream):
 
     np.testing.assert_array_equal(first(0), first(0))
     assert np.any(first(0) != first(1))
-    tokens = first(0)[::3, 0]  # without segment ids and positions
-    rows = [row.tobytes() for row in tokens.reshape(-1, config.training.sequence_length)]
-    assert len(set(rows)) > len(rows) / 2  # 40 batches are several epochs
+    # Without the shuffle of rows, documents follow each other as they were drawn: their order is told by their ends.
+    unshuffled = replace(config, data__shuffle_window=0)
+    with TrainingData(unshuffled, source, tokenizer) as data:
+        stream_of_tokens = np.concatenate(draw(data, 60))[::3].ravel()
+    drawn = np.split(stream_of_tokens, np.nonzero(stream_of_tokens == tokenizer.end_id)[0] + 1)
+    names = [piece.tobytes() for piece in drawn[:-1]]
+    epoch = sum(1 for _ in split(source, 0.2, False))
+    assert len(names) > 2 * epoch
+    assert sorted(names[:epoch]) == sorted(names[epoch : 2 * epoch])  # each document once per epoch
+    assert names[:epoch] != names[epoch : 2 * epoch]
 
 
 @pytest.mark.parametrize("position", [0, 1, 5, 17])
@@ -196,11 +209,16 @@ def test_other_data_are_refused(stream, text_file, tmp_path):
     with TrainingData(config, source, tokenizer) as data:
         state = data.get_state()
     path = tmp_path / "more.txt"
-    path.write_text(pathlib.Path(text_file).read_text() + END + "one more")
     other = replace(config, data__paths=(str(path),))
+    text = pathlib.Path(text_file).read_text()
+    for changed, count in ((text + END + "one more", 61), (text.replace("cat", "cats", 1), 60)):
+        path.write_text(changed)
+        with TrainingData(other, open_source(other.data), tokenizer) as data:
+            with pytest.raises(ValueError, match=f"the {count} documents found are not the 60 that"):
+                data.set_state(state)
+    path.write_text(text)
     with TrainingData(other, open_source(other.data), tokenizer) as data:
-        with pytest.raises(ValueError, match="61 documents, but the run was trained on 60"):
-            data.set_state(state)
+        data.set_state(state)
 
 
 def test_all_held_out_is_refused(stream):

@@ -116,7 +116,7 @@ def test_everything_against_a_reference_without_caches(num_heads, kind):
 
 
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
-@pytest.mark.parametrize(("max_new_tokens", "trained"), [(1, True), (2, True), (7, True), (40, True), (40, False)])
+@pytest.mark.parametrize(("max_new_tokens", "trained"), [(2, True), (7, True), (40, True), (40, False)])
 def test_speculative_equals_plain(num_heads, max_new_tokens, trained):
     """Rows of a batch end at different times, by end token or by length inside a block of accepted drafts."""
     model, parameters = small_vocabulary(trained=trained)

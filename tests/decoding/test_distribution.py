@@ -17,7 +17,7 @@ from mtpd_jax.decoding.speculative import make_speculative
 from mtpd_jax.model.backbone import build_model
 from tests.builders import random_parameters, tiny_config
 
-VOCABULARY, NEW, SAMPLES, END = 4, 5, 40_000, 3
+VOCABULARY, NEW, SAMPLES, END = 4, 5, 20_000, 3
 PROMPT = (1, 2, 0)
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import numpy as np
@@ -27,11 +29,11 @@ PROCESS = """
     from mtpd_jax.config import Config
     assert jax.device_count() == 8 and jax.local_device_count() == 4
     result = train.run(Config.build(json.load(open(sys.argv[3]))), sys.argv[4])
-    assert result.finished
+    assert result.finished or result.signal
 """
 
 
-def run_two(config, workdir, folder):
+def start_two(config, workdir, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -40,11 +42,15 @@ def run_two(config, workdir, folder):
         **os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     }  # fmt: skip
     command = [sys.executable, "-c", textwrap.dedent(PROCESS), address]
-    processes = [
+    return [
         subprocess.Popen([*command, str(number), str(folder / "config.json"), str(workdir)], env=environment,
                          cwd=ROOT, stderr=subprocess.PIPE, text=True)
         for number in range(2)
     ]  # fmt: skip
+
+
+def run_two(config, workdir, folder):
+    processes = start_two(config, workdir, folder)
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
 
@@ -69,3 +75,23 @@ def test_two_processes_equal_one_and_go_on_where_one_stopped(text_file, tmp_path
     train.run(longer, str(tmp_path / "two"))
     states = [restored(tmp_path / name, longer)[0] for name in ("one", "two")]
     assert_trees_close(*(jax.tree.map(np.asarray, state.optimizer[1][0].mu) for state in states), 1e-2)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_in_all(text_file, tmp_path):
+    """In the middle of an evaluation that would take minutes: both stop at the same place, and the step is saved."""
+    config = tiny_config(
+        data__source="text", data__paths=(text_file,), training__steps=100_000, logging__every_steps=1,
+        evaluation__every_steps=2, evaluation__documents=12, checkpoint__every_steps=100_000,
+    )  # fmt: skip
+    processes = start_two(config, tmp_path / "run", tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while all(process.poll() is None for process in processes) and not (
+        metrics.exists() and metrics.read_text().count("\n") >= 3
+    ):
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert "asked to stop; saved step" in errors[0], errors
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(steps) == 1 and steps[0] >= 2

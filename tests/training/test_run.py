@@ -69,7 +69,14 @@ def uninterrupted(run_config, tmp_path_factory):
 
 
 def stop_after(monkeypatch, step):
-    monkeypatch.setattr(StopRequest, "asked", lambda self, done: done == step)
+    real, done = train.make_step, []
+
+    def counted(*arguments):
+        run = real(*arguments)
+        return lambda state, batch: (done.append(int(state.step) + 1), run(state, batch))[1]
+
+    monkeypatch.setattr(train, "make_step", counted)
+    monkeypatch.setattr(StopRequest, "asked", lambda self: done[-1:] == [step])
     monkeypatch.setattr(StopRequest, "signal", property(lambda self: signal.SIGTERM))
 
 
@@ -185,6 +192,31 @@ def test_resumes_on_another_mesh(run_config, uninterrupted, tmp_path, monkeypatc
     # zero may flip a whole step.
     moments = [state.optimizer[1][0].mu for state in (found, expected)]
     assert_trees_close(*moments, 1e-4)
+
+
+def test_fewer_steps_than_done_change_nothing(run_config, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    result = train.run(replace(run_config, training__steps=15), str(tmp_path / "copy"))
+    assert result.finished and result.step == 20
+    assert (tmp_path / "copy" / "config.json").read_text() == (uninterrupted / "config.json").read_text()
+
+
+def test_killed_before_anything_was_there_it_begins_anew(run_config, tmp_path):
+    """What is left by a kill between the first file's temporary name and its own."""
+    (tmp_path / "config.json.tmp").write_text("{")
+    assert train.run(replace(run_config, training__steps=3), str(tmp_path)).finished
+
+
+def test_interrupted_equals_uninterrupted_on_a_mesh(run_config, tmp_path, monkeypatch):
+    """Bit for bit where parameters, batch and attention heads are split, too."""
+    split = replace(run_config, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, training__steps=8)
+    train.run(split, str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.run(split, str(tmp_path / "parts"))
+    train.run(split, str(tmp_path / "parts"))
+    mesh = make_mesh(split.mesh)
+    assert_bitwise(*(restored(tmp_path / name, split, mesh=mesh)[0] for name in ("whole", "parts")))
 
 
 def test_a_damaged_checkpoint_is_one_clear_error(run_config, tmp_path):

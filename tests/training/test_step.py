@@ -1,6 +1,7 @@
 """The sharded, accumulated step against the same step on one device in one piece."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,7 +12,7 @@ from mtpd_jax.losses.objective import training_objective
 from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import batch_sharding, check_divisible, make_mesh, within
 from mtpd_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
-from mtpd_jax.training.state import abstract_state, initial_state
+from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import gradients_of_batch, make_step
 from tests.builders import assert_trees_close, packed_batch, random_parameters, replace, tiny_config, with_micro_batches
 
@@ -29,7 +30,8 @@ def one_step(config, mesh, batch, parameters):
     compute = jax.jit(within(mesh, lambda p, b: gradients_of_batch(model, objective, p, b, mesh)))
     loss, sums, weights, gradients = jax.device_get(compute(placed, on_devices))
     state = initial_state(model, optimizer, config, mesh).replace(parameters=placed)
-    state, result = make_step(model, objective, optimizer, mesh)(state, on_devices)
+    step = make_step(model, objective, optimizer, mesh, state_shardings(abstract_state(model, optimizer, config, mesh)))
+    state, result = step(state, on_devices)
     assert float(result.loss) == pytest.approx(float(loss), rel=1e-6)
     return loss, (sums, weights), gradients, jax.device_get(state.parameters)
 
@@ -74,7 +76,8 @@ def test_state_is_sharded_and_work_is_divided(reference):
     def flops_and_bytes(mesh):
         state = abstract_state(model, optimizer, config, mesh)
         on_devices = put_on_devices(batch, batch_sharding(mesh))
-        compiled = make_step(model, objective, optimizer, mesh).lower(state, on_devices).compile()
+        step = make_step(model, objective, optimizer, mesh, state_shardings(state))
+        compiled = step.lower(state, on_devices).compile()
         local = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
         return compiled.cost_analysis()["flops"], local
 
@@ -84,10 +87,63 @@ def test_state_is_sharded_and_work_is_divided(reference):
     assert split[0] < one[0] / 4
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_step_keeps_the_shardings_and_compiles_once(reference, shape):
+    config, _, batch, _ = reference
+    mesh, model, optimizer = make_mesh(MeshConfig(*shape)), build_model(config), make_optimizer(config)
+    abstract = abstract_state(model, optimizer, config, mesh)
+    step = make_step(model, training_objective(config), optimizer, mesh, state_shardings(abstract))
+    state, on_devices = initial_state(model, optimizer, config, mesh), put_on_devices(batch, batch_sharding(mesh))
+    for _ in range(2):
+        state, _ = step(state, on_devices)
+    assert step._cache_size() == 1
+    for leaf, expected in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim)
+
+
+def test_clipping_bounds_the_global_norm(reference):
+    """With plain SGD in place of Adam, the change of the parameters is the clipped gradient."""
+    config, parameters, _, _ = reference
+    gradients = jax.grad(lambda p: sum(jnp.sum(100 * leaf**2) for leaf in jax.tree.leaves(p)))(parameters)
+    optimizer = make_optimizer(replace(config, optimizer__clip_norm=0.5))
+    huge, _ = optimizer.update(jax.tree.map(lambda g: 1e4 * g, gradients), optimizer.init(parameters), parameters)
+    usual, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    assert_trees_close(huge, usual, 1e-4)  # both were clipped to the same gradient
+    state = optimizer.update(gradients, optimizer.init(parameters), parameters)[1]
+    assert float(optax.global_norm(state[1][0].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)  # (1 - b1) * clipped
+
+
+def test_plain_mtp_costs_what_a_dense_step_costs(reference):
+    """FLOPs of the compiled gradients, in one chunk, because the compiler counts a loop's body once."""
+    config, parameters, batch, _ = reference
+
+    def flops(objective_config, heads):
+        config = replace(reference[0], objective__chunk_rows=8 * 32, heads__num_heads=heads, **objective_config)
+        model, objective = build_model(config), training_objective(config)
+        p = parameters if heads else {name: value for name, value in parameters.items() if name != "heads"}
+        compute = jax.jit(lambda p: gradients_of_batch(model, objective, p, batch)[3])
+        return compute.lower(p).compile().cost_analysis()["flops"]
+
+    def dense_flops(heads):
+        model = build_model(replace(config, heads__num_heads=heads))
+        p = parameters if heads else {name: value for name, value in parameters.items() if name != "heads"}
+
+        def loss(p):
+            hidden = model.apply({"params": p}, batch.tokens[0], batch.segment_ids[0], batch.positions[0])
+            states = jnp.concatenate([hidden.main[None], hidden.heads])
+            return -jnp.mean(jax.nn.log_softmax(states @ p["embedding"].T)[..., 0])
+
+        return jax.jit(jax.grad(loss)).lower(p).compile().cost_analysis()["flops"]
+
+    for heads in (2, 0):
+        assert flops({"objective__beta": 0.0}, heads) < 1.1 * dense_flops(heads)
+    assert flops({"objective__beta": 0.0}, 2) < 0.99 * flops({"objective__beta": 0.5, "objective__top_n": 300}, 2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"mesh__data": 3}, "must multiply to the number of devices"),
+        ({"mesh__data": 16}, "must multiply to the number of devices"),
         ({"mesh__data": 1, "mesh__tensor": 8}, "query_heads"),
         ({"mesh__data": 8, "training__micro_batches": 2}, "batch_size"),
     ],
@@ -124,8 +180,9 @@ def test_average_follows_the_parameters():
     model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
     mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
     state = initial_state(model, optimizer, config, mesh)
+    shardings = state_shardings(abstract_state(model, optimizer, config, mesh))
     before = jax.device_get(state.parameters)
-    state, _ = make_step(model, objective, optimizer, mesh, 0.75)(
+    state, _ = make_step(model, objective, optimizer, mesh, shardings, 0.75)(
         state, put_on_devices(packed_batch(config), batch_sharding(mesh))
     )
     expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(state.parameters))
