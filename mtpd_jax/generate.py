@@ -160,7 +160,7 @@ def show(
     console: rich.console.Console, prompt: str, generation: Generation, decode: Callable[[Sequence[int]], str]
 ) -> None:
     """Prints prompt and continuation, coloured by proposer, and the table of figures below them."""
-    text = rich.text.Text(prompt, style="dim")
+    text = rich.text.Text().append(prompt, style="dim")
     # Tokens that share a colour are decoded together, so that characters split over several tokens come out whole.
     begin = 0
     proposers, tokens = generation.proposers, generation.tokens
