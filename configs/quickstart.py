@@ -18,9 +18,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.remat = True
     config.objective.top_n = 512
     config.optimizer.update(learning_rate=4e-3, warmup_steps=50, final_fraction=0.05)
-    config.training.update(steps=850, batch_size=2, sequence_length=256)
+    config.training.update(steps=950, batch_size=2, sequence_length=256)
     config.mesh.data = 1  # two sequences have no use for more devices
     config.checkpoint.every_steps = 200
     config.logging.every_steps = 50
-    config.evaluation.update(every_steps=425, documents=4)
+    config.evaluation.update(every_steps=475, documents=4)
     return config

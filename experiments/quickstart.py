@@ -18,6 +18,7 @@ from mtpd_jax.config import Config
 from mtpd_jax.data.sources import open_source, split
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.evaluation.generation import show
 from mtpd_jax.evaluation.report import decoding_table, number, percent, text_table, write_json
 from mtpd_jax.training.restore import open_run
 from mtpd_jax.training.workdir import open_workdir
@@ -138,7 +139,7 @@ def run(workdir: str) -> dict[str, Any]:
         parts[name] = report.decoding[str(prompt_file)].heads
         console.print(decoding_table(name, parts[name]))
     generation = generate.run(workdir, prompts[:1], max_new_tokens=NEW_TOKENS, compare=True)[0]
-    generate.show(console, prompts[0], generation, open_run(workdir).tokenizer.decode)
+    show(console, prompts[0], generation, open_run(workdir).tokenizer.decode)
     greedy, sampled = (summarise(part) for part in parts.values())
     score = dataclasses.asdict(text["validation"])
     summary = {

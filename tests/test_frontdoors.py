@@ -13,6 +13,7 @@ from configs import base, quickstart
 from experiments import quickstart as quickstart_module
 from mtpd_jax import evaluate, frontdoor, generate, train
 from mtpd_jax.config import Config
+from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.acceptance import Acceptance
 from mtpd_jax.evaluation.comparison import Divergence
 from tests.builders import tiny_config
@@ -219,7 +220,7 @@ def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):
     """Shown as such, with exit status 1; a tie is none."""
     for margin, status, words in ((0.5, 1, "NOT A TIE"), (1e-6, 0, "a tie")):
         found = Divergence(3, margin, margin < 1e-4)
-        monkeypatch.setattr(generate, "first_divergence", lambda *_, found=found: found)
+        monkeypatch.setattr(generation_module, "first_divergence", lambda *_, found=found: found)
         outcome = call("generate", f"--workdir={workdir}", "--prompt=a mat", "--max_new_tokens=5", "--compare")
         assert outcome[0] == status
         assert words in outcome[1] or "yes" in outcome[1]
@@ -227,10 +228,10 @@ def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):
 
 def test_on_a_terminal_tokens_are_coloured_by_proposer():
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard")
-    generation = generate.Generation(
+    generation = generation_module.Generation(
         "abc", (1, 2, 3), (0, 1, 0), 1, 2.0, 1.0, 3.0, Acceptance((1.0,), (1.0,))
     )  # fmt: skip
-    generate.show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
+    generation_module.show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
     shown = console.file.getvalue()
     assert "\x1b[32mb\x1b[0m" in shown and "\x1b[32ma" not in shown  # green: head 1
 

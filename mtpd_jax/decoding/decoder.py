@@ -68,9 +68,9 @@ class Decoder:
           seed, first_row: row r draws from the key (seed, first_row + r), whatever else is in the batch.
 
         Raises:
-          ValueError: an empty prompt, or options out of range.
+          ValueError: see ``check``.
         """
-        self._check(prompts, num_heads, max_new_tokens, sampling, first_row)
+        self.check(prompts, num_heads=num_heads, max_new_tokens=max_new_tokens, sampling=sampling)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         width = -(-int(lengths.max()) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
         padded = np.zeros((len(prompts), width), np.int32)
@@ -102,9 +102,14 @@ class Decoder:
             first, second = jax.jit(top_two)(self._parameters, row)
         return float(first - second)
 
-    def _check(
-        self, prompts: Sequence[np.ndarray], num_heads: int, max_new_tokens: int, sampling: Sampling, first_row: int
+    def check(
+        self, prompts: Sequence[np.ndarray], *, num_heads: int, max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> None:
+        """Checks what ``run`` would be given; callers with many batches call it for all of them first.
+
+        Raises:
+          ValueError: an empty prompt, or options out of range.
+        """
         sampling.validate()
         most = self._model.heads_config.num_heads
         if not 0 <= num_heads <= most:
@@ -115,7 +120,7 @@ class Decoder:
             raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least one")
         if not prompts:
             raise ValueError("no prompt was given")
-        for number, prompt in enumerate(prompts, first_row + 1):
+        for number, prompt in enumerate(prompts, 1):
             if not len(prompt):
                 raise ValueError(f"prompt {number} is empty: decoding needs at least one token to begin from")
 

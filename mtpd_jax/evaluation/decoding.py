@@ -69,6 +69,8 @@ def decode_prompts(
       batch_size: prompts decoded together.
       on_batch: called with the number of prompts just decoded with one number of heads.
     """
+    for number in heads:
+        decoder.check(prompts, num_heads=number, max_new_tokens=max_new_tokens, sampling=sampling)
     found: dict[int, list[Continuation]] = {number: [] for number in heads}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

@@ -82,7 +82,7 @@ class Loop:
         progress: Progress,
     ):
         self._config, self._step, self._schedule, self._evaluate = config, step, schedule, evaluate
-        self._data, self._mesh, self._checkpointer = data, mesh, checkpointer
+        self._data, self._checkpointer = data, checkpointer
         self._metrics, self._stop, self._progress = metrics, stop, progress
         self._sharding = batch_sharding(mesh)
         self._meter = _Meter()

@@ -1,0 +1,166 @@
+"""Continuing a prompt and showing who proposed which token."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+
+from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
+from mtpd_jax.evaluation.comparison import Divergence, first_divergence
+from mtpd_jax.evaluation.report import percent
+from mtpd_jax.training.restore import TrainedRun
+
+# Main head first; then the heads, in turn.
+_COLOURS = ("default", "green", "cyan", "magenta", "yellow", "blue", "red")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainRun:
+    """The same prompt decoded plainly; ``seconds`` include prefill, as everywhere here."""
+
+    tokens: tuple[int, ...]
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One continuation.
+
+    Attributes:
+      text: the continuation only.
+      tokens: its ids, the end token included if one was written.
+      proposers: for each token, 0 for the main head, k for an accepted draft of head k.
+      passes: verification passes, without prefill.
+      tokens_per_pass: (tokens - the one from prefill) / passes; None without a pass.
+      seconds, tokens_per_second: wall time with prefill, without compilation.
+      acceptance: per head.
+      plain: the same, decoded plainly; None unless it was asked for.
+      speedup: tokens per second over plain's.
+      identical: whether both wrote the same tokens; None under sampling.
+      divergence: where greedy decoding and plain part, if they do.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    proposers: tuple[int, ...]
+    passes: int
+    tokens_per_pass: float | None
+    seconds: float
+    tokens_per_second: float
+    acceptance: Acceptance[float | None]
+    plain: PlainRun | None = None
+    speedup: float | None = None
+    identical: bool | None = None
+    divergence: Divergence | None = None
+
+
+def generate(
+    trained: TrainedRun,
+    prompts: Sequence[str],
+    *,
+    heads: int | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    compare: bool,
+) -> list[Generation]:
+    """As ``run``, with a run that is already open."""
+    decoder = Decoder(trained.model, trained.parameters, trained.tokenizer.end_id)
+    heads = trained.config.heads.num_heads if heads is None else heads
+    encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
+    decoder.check(encoded, num_heads=heads, max_new_tokens=max_new_tokens, sampling=sampling)
+    return [
+        _generate(trained, decoder, ids, heads, max_new_tokens, sampling, seed, compare, row)
+        for row, ids in enumerate(encoded)
+    ]
+
+
+def _generate(
+    trained: TrainedRun,
+    decoder: Decoder,
+    ids: np.ndarray,
+    heads: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    compare: bool,
+    row: int,
+) -> Generation:
+    def decode(num_heads: int) -> Continuation:
+        return decoder.run(
+            [ids], num_heads=num_heads, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, first_row=row
+        )[0]
+
+    found = decode(heads)
+    generation = Generation(
+        text=trained.tokenizer.decode(found.tokens),
+        tokens=found.tokens,
+        proposers=found.proposers,
+        passes=found.passes,
+        tokens_per_pass=tokens_per_pass([found]).mean,
+        seconds=found.seconds,
+        tokens_per_second=len(found.tokens) / found.seconds,
+        acceptance=acceptance_of([found]),
+    )
+    if not compare:
+        return generation
+    plain = decode(0)
+    rate = len(plain.tokens) / plain.seconds
+    return dataclasses.replace(
+        generation,
+        plain=PlainRun(plain.tokens, plain.seconds, rate),
+        speedup=generation.tokens_per_second / rate,
+        identical=plain.tokens == found.tokens if sampling.greedy else None,
+        divergence=first_divergence(decoder, ids.tolist(), plain, found) if sampling.greedy else None,
+    )
+
+
+def show(
+    console: rich.console.Console, prompt: str, generation: Generation, decode: Callable[[Sequence[int]], str]
+) -> None:
+    """Prints prompt and continuation, coloured by proposer, and the table of figures below them."""
+    text = rich.text.Text().append(prompt, style="dim")
+    # Tokens that share a colour are decoded together, so that characters split over several tokens come out whole.
+    begin = 0
+    proposers, tokens = generation.proposers, generation.tokens
+    for end in range(1, len(tokens) + 1):
+        if end == len(tokens) or proposers[end] != proposers[begin]:
+            piece = decode(tokens[begin:end])
+            text.append(piece, style=_COLOURS[proposers[begin] % len(_COLOURS)])
+            begin = end
+    console.print(text, soft_wrap=True)
+    if generation.acceptance.conditional:
+        legend = rich.text.Text("main head", style=_COLOURS[0])
+        for k in range(1, len(generation.acceptance.conditional) + 1):
+            legend.append(f"  head {k}", style=_COLOURS[k % len(_COLOURS)])
+        console.print(rich.text.Text("proposed by: ").append(legend))
+    console.print(_table(generation))
+
+
+def _table(generation: Generation) -> rich.table.Table:
+    table = rich.table.Table("", "", show_header=False)
+    table.add_row("tokens / passes", f"{len(generation.tokens)} / {generation.passes}")
+    if generation.tokens_per_pass is not None:
+        table.add_row("tokens per pass", f"{generation.tokens_per_pass:.2f}")
+    for k, rates in enumerate(zip(generation.acceptance.conditional, generation.acceptance.cumulative, strict=True), 1):
+        table.add_row(f"head {k}: accepted, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
+    table.add_row("tokens/s", f"{generation.tokens_per_second:,.0f}")
+    if generation.plain is not None:
+        table.add_row("tokens/s, plain", f"{generation.plain.tokens_per_second:,.0f}")
+        table.add_row("speed-up over plain", f"{generation.speedup:.2f}x")
+    if generation.identical is not None:
+        table.add_row("identical to plain", "yes" if generation.identical else _explain(generation.divergence))
+    return table
+
+
+def _explain(divergence: Divergence | None) -> str:
+    if divergence is None:
+        return "no"
+    kind = "a tie" if divergence.tie else "NOT A TIE: please report this"
+    return f"no: token {divergence.index}, logit margin {divergence.margin:.1e} ({kind})"
