@@ -148,7 +148,7 @@ class Loop:
                 raise DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {kept}")
             self._tokens += int(tokens)
             if self._meter.since is None:  # the first result came with compilation, which is not training speed
-                self._meter.resume()
+                self._meter.run()
             else:
                 self._meter.tokens += int(tokens)
         return result

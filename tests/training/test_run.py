@@ -116,6 +116,7 @@ def test_metrics_have_the_documented_names(uninterrupted):
     assert training[-1]["tokens"] == 20 * 8 * 32  # cumulative; no padding in this stream
     assert training[-1]["mfu"] is None  # the peak of a CPU is not known
     assert training[0]["loss"] > training[-1]["loss"]
+    assert all(line["tokens_per_second"] > 0 for line in training)
     assert list((uninterrupted / "tb").glob("events*"))
 
 
