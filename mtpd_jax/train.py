@@ -162,9 +162,8 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
 def _describe(mesh: Mesh) -> str:
     """How many devices, and how they are arranged if they are more than one."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    return f"{mesh.devices.size} of {jax.device_count()} {mesh.devices.flat[0].platform} devices" + f" ({axes})" * bool(
-        axes
-    )
+    used = f"{mesh.devices.size} of {jax.device_count()} {mesh.devices.flat[0].platform} devices"
+    return f"{used} ({axes})" if axes else used
 
 
 def _evaluator(config: Config, model: LanguageModel, mesh: Mesh, source: Source, tokenizer: Tokenizer) -> Evaluate:

@@ -1,6 +1,7 @@
 """Plain decoding, one token per pass: the reference for speculative decoding and its baseline; and what both share."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +54,16 @@ def decoding_parameters(model: LanguageModel, parameters: Any) -> Any:
 def precision_of(model: LanguageModel) -> str:
     """Float32 decoding multiplies in float32; accelerators would otherwise round the operands to TF32 or bfloat16."""
     return "highest" if compute_dtype(model.config) == jnp.float32 else "default"
+
+
+def jit_at_precision(model: LanguageModel, decode: Callable[..., Rows]) -> Any:
+    """Jits a decoding loop with the matrix products of ``precision_of`` its model."""
+
+    def with_precision(*arguments: Any) -> Rows:
+        with jax.default_matmul_precision(precision_of(model)):
+            return decode(*arguments)
+
+    return jax.jit(with_precision)
 
 
 def logits_of(hidden: Float[Array, "*rows D"], parameters: Any) -> Float[Array, "*rows V"]:
@@ -172,8 +183,4 @@ def make_plain(model: LanguageModel, *, max_new_tokens: int, end_id: int, sampli
         rows, _ = jax.lax.while_loop(unfinished, one_token, (rows, cache))
         return rows
 
-    def with_precision(*arguments: Any) -> Rows:
-        with jax.default_matmul_precision(precision_of(model)):
-            return decode(*arguments)
-
-    return jax.jit(with_precision)
+    return jit_at_precision(model, decode)

@@ -23,8 +23,8 @@ from mtpd_jax.decoding.plain import (
     Rows,
     append,
     decoding_parameters,
+    jit_at_precision,
     logits_of,
-    precision_of,
     prefill,
     read,
     write,
@@ -228,11 +228,7 @@ def make_speculative(
         state = start_speculation(model, cascade, parameters, rows, cache, hidden)
         return jax.lax.while_loop(unfinished, one_round, state).rows
 
-    def with_precision(*arguments: Any) -> Rows:
-        with jax.default_matmul_precision(precision_of(model)):
-            return decode(*arguments)
-
-    return jax.jit(with_precision)
+    return jit_at_precision(model, decode)
 
 
 def _slice_rows(values: Float[Array, "B S D"], start: Int[Array, " B"], count: int) -> Float[Array, "B T D"]:

@@ -70,7 +70,7 @@ def generate(
     seed: int,
     compare: bool,
 ) -> list[Generation]:
-    """As ``run``, with a run that is already open."""
+    """Continues prompts with a run that is already open; arguments and errors as for ``mtpd_jax.generate.run``."""
     decoder = Decoder(trained.model, trained.parameters, trained.tokenizer.end_id)
     heads = trained.config.heads.num_heads if heads is None else heads
     encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
