@@ -15,6 +15,8 @@ MeshAxes = str | tuple[str, ...] | None
 
 # Mesh axes over which the rows of a batch are split.
 BATCH_AXES = ("data", "fsdp")
+# The mesh axis over which the unembedding is split by token.
+VOCABULARY_AXIS = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ShardingRules:
     query_heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"
     head_size: MeshAxes = None
-    vocabulary: MeshAxes = "tensor"
+    vocabulary: MeshAxes = VOCABULARY_AXIS
     layers: MeshAxes = None
     heads: MeshAxes = None
 

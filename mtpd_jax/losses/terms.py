@@ -1,7 +1,8 @@
-"""What one chunk of logits contributes to the loss: the mathematics of the objective, row by row.
+"""What a few rows of logits contribute to the loss, and its gradient: the mathematics of the objective, row by row.
 
 Rows are aligned by target: row p of every head predicts the same token, so there is one target, one teacher
-distribution and one top-N set per row, shared by all heads.
+distribution and one top-N set per row, shared by all heads. Every line below is one pass over the logits or fuses
+into one; exponentials are recomputed where they are needed, because that costs less than keeping them.
 """
 
 import dataclasses
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.losses.select import largest
+from mtpd_jax.losses.divergences import DIVERGENCES, NOTHING, Side
+from mtpd_jax.losses.select import nth_largest
+from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
 
-# Stands for minus infinity where a difference of two of them must not become NaN.
-_EXCLUDED = -1e30
+# A normaliser over the top-N set below this, relative to the row's largest logit, has lost digits to underflow.
+_LOG_UNDERFLOW = -60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Distillation:
     Attributes:
       top_n: how many of the teacher's largest logits the comparison covers; at least V means all of them.
       temperature: divides both sides' logits; the term is multiplied by its square (Hinton et al., 2015).
-      kl: ``forward`` is KL(teacher || head), ``reverse`` KL(head || teacher), ``js`` the Jensen-Shannon divergence.
+      kl: which divergence; a key of ``DIVERGENCES``.
       detach_teacher: no gradient into the teacher's logits (MTP-D §3.2).
     """
 
@@ -41,7 +44,7 @@ class LossSums:
     Attributes:
       ce: [K+1]; cross entropy against the data, main head first.
       kl: [K]; the divergence from the main head, as the objective defines it. Zeros without distillation.
-      agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target.
+      agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target, or ties with it.
     """
 
     ce: Float[AnyArray, " J"]
@@ -61,64 +64,85 @@ def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
     return jnp.min(jnp.where(is_largest, indices, logits.shape[-1] - 1), axis=-1)
 
 
-def cross_entropy(logits: Float[Array, "P J V"], targets: Int[Array, " P"]) -> Float[Array, "P J"]:
-    """-log softmax(logits)[target], in nats; the same target for every head of a row."""
-    is_target = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[:, None, None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - target_logit
-
-
-def divergence(
-    teacher: Float[Array, "P V"], heads: Float[Array, "P K V"], distillation: Distillation
-) -> Float[Array, "P K"]:
-    """The divergence of each head from the teacher over the teacher's top-N set, both sides renormalised over it.
-
-    MTP-D §3.2; renormalising both sides is our choice. The set includes ties with the N-th largest logit.
-    """
-    vocabulary, temperature = teacher.shape[-1], distillation.temperature
-    if distillation.detach_teacher:
-        teacher = jax.lax.stop_gradient(teacher)
-    teacher, heads = teacher[:, None, :] / temperature, heads / temperature
-    if distillation.top_n < vocabulary:
-        chosen = largest(jax.lax.stop_gradient(teacher[:, 0]), distillation.top_n)[:, None, :]
-        teacher, heads = jnp.where(chosen, teacher, _EXCLUDED), jnp.where(chosen, heads, _EXCLUDED)
-    # Excluded entries have probability exactly zero on both sides, and so add nothing, whatever their logarithm.
-    log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(heads)
-    p, q = jnp.exp(log_p), jnp.exp(log_q)
-    if distillation.kl == "forward":
-        total = jnp.sum(p * (log_p - log_q), axis=-1)
-    elif distillation.kl == "reverse":
-        total = jnp.sum(q * (log_q - log_p), axis=-1)
-    else:
-        log_mean = jnp.logaddexp(log_p, log_q) - jnp.log(2.0)
-        total = 0.5 * jnp.sum(p * (log_p - log_mean) + q * (log_q - log_mean), axis=-1)
-    return temperature**2 * total
-
-
-def chunk_terms(
-    logits: Float[Array, "P J V"],
+def chunk_loss(
+    logits: Float[Array, "J P V"],
+    teacher: Float[Array, "1 P V"],
     targets: Int[Array, " P"],
-    mask: Bool[Array, "P J"],
+    mask: Bool[Array, "J P"],
     ce_scale: Float[Array, " J"],
     kl_scale: Float[Array, " K"],
     distillation: Distillation | None,
-) -> tuple[Float[Array, ""], LossSums]:
-    """The chunk's share of the total, differentiable in the logits, and its sums, under stop-gradient.
+    vocabulary: Vocabulary = Vocabulary(),
+) -> tuple[LossSums, Float[Array, "J P V"]]:
+    """The sums of these rows, and the gradient of their share of the total by the logits.
+
+    The total is ``sums.ce @ ce_scale + sums.kl @ kl_scale``.
 
     Args:
-      logits: [P, K+1, V] in float32, the main head first.
+      logits: [K+1, P, V] in float32, the main head first.
+      teacher: ``logits[:1]``, from whoever can slice it where that costs nothing; inside a loop over rows, XLA's CPU
+        backend does not vectorise what reads a slice of the loop's own slice.
       targets: [P].
-      mask: [P, K+1]; which heads are supervised in which row.
-      ce_scale, kl_scale: [K+1] and [K]; coefficient / global weight of each term.
+      mask: [K+1, P]; which heads are supervised in which row. Elsewhere logits have no effect, NaN included.
+      ce_scale, kl_scale: [K+1] and [K]; coefficient / global weight of each term, zero or more.
       distillation: None leaves out selection and divergence altogether.
+      vocabulary: which part of the rows ``logits`` is.
     """
-    teacher, heads, heads_mask = logits[:, 0], logits[:, 1:], mask[:, 1:]
-    ce = jnp.sum(jnp.where(mask, cross_entropy(logits, targets), 0), axis=0)
-    total = jnp.dot(ce, ce_scale)
-    kl = jnp.zeros_like(kl_scale)
+    largest = vocabulary.max(logits)
+    normaliser = jnp.log(vocabulary.sum(jnp.exp(logits - largest[..., None])))
+    is_target = vocabulary.ids(logits) == targets[:, None]
+    ce = normaliser + (largest - vocabulary.sum(jnp.where(is_target, logits, 0)))
+    agrees = vocabulary.max(((logits == largest[..., None]) & (teacher == largest[:1, :, None])).astype(jnp.float32))
+    gradient = ce_scale[:, None, None] * (jnp.exp(logits - largest[..., None] - normaliser[..., None]) - is_target)
+    kl, of_teacher = jnp.zeros_like(kl_scale), None
     if distillation is not None:
-        kl = jnp.sum(jnp.where(heads_mask, divergence(teacher, heads, distillation), 0), axis=0)
-        total += jnp.dot(kl, kl_scale)
-    agrees = argmax(jax.lax.stop_gradient(heads)) == argmax(jax.lax.stop_gradient(teacher))[:, None]
-    agreement = jnp.sum(agrees & heads_mask, axis=0, dtype=jnp.float32)
-    return total, jax.lax.stop_gradient(LossSums(ce, kl, agreement))
+        temperature, threshold_Px1 = distillation.temperature, jnp.full((1, 1), -jnp.inf)
+        if distillation.top_n < vocabulary.size(logits):
+            threshold_Px1 = nth_largest(teacher[0], distillation.top_n, vocabulary)[:, None]
+        # The teacher is compared with itself too: one array of K+1 heads fuses where two of 1 and K do not.
+        sides = _sides(logits, teacher, threshold_Px1, largest, temperature, vocabulary)
+        value, by_heads, by_teacher = DIVERGENCES[distillation.kl](*sides, vocabulary)
+        scale_Jx1x1 = temperature * jnp.pad(kl_scale, (1, 0))[:, None, None]
+        kl = temperature**2 * _sum_where(mask, value)[1:]
+        gradient += scale_Jx1x1 * by_heads
+        if not distillation.detach_teacher:
+            of_teacher = jnp.where(mask[..., None], scale_Jx1x1 * by_teacher, 0)
+    gradient = jnp.where(mask[..., None], gradient, 0)
+    if of_teacher is not None:
+        gradient = gradient.at[0].add(jnp.sum(of_teacher, axis=0))
+    return LossSums(_sum_where(mask, ce), kl, _sum_where(mask, agrees)[1:]), gradient
+
+
+def _sides(
+    logits: Float[Array, "J P V"],
+    teacher: Float[Array, "1 P V"],
+    threshold: Float[Array, "_ 1"],
+    largest: Float[Array, "J P"],
+    temperature: float,
+    vocabulary: Vocabulary,
+) -> tuple[Side, Side]:
+    """Teacher and heads over the tokens whose teacher logit reaches the threshold."""
+
+    def exponents(values: Array, reference: Array) -> Array:
+        # The set is formed anew wherever it is needed: a comparison costs less than an array of booleans.
+        scaled = jnp.maximum((values - reference[..., None]) / temperature, NOTHING)
+        return jnp.where(teacher >= threshold, scaled, NOTHING)
+
+    def against(reference: Array) -> tuple[Array, Array]:
+        return reference, jnp.log(vocabulary.sum(jnp.exp(exponents(logits, reference))))
+
+    found = against(largest)
+    # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
+    reference, log_normaliser = jax.lax.cond(
+        jnp.any(found[1] < _LOG_UNDERFLOW),
+        lambda: against(vocabulary.max(jnp.where(teacher >= threshold, logits, -jnp.inf))),
+        lambda: found,
+    )
+    return (
+        Side(exponents(teacher, reference[:1]), log_normaliser[:1]),
+        Side(exponents(logits, reference), log_normaliser),
+    )
+
+
+def _sum_where(mask: Bool[Array, "J P"], values: Float[Array, "J P"]) -> Float[Array, " J"]:
+    return jnp.sum(jnp.where(mask, values, 0), axis=1)
