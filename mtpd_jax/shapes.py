@@ -21,7 +21,7 @@ tests check at run time; einsum strings use the same letters in lower case.
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 # Fields of structures that also live on the host, as NumPy arrays. (To the type checker they are one thing.)
 AnyArray = Array if TYPE_CHECKING else Array | np.ndarray
@@ -42,6 +42,7 @@ __all__ = [
     "HeadsHidden",
     "Hidden",
     "Int",
+    "Num",
     "Positions",
     "SegmentIds",
     "Tokens",

@@ -19,6 +19,11 @@ from mtpd_jax.shapes import Array, Bool, Float, Int
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
 
 
+# On a CPU: logits of a group of rows, and elements of a block of the unembedding's gradient, that its caches hold.
+_GROUP_LOGITS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 21
+
+
 @dataclasses.dataclass(frozen=True)
 class Tiling:
     """How the rows of a device are cut. Every choice is ours, by measurement (``experiments/bench/loss.py``).
@@ -35,26 +40,27 @@ class Tiling:
     vocabulary_block: int
 
 
-def choose_tiling(rows: int, heads: int, vocabulary: int, width: int, chunk_rows: int | None = None) -> Tiling:
+def choose_tiling(
+    rows: int, heads: int, vocabulary: int, width: int, chunk_rows: int | None = None, on_cpu: bool = True
+) -> Tiling:
     """Chooses from the shapes: rows on a device, all heads (K+1), the device's part of V, and D.
 
     Args:
       rows, heads, vocabulary, width: see above.
       chunk_rows: overrides the choice of the chunk; None chooses.
+      on_cpu: a CPU or an accelerator.
     """
-    on_cpu = jax.default_backend() == "cpu"
     if chunk_rows is None:
         # Rows of logits (P x J) per chunk: in proportion to D on a CPU, to the ratio of speed to bandwidth elsewhere.
         limit = max(width * 5 // 8, (1 << 20) // vocabulary) if on_cpu else max(2048, (1 << 26) // vocabulary)
         chunk_rows = max(8, limit // heads // 8 * 8)
-        chunks = -(-rows // chunk_rows)
-        chunk_rows = -(-rows // chunks)
+        chunk_rows = -(-rows // -(-rows // chunk_rows))
     chunk_rows = min(chunk_rows, rows)
     if not on_cpu:
         return Tiling(chunk_rows, chunk_rows, vocabulary)
-    group_rows = min(chunk_rows, max(1, (5 << 19) // (heads * vocabulary)))
+    group_rows = min(chunk_rows, max(1, _GROUP_LOGITS // (heads * vocabulary)))
     chunk_rows = -(-chunk_rows // group_rows) * group_rows
-    return Tiling(chunk_rows, group_rows, min(vocabulary, max(1, (1 << 21) // width)))
+    return Tiling(chunk_rows, group_rows, min(vocabulary, max(1, _BLOCK_ELEMENTS // width)))
 
 
 def fused_loss(
@@ -87,22 +93,34 @@ def fused_loss(
     Returns:
       The total, and the sums behind it, which carry no gradient.
     """
-    static = (distillation, detach_trunk, chunk_rows, mesh if mesh is not None and mesh.size > 1 else None)
-    return _loss(static, hidden, unembedding, targets, mask, ce_scale, kl_scale)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    problem = _Problem(distillation, detach_trunk, chunk_rows, mesh, platform == "cpu")
+    return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """What is known before any array is; see ``fused_loss``."""
+
+    distillation: Distillation | None
+    detach_trunk: bool
+    chunk_rows: int | None
+    mesh: Mesh | None
+    on_cpu: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(static: Any, *arrays: Array) -> tuple[Array, LossSums]:
-    total, sums, _ = _over_mesh(static, False, arrays)
+def _loss(problem: _Problem, *arrays: Array) -> tuple[Array, LossSums]:
+    total, sums, _ = _over_mesh(problem, False, arrays)
     return total, sums
 
 
-def _forward(static: Any, *arrays: Array) -> tuple[tuple[Array, LossSums], tuple[Array, Array]]:
-    total, sums, gradients = _over_mesh(static, True, arrays)
+def _forward(problem: _Problem, *arrays: Array) -> tuple[tuple[Array, LossSums], tuple[Array, Array]]:
+    total, sums, gradients = _over_mesh(problem, True, arrays)
     return (total, sums), gradients
 
 
-def _backward(static: Any, gradients: tuple[Array, Array], cotangents: tuple[Array, LossSums]) -> tuple[Any, ...]:
+def _backward(problem: _Problem, gradients: tuple[Array, Array], cotangents: tuple[Array, LossSums]) -> tuple[Any, ...]:
     hidden_gradient, unembedding_gradient = gradients
     scale, _ = cotangents
     return (scale * hidden_gradient).astype(hidden_gradient.dtype), scale * unembedding_gradient, None, None, None, None
@@ -111,24 +129,22 @@ def _backward(static: Any, gradients: tuple[Array, Array], cotangents: tuple[Arr
 _loss.defvjp(_forward, _backward)
 
 
-def _over_mesh(static: Any, with_gradients: bool, arrays: tuple[Array, ...]) -> Any:
+def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...]) -> Any:
     """Runs the chunks, on each device's own rows and tokens if there is a mesh.
 
     Left to the partitioner, the loop over chunks would run on every device over all rows, because the split axis of
     the rows becomes the axis of the loop; and the unembedding's gradient would be reduced once per chunk.
     """
-    distillation, detach_trunk, chunk_rows, mesh = static
     hidden, unembedding, *rest = arrays
     # Cast before it is gathered, so that half the bytes travel.
     arrays = hidden, unembedding.astype(hidden.dtype), *rest
-    if mesh is None:
-        return _over_chunks(distillation, detach_trunk, chunk_rows, with_gradients, Vocabulary(), *arrays)
-    vocabulary = Vocabulary(VOCABULARY_AXIS if mesh.shape[VOCABULARY_AXIS] > 1 else None)
+    mesh = problem.mesh
+    if mesh is None or mesh.size == 1:
+        return _over_chunks(problem, Vocabulary(None, problem.on_cpu), with_gradients, *arrays)
+    vocabulary = Vocabulary(VOCABULARY_AXIS if mesh.shape[VOCABULARY_AXIS] > 1 else None, problem.on_cpu)
 
     def run_and_reduce(*local: Array) -> Any:
-        total, sums, gradients = _over_chunks(
-            distillation, detach_trunk, chunk_rows, with_gradients, vocabulary, *local
-        )
+        total, sums, gradients = _over_chunks(problem, vocabulary, with_gradients, *local)
         if gradients is not None:
             gradients = gradients[0], jax.lax.psum(gradients[1], BATCH_AXES)
         return *jax.lax.psum((total, sums), BATCH_AXES), gradients
@@ -144,11 +160,9 @@ def _over_mesh(static: Any, with_gradients: bool, arrays: tuple[Array, ...]) -> 
 
 
 def _over_chunks(
-    distillation: Distillation | None,
-    detach_trunk: bool,
-    chunk_rows: int | None,
-    with_gradients: bool,
+    problem: _Problem,
     vocabulary: Vocabulary,
+    with_gradients: bool,
     hidden: Array,
     matrix: Array,
     targets: Array,
@@ -156,73 +170,68 @@ def _over_chunks(
     ce_scale: Array,
     kl_scale: Array,
 ) -> tuple[Array, LossSums, tuple[Array, Array] | None]:
+    """The chunks of one device's rows, one after the other: total, sums, gradients by hidden states and unembedding."""
     heads, width, rows = hidden.shape[0], hidden.shape[-1], targets.size
-    tiling = choose_tiling(rows, heads, matrix.shape[0], width, chunk_rows)
-    size = tiling.chunk_rows
-    chunks = -(-rows // size)
-    padding = chunks * size - rows
-    # Rows with nothing to supervise go to the end, where the loop does not come.
-    hidden_JxRxD = hidden.reshape(heads, rows, width)
-    targets_R, mask_JxR = targets.reshape(rows), mask.reshape(heads, rows)
-    hidden_JxRxD = jnp.pad(hidden_JxRxD, ((0, 0), (0, padding), (0, 0)))
-    targets_R, mask_JxR = jnp.pad(targets_R, (0, padding)), jnp.pad(mask_JxR, ((0, 0), (0, padding)))
+    tiling = choose_tiling(rows, heads, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
+    size, group = tiling.chunk_rows, tiling.group_rows
+    padding = -rows % size
+    hidden_JxRxD = jnp.pad(hidden.reshape(heads, rows, width), ((0, 0), (0, padding), (0, 0)))
+    mask_JxR = jnp.pad(mask.reshape(heads, rows), ((0, 0), (0, padding)))
+    targets_R = jnp.pad(targets.reshape(rows), (0, padding))
+    # Chunks with nothing to supervise go last, where the loop does not come.
+    supervised = jnp.any(mask_JxR.reshape(heads, -1, size), axis=(0, 2))
+    chunk_order = jnp.argsort(~supervised)
 
-    terms = functools.partial(
-        chunk_loss, ce_scale=ce_scale, kl_scale=kl_scale, distillation=distillation, vocabulary=vocabulary
-    )
-
-    def one_chunk(index: Array, carry: Any) -> Any:
-        sums, gradients = carry
-        start = index * size
+    def one_chunk(step: Array, carry: Any) -> Any:
+        sums, by_hidden, by_matrix, gradient = carry
+        start = chunk_order[step] * size
 
         def in_groups(values: Array) -> Array:
             """[J, rows, …] -> the chunk's rows as [groups, J, rows of a group, …]."""
             chunk = jax.lax.dynamic_slice_in_dim(values, start, size, 1)
-            return jnp.moveaxis(chunk.reshape(chunk.shape[0], -1, tiling.group_rows, *chunk.shape[2:]), 1, 0)
+            return jnp.moveaxis(chunk.reshape(chunk.shape[0], -1, group, *chunk.shape[2:]), 1, 0)
 
         hidden_QxJxPxD = in_groups(hidden_JxRxD)
-        # Flat rows: products over several axes at once are slower on TPU.
-        hidden_RxD = hidden_QxJxPxD.reshape(-1, width)
-        logits_RxV = jnp.einsum("rd,vd->rv", hidden_RxD, matrix, preferred_element_type=jnp.float32)
-        logits = logits_RxV.reshape(*hidden_QxJxPxD.shape[:3], -1)
-        found, gradient = _map(
-            lambda logits, teacher, targets, mask: terms(logits, teacher, targets[0], mask),
-            logits, logits[:, :1], in_groups(targets_R[None]), in_groups(mask_JxR),
-        )  # fmt: skip
-        sums = jax.tree.map(lambda total, part: total + jnp.sum(part, axis=0), sums, found)
-        if not with_gradients:
-            return sums, gradients
-        gradient = gradient.astype(hidden.dtype)
-        by_hidden, by_matrix = gradients
-        states = jnp.einsum(
-            "rv,vd->rd", gradient.reshape(logits_RxV.shape), matrix, preferred_element_type=jnp.float32
-        )
-        states = jax.lax.psum(states, vocabulary.axis) if vocabulary.axis else states
-        states = jnp.moveaxis(states.astype(hidden.dtype).reshape(hidden_QxJxPxD.shape), 0, 1)
-        by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, states.reshape(heads, size, width), start, 1)
-        if detach_trunk:
-            gradient, hidden_RxD = gradient[:, 0], hidden_QxJxPxD[:, 0].reshape(-1, width)
-        gradient_RxV = gradient.reshape(-1, gradient.shape[-1])
-        by_matrix = _add_product(by_matrix, gradient_RxV, hidden_RxD, tiling.vocabulary_block)
-        return sums, (by_hidden, by_matrix)
+        logits = jnp.einsum("qjpd,vd->qjpv", hidden_QxJxPxD, matrix, preferred_element_type=jnp.float32)
+        rows_of_groups = logits, logits[:, :1], in_groups(targets_R[None])[:, 0], in_groups(mask_JxR)
 
-    gradients = (jnp.zeros_like(hidden_JxRxD), jnp.zeros(matrix.shape, jnp.float32)) if with_gradients else None
-    sums, gradients = jax.lax.fori_loop(0, chunks, one_chunk, (zero_sums(heads - 1), gradients))
+        def one_group(place: Array | int, carry: Any) -> Any:
+            sums, gradient = carry
+            parts = (jax.lax.dynamic_index_in_dim(values, place, keepdims=False) for values in rows_of_groups)
+            found, part = chunk_loss(*parts, ce_scale, kl_scale, problem.distillation, vocabulary)
+            if with_gradients:
+                gradient = jax.lax.dynamic_update_index_in_dim(gradient, part.astype(hidden.dtype), place, 0)
+            return jax.tree.map(jnp.add, sums, found), gradient
+
+        sums, gradient = jax.lax.fori_loop(0, size // group, one_group, (sums, gradient))
+        if with_gradients:
+            gradient_RxV = gradient.reshape(-1, gradient.shape[-1])
+            states = jnp.einsum("rv,vd->rd", gradient_RxV, matrix, preferred_element_type=jnp.float32)
+            states = jax.lax.psum(states, vocabulary.axis) if vocabulary.axis else states
+            states = jnp.moveaxis(states.astype(hidden.dtype).reshape(hidden_QxJxPxD.shape), 0, 1)
+            states = states.reshape(heads, size, width)
+            by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, states, start, 1)
+            counted = slice(0, 1) if problem.detach_trunk else slice(None)
+            by_matrix = _add_product(
+                by_matrix, gradient[:, counted], hidden_QxJxPxD[:, counted], tiling.vocabulary_block
+            )
+        return sums, by_hidden, by_matrix, gradient
+
+    carry = zero_sums(heads - 1), None, None, None
+    if with_gradients:
+        # The chunk's gradient by the logits is carried along only to be written over: a CPU would clear a new one.
+        chunk = jnp.zeros((size // group, heads, group, matrix.shape[0]), hidden.dtype)
+        carry = carry[0], jnp.zeros_like(hidden_JxRxD), jnp.zeros(matrix.shape, jnp.float32), chunk
+    sums, by_hidden, by_matrix, _ = jax.lax.fori_loop(0, jnp.sum(supervised), one_chunk, carry)
     total = jnp.dot(sums.ce, ce_scale) + jnp.dot(sums.kl, kl_scale)
-    if gradients is None:
+    if by_hidden is None:
         return total, sums, None
-    return total, sums, (gradients[0][:, :rows].reshape(hidden.shape), gradients[1])
-
-
-def _map(function: Any, *arrays: Array) -> Any:
-    """``lax.map`` over the leading axis, without a loop where that is 1."""
-    if arrays[0].shape[0] > 1:
-        return jax.lax.map(lambda parts: function(*parts), arrays)
-    return jax.tree.map(lambda value: value[None], function(*(array[0] for array in arrays)))
+    return total, sums, (by_hidden[:, :rows].reshape(hidden.shape), by_matrix)
 
 
 def _add_product(total: Array, gradient: Array, hidden: Array, block: int) -> Array:
     """total[v] + the sum over rows of gradient[row, v] hidden[row], in float32, a block of the vocabulary at a time."""
+    gradient, hidden = (values.reshape(-1, values.shape[-1]) for values in (gradient, hidden))
 
     def product(part: Array) -> Array:
         return jnp.einsum("rv,rd->vd", part, hidden, preferred_element_type=jnp.float32)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.losses.divergences import DIVERGENCES, NOTHING, Side
+from mtpd_jax.losses.divergences import DIVERGENCES, NOTHING, Comparison
 from mtpd_jax.losses.select import nth_largest
 from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
@@ -44,7 +44,7 @@ class LossSums:
     Attributes:
       ce: [K+1]; cross entropy against the data, main head first.
       kl: [K]; the divergence from the main head, as the objective defines it. Zeros without distillation.
-      agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target, or ties with it.
+      agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target, or shares its largest logit.
     """
 
     ce: Float[AnyArray, " J"]
@@ -55,13 +55,6 @@ class LossSums:
 def zero_sums(num_heads: int) -> LossSums:
     """Sums over no rows."""
     return LossSums(jnp.zeros(num_heads + 1), jnp.zeros(num_heads), jnp.zeros(num_heads))
-
-
-def argmax(logits: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
-    """The first index of the largest entry; on XLA's CPU backend many times faster than ``jnp.argmax``."""
-    indices = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    is_largest = logits == jnp.max(logits, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(is_largest, indices, logits.shape[-1] - 1), axis=-1)
 
 
 def chunk_loss(
@@ -89,19 +82,18 @@ def chunk_loss(
       vocabulary: which part of the rows ``logits`` is.
     """
     largest = vocabulary.max(logits)
-    normaliser = jnp.log(vocabulary.sum(jnp.exp(logits - largest[..., None])))
+    exponents = _exponents(logits, largest)
+    normaliser = jnp.log(vocabulary.sum(jnp.exp(exponents)))
+    ce = normaliser + (largest - vocabulary.at(logits, targets))
+    agrees = vocabulary.at(logits, vocabulary.argmax(teacher, largest[:1])[0]) == largest
     is_target = vocabulary.ids(logits) == targets[:, None]
-    ce = normaliser + (largest - vocabulary.sum(jnp.where(is_target, logits, 0)))
-    agrees = vocabulary.max(((logits == largest[..., None]) & (teacher == largest[:1, :, None])).astype(jnp.float32))
-    gradient = ce_scale[:, None, None] * (jnp.exp(logits - largest[..., None] - normaliser[..., None]) - is_target)
+    gradient = ce_scale[:, None, None] * (jnp.exp(exponents - normaliser[..., None]) - is_target)
     kl, of_teacher = jnp.zeros_like(kl_scale), None
     if distillation is not None:
-        temperature, threshold_Px1 = distillation.temperature, jnp.full((1, 1), -jnp.inf)
-        if distillation.top_n < vocabulary.size(logits):
-            threshold_Px1 = nth_largest(teacher[0], distillation.top_n, vocabulary)[:, None]
+        temperature = distillation.temperature
         # The teacher is compared with itself too: one array of K+1 heads fuses where two of 1 and K do not.
-        sides = _sides(logits, teacher, threshold_Px1, largest, temperature, vocabulary)
-        value, by_heads, by_teacher = DIVERGENCES[distillation.kl](*sides, vocabulary)
+        sides = _compare(logits, teacher, largest, distillation, vocabulary)
+        value, by_heads, by_teacher = DIVERGENCES[distillation.kl](sides, vocabulary)
         scale_Jx1x1 = temperature * jnp.pad(kl_scale, (1, 0))[:, None, None]
         kl = temperature**2 * _sum_where(mask, value)[1:]
         gradient += scale_Jx1x1 * by_heads
@@ -110,38 +102,51 @@ def chunk_loss(
     gradient = jnp.where(mask[..., None], gradient, 0)
     if of_teacher is not None:
         gradient = gradient.at[0].add(jnp.sum(of_teacher, axis=0))
-    return LossSums(_sum_where(mask, ce), kl, _sum_where(mask, agrees)[1:]), gradient
+    return LossSums(_sum_where(mask, ce), kl, _sum_where(mask, agrees.astype(jnp.float32))[1:]), gradient
 
 
-def _sides(
+def _exponents(
+    logits: Float[Array, "_ P V"], reference: Float[Array, "_ P"], temperature: float = 1.0
+) -> Float[Array, "_ P V"]:
+    return jnp.maximum((logits - reference[..., None]) / temperature, NOTHING)
+
+
+def _compare(
     logits: Float[Array, "J P V"],
     teacher: Float[Array, "1 P V"],
-    threshold: Float[Array, "_ 1"],
     largest: Float[Array, "J P"],
-    temperature: float,
+    distillation: Distillation,
     vocabulary: Vocabulary,
-) -> tuple[Side, Side]:
-    """Teacher and heads over the tokens whose teacher logit reaches the threshold."""
+) -> Comparison:
+    """Teacher and heads over the teacher's ``top_n`` largest logits and all ties with the last of them."""
+    threshold = None
+    if distillation.top_n < vocabulary.size(logits):
+        threshold = nth_largest(teacher[0], distillation.top_n, vocabulary)
 
-    def exponents(values: Array, reference: Array) -> Array:
-        # The set is formed anew wherever it is needed: a comparison costs less than an array of booleans.
-        scaled = jnp.maximum((values - reference[..., None]) / temperature, NOTHING)
-        return jnp.where(teacher >= threshold, scaled, NOTHING)
+    def against(reference: Array, *sums: Array) -> Comparison:
+        chosen = None if threshold is None else teacher >= threshold[:, None]
+        p = _exponents(teacher, reference[:1], distillation.temperature)
+        q = _exponents(logits, reference, distillation.temperature)
+        return Comparison(chosen, p, q, *sums)
 
-    def against(reference: Array) -> tuple[Array, Array]:
-        return reference, jnp.log(vocabulary.sum(jnp.exp(exponents(logits, reference))))
+    def sums(reference: Array) -> tuple[Array, Array, Array]:
+        empty = jnp.zeros_like(reference)
+        sides = against(reference, empty[:1], empty, empty)
+        normaliser = jnp.log(vocabulary.sum(sides.q))
+        weighted = sides.keep(jnp.exp(sides.p_exponents) * (sides.p_exponents - sides.q_exponents))
+        return reference, normaliser, vocabulary.sum(weighted)
 
-    found = against(largest)
-    # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
-    reference, log_normaliser = jax.lax.cond(
-        jnp.any(found[1] < _LOG_UNDERFLOW),
-        lambda: against(vocabulary.max(jnp.where(teacher >= threshold, logits, -jnp.inf))),
-        lambda: found,
-    )
-    return (
-        Side(exponents(teacher, reference[:1]), log_normaliser[:1]),
-        Side(exponents(logits, reference), log_normaliser),
-    )
+    def sums_from_the_set() -> tuple[Array, Array, Array]:
+        return sums(vocabulary.max(jnp.where(teacher >= threshold[:, None], logits, -jnp.inf)))
+
+    found = sums(largest)
+    if threshold is not None:
+        # The barrier keeps the compiler from moving these sums out of the pass that they share and into the branch.
+        found = jax.lax.optimization_barrier(found)
+        # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
+        found = jax.lax.cond(jnp.any(found[1] < _LOG_UNDERFLOW), sums_from_the_set, lambda: found)
+    reference, normaliser, weighted = found
+    return against(reference, normaliser[:1], normaliser, weighted)
 
 
 def _sum_where(mask: Bool[Array, "J P"], values: Float[Array, "J P"]) -> Float[Array, " J"]:
