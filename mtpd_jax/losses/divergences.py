@@ -65,10 +65,10 @@ Result = tuple[Float[Array, "J P"], Float[Array, "J P V"], Float[Array, "J P V"]
 
 def forward_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:
     """KL(teacher || head), what MTP-D distils with."""
-    p, q = sides.p, sides.q
     # From sums before normalising, which take no pass of their own over the logits.
     value = sides.weighted * jnp.exp(-sides.log_zp) + (sides.log_zq - sides.log_zp)
-    return value, q - p, p * (sides.log_p - sides.log_q - value[..., None])
+    by_heads = sides.keep(jnp.exp(sides.log_q) - jnp.exp(sides.log_p))
+    return value, by_heads, sides.p * (sides.log_p - sides.log_q - value[..., None])
 
 
 def reverse_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:

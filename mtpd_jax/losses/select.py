@@ -2,8 +2,7 @@
 
 A search over the monotone integer keys of float32 numbers. Every pass over the row counts the entries above a few
 pivots and narrows the bracket that holds the answer. One pivot halves the range of keys, so that 32 passes always
-suffice; the others are put where the counts so far say that the answer is. A sixteenth of the row is searched first
-and says where to begin. For logits that takes 4 or 5 passes in all.
+suffice; the others are put where the counts so far say that the answer is, which takes 4 to 9 passes for logits.
 """
 
 import jax
@@ -22,10 +21,6 @@ _OFFSETS_ON_CPU = (0.0,)
 _OFFSETS_ON_ACCELERATOR = (4.0, 2.0, 1.0, 0.5, 0.2, -0.2, -0.5, -1.0, -2.0, -4.0)
 # The expected place is off by about this much times the square of the bracket's extent in log odds.
 _CURVATURE = 1e-3
-# The sample: so many blocks of the row, together this share of it, of rows that are long enough.
-_SAMPLE_BLOCKS, _SAMPLE_SHARE, _SAMPLED_FROM = 8, 16, 16_384
-# How many standard deviations of its rank in the sample the answer is looked for on either side.
-_SAMPLE_MARGIN = 3.0
 
 
 def ordered_key(values: Float[Array, "*rows"]) -> UInt32[Array, "*rows"]:
@@ -48,11 +43,11 @@ class _Bracket:
     at_low: Float[Array, " P"]
     at_high: Float[Array, " P"]
 
-    def unsettled(self, n: float, tolerance: float) -> Array:
+    def unsettled(self, n: int) -> Array:
         """Where more passes are needed."""
-        return (self.at_low - n > tolerance) & (self.high - self.low > 1)
+        return (self.at_low != n) & (self.high - self.low > 1)
 
-    def narrowed(self, pivot: Array, count: Array, n: float) -> "_Bracket":
+    def narrowed(self, pivot: Array, count: Array, n: int) -> "_Bracket":
         """Takes in that ``count`` entries reach the pivot."""
         raises, lowers = (count >= n) & (pivot > self.low), (count < n) & (pivot < self.high)
         return _Bracket(
@@ -63,7 +58,7 @@ class _Bracket:
         )
 
 
-def _pivots(bracket: _Bracket, n: float, size: int, offsets: tuple[float, ...]) -> list[Array]:
+def _pivots(bracket: _Bracket, n: int, size: int, offsets: tuple[float, ...]) -> list[Array]:
     """The middle of the bracket's keys, and places around where interpolation expects the answer."""
 
     def log_odds(count: Array | float) -> Array:
@@ -84,35 +79,6 @@ def _pivots(bracket: _Bracket, n: float, size: int, offsets: tuple[float, ...]) 
     ]
 
 
-def _search(
-    values: Float[Array, "P V"],
-    n: float,
-    vocabulary: Vocabulary,
-    first: list[Float[Array, " P"]],
-    tolerance: float = 0.0,
-) -> Float[Array, " P"]:
-    """A threshold that n to n + tolerance entries reach, or the n-th largest itself; ``first`` is tried first."""
-    size = vocabulary.size(values)
-    offsets = _OFFSETS_ON_CPU if vocabulary.on_cpu else _OFFSETS_ON_ACCELERATOR
-
-    def narrow(bracket: _Bracket, pivots: list[Array]) -> _Bracket:
-        counts = [vocabulary.count(values >= value_of_key(pivot)[:, None]) for pivot in pivots]
-        for pivot, count in zip(pivots, counts, strict=True):
-            bracket = bracket.narrowed(pivot, count, n)
-        return bracket
-
-    zero = jnp.zeros(values.shape[0], jnp.float32)
-    low, high = ordered_key(vocabulary.min(values)), ordered_key(vocabulary.max(values)) + 1
-    bracket = narrow(_Bracket(low, high, zero + size, zero), [ordered_key(value) for value in first])
-    return value_of_key(
-        jax.lax.while_loop(
-            lambda bracket: jnp.any(bracket.unsettled(n, tolerance)),
-            lambda bracket: narrow(bracket, _pivots(bracket, n, size, offsets)),
-            bracket,
-        ).low
-    )
-
-
 def nth_largest(
     values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vocabulary()
 ) -> Float[Array, " P"]:
@@ -125,18 +91,17 @@ def nth_largest(
       n: 1…V.
       vocabulary: which part of the rows ``values`` is.
     """
-    length = values.shape[1]
-    if length < _SAMPLED_FROM:
-        return _search(values, n, vocabulary, [])
-    # Whole blocks, not every sixteenth entry: an accelerator reads them without rearranging anything.
-    width = length // (_SAMPLE_BLOCKS * _SAMPLE_SHARE) // 128 * 128
-    sample = jnp.concatenate([values[:, i * (length // _SAMPLE_BLOCKS // 128 * 128) :][:, :width] for i in range(_SAMPLE_BLOCKS)], axis=1)
-    share = sample.shape[1] / length
-    rank, deviation = n * share, (n * share * (1 - n / vocabulary.size(values))) ** 0.5
-    guesses = [
-        _search(sample, max(1.0, rank + sign * _SAMPLE_MARGIN * deviation), vocabulary, [], deviation)
-        for sign in (1, -1)
-    ]
-    low, high = guesses
-    inner = 3 if vocabulary.on_cpu else 11
-    return _search(values, n, vocabulary, [low + (high - low) * i / (inner - 1) for i in range(inner)])
+    size = vocabulary.size(values)
+    offsets = _OFFSETS_ON_CPU if vocabulary.on_cpu else _OFFSETS_ON_ACCELERATOR
+
+    def narrow(bracket: _Bracket) -> _Bracket:
+        pivots = _pivots(bracket, n, size, offsets)
+        counts = [vocabulary.count(values >= value_of_key(pivot)[:, None]) for pivot in pivots]
+        for pivot, count in zip(pivots, counts, strict=True):
+            bracket = bracket.narrowed(pivot, count, n)
+        return bracket
+
+    zero = jnp.zeros(values.shape[0], jnp.float32)
+    low, high = ordered_key(vocabulary.min(values)), ordered_key(vocabulary.max(values)) + 1
+    bracket = _Bracket(low, high, zero + size, zero)
+    return value_of_key(jax.lax.while_loop(lambda b: jnp.any(b.unsettled(n)), narrow, bracket).low)

@@ -119,34 +119,35 @@ def _compare(
     vocabulary: Vocabulary,
 ) -> Comparison:
     """Teacher and heads over the teacher's ``top_n`` largest logits and all ties with the last of them."""
-    threshold = None
-    if distillation.top_n < vocabulary.size(logits):
-        threshold = nth_largest(teacher[0], distillation.top_n, vocabulary)
+    temperature = distillation.temperature
 
-    def against(reference: Array, *sums: Array) -> Comparison:
+    def against(reference: Array, threshold: Array | None, *sums: Array) -> Comparison:
         chosen = None if threshold is None else teacher >= threshold[:, None]
-        p = _exponents(teacher, reference[:1], distillation.temperature)
-        q = _exponents(logits, reference, distillation.temperature)
+        p, q = _exponents(teacher, reference[:1], temperature), _exponents(logits, reference, temperature)
         return Comparison(chosen, p, q, *sums)
 
-    def sums(reference: Array) -> tuple[Array, Array, Array]:
+    def sums(reference: Array, threshold: Array | None) -> tuple[Array, Array]:
         empty = jnp.zeros_like(reference)
-        sides = against(reference, empty[:1], empty, empty)
-        normaliser = jnp.log(vocabulary.sum(sides.q))
+        sides = against(reference, threshold, empty[:1], empty, empty)
         weighted = sides.keep(jnp.exp(sides.p_exponents) * (sides.p_exponents - sides.q_exponents))
-        return reference, normaliser, vocabulary.sum(weighted)
+        return jnp.log(vocabulary.sum(sides.q)), vocabulary.sum(weighted)
 
-    def sums_from_the_set() -> tuple[Array, Array, Array]:
-        return sums(vocabulary.max(jnp.where(teacher >= threshold[:, None], logits, -jnp.inf)))
+    if distillation.top_n >= vocabulary.size(logits):
+        normaliser, weighted = sums(largest, None)
+        return against(largest, None, normaliser[:1], normaliser, weighted)
 
-    found = sums(largest)
-    if threshold is not None:
-        # The barrier keeps the compiler from moving these sums out of the pass that they share and into the branch.
-        found = jax.lax.optimization_barrier(found)
-        # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
-        found = jax.lax.cond(jnp.any(found[1] < _LOG_UNDERFLOW), sums_from_the_set, lambda: found)
-    reference, normaliser, weighted = found
-    return against(reference, normaliser[:1], normaliser, weighted)
+    threshold = nth_largest(teacher[0], distillation.top_n, vocabulary)
+
+    def from_the_set() -> tuple[Array, Array, Array]:
+        reference = vocabulary.max(jnp.where(teacher >= threshold[:, None], logits, -jnp.inf))
+        return *sums(reference, threshold), reference
+
+    # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
+    # The barrier keeps the compiler from moving these sums out of the pass that they share and into the branch.
+    found = jax.lax.optimization_barrier((*sums(largest, threshold), largest))
+    lost = jnp.any(found[0] < _LOG_UNDERFLOW)
+    normaliser, weighted, reference = jax.lax.cond(lost, from_the_set, lambda: found)
+    return against(reference, threshold, normaliser[:1], normaliser, weighted)
 
 
 def _sum_where(mask: Bool[Array, "J P"], values: Float[Array, "J P"]) -> Float[Array, " J"]:
