@@ -57,7 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
     )  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
     config.objective.top_n = 10_000  # tokens of the teacher's distribution that the KL compares; >= vocabulary: all
     config.objective.temperature = 1.0  # divides both sides' logits in the KL
-    config.objective.kl = "forward"  # forward: KL(main head || head) | reverse | js
+    config.objective.kl = "forward"  # forward: KL(main head || head) | reverse | js | tv: 1 - acceptance rate
+    # | lk: -log of the acceptance rate | lk_hybrid: KL while little is accepted, then tv (arXiv 2602.23881)
     config.objective.detach_teacher = True  # no gradient from the KL into the main head's logits
     config.objective.detach_trunk = False  # no gradient from the heads' losses into backbone, embedding and unembedding
     config.objective.chunk_rows = config_dict.placeholder(int)  # rows of logits alive at once, per device; None: chosen

@@ -301,7 +301,7 @@ def _validate_model(model: ModelConfig, heads: HeadsConfig) -> None:
 
 def _validate_objective(objective: ObjectiveConfig, heads: HeadsConfig) -> None:
     _require(objective.mode == "joint", "objective.mode", objective.mode, "joint")
-    kinds = ("forward", "reverse", "js")
+    kinds = ("forward", "reverse", "js", "tv", "lk", "lk_hybrid")
     _require(objective.kl in kinds, "objective.kl", objective.kl, "one of " + ", ".join(kinds))
     _require(
         objective.detach_teacher or not objective.detach_trunk,

@@ -24,14 +24,14 @@ class Comparison:
       chosen: [1, P, V]; the tokens that are compared; None for all.
       p_exponents, q_exponents: [1, P, V] and [J, P, V]; log-probabilities of teacher and heads up to a constant per row,
         no less than ``NOTHING``; outside the chosen set without meaning, but finite.
-      log_zp, log_zq: [1, P] and [J, P]; logarithms of the sums of their exponentials over the chosen set.
+      log_zp, log_zq: [J, P]; logarithms of the sums of their exponentials over the chosen set.
       weighted: [J, P]; the sum of exp(p_exponents) (p_exponents - q_exponents) over the chosen set.
     """
 
     chosen: Bool[Array, "1 P V"] | None
     p_exponents: Float[Array, "1 P V"]
     q_exponents: Float[Array, "J P V"]
-    log_zp: Float[Array, "1 P"]
+    log_zp: Float[Array, "J P"]
     log_zq: Float[Array, "J P"]
     weighted: Float[Array, "J P"]
 
@@ -40,7 +40,7 @@ class Comparison:
         return values if self.chosen is None else jnp.where(self.chosen, values, otherwise)
 
     @property
-    def log_p(self) -> Float[Array, "1 P V"]:
+    def log_p(self) -> Float[Array, "J P V"]:
         """The teacher's log-probabilities, where chosen."""
         return self.p_exponents - self.log_zp[..., None]
 
@@ -50,9 +50,9 @@ class Comparison:
         return self.q_exponents - self.log_zq[..., None]
 
     @property
-    def p(self) -> Float[Array, "1 P V"]:
-        """The teacher's probabilities."""
-        return self.keep(jnp.exp(self.log_p))
+    def p(self) -> Float[Array, "J P V"]:
+        """The teacher's probabilities; the exponentials are those of ``weighted``, and so are taken once."""
+        return self.keep(jnp.exp(self.p_exponents)) * jnp.exp(-self.log_zp)[..., None]
 
     @property
     def q(self) -> Float[Array, "J P V"]:
@@ -67,8 +67,7 @@ def forward_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:
     """KL(teacher || head), what MTP-D distils with."""
     # From sums before normalising, which take no pass of their own over the logits.
     value = sides.weighted * jnp.exp(-sides.log_zp) + (sides.log_zq - sides.log_zp)
-    by_heads = sides.keep(jnp.exp(sides.log_q) - jnp.exp(sides.log_p))
-    return value, by_heads, sides.p * (sides.log_p - sides.log_q - value[..., None])
+    return value, sides.q - sides.p, sides.p * (sides.log_p - sides.log_q - value[..., None])
 
 
 def reverse_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:

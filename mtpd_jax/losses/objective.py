@@ -19,21 +19,21 @@ class AlignedRows:
     """All heads' states side by side at the token that they predict.
 
     Attributes:
-      hidden: [B, T, K+1, D]; at [b, j, k], head k's state at position j-k, which predicts token j+1.
-      targets: [B, T]; token j+1.
-      mask: [B, T, K+1]; whether both j-k and j+1 lie in the document of j.
+      hidden: [K+1, B, T, D]; at [k, b, t], head k's state at position t-k, which predicts token t+1.
+      targets: [B, T]; token t+1.
+      mask: [K+1, B, T]; whether both t-k and t+1 lie in the document of t.
     """
 
-    hidden: Float[Array, "B T J D"]
+    hidden: Float[Array, "J B T D"]
     targets: Int[Array, "B T"]
-    mask: Bool[Array, "B T J"]
+    mask: Bool[Array, "J B T"]
 
 
-def supervision_mask(segment_ids: SegmentIds, num_heads: int) -> Bool[Array, "B T J"]:
+def supervision_mask(segment_ids: SegmentIds, num_heads: int) -> Bool[Array, "J B T"]:
     """Which heads have both a source position and a target, per aligned row."""
     _, has_target_BxT = shift(segment_ids, segment_ids, 1)
     sources = [shift(segment_ids, segment_ids, -k)[1] for k in range(num_heads + 1)]
-    return jnp.stack(sources, axis=-1) & has_target_BxT[:, :, None]
+    return jnp.stack(sources) & has_target_BxT[None]
 
 
 def align(hidden: HiddenStates, tokens: Tokens, segment_ids: SegmentIds) -> AlignedRows:
@@ -41,7 +41,7 @@ def align(hidden: HiddenStates, tokens: Tokens, segment_ids: SegmentIds) -> Alig
     num_heads = hidden.heads.shape[0]
     rows = [hidden.main] + [shift(hidden.heads[k - 1], segment_ids, -k)[0] for k in range(1, num_heads + 1)]
     return AlignedRows(
-        jnp.stack(rows, axis=2), shift(tokens, segment_ids, 1)[0], supervision_mask(segment_ids, num_heads)
+        jnp.stack(rows), shift(tokens, segment_ids, 1)[0], supervision_mask(segment_ids, num_heads)
     )
 
 
@@ -69,7 +69,7 @@ class Objective:
     def count(self, segment_ids: Int[Array, "*axes T"]) -> Float[Array, " J"]:
         """Supervised tokens per head; it depends on the masks alone, so a whole step is counted before its loss."""
         flat = segment_ids.reshape(-1, segment_ids.shape[-1])
-        return jnp.sum(supervision_mask(flat, self.num_heads), axis=(0, 1), dtype=jnp.float32)
+        return jnp.sum(supervision_mask(flat, self.num_heads), axis=(1, 2), dtype=jnp.float32)
 
     def loss(
         self,

@@ -49,7 +49,8 @@ class _Bracket:
 
     def narrowed(self, pivot: Array, count: Array, n: int) -> "_Bracket":
         """Takes in that ``count`` entries reach the pivot."""
-        raises, lowers = (count >= n) & (pivot > self.low), (count < n) & (pivot < self.high)
+        inside = (pivot > self.low) & (pivot < self.high)
+        raises, lowers = inside & (count >= n), inside & (count < n)
         return _Bracket(
             jnp.where(raises, pivot, self.low),
             jnp.where(lowers, pivot, self.high),
@@ -61,7 +62,7 @@ class _Bracket:
 def _pivots(bracket: _Bracket, n: int, size: int, offsets: tuple[float, ...]) -> list[Array]:
     """The middle of the bracket's keys, and places around where interpolation expects the answer."""
 
-    def log_odds(count: Array | float) -> Array:
+    def log_odds(count: Array | int) -> Array:
         return jnp.log((count + 0.5) / (size - count + 0.5))
 
     extent = log_odds(bracket.at_low) - log_odds(bracket.at_high)
@@ -102,6 +103,8 @@ def nth_largest(
         return bracket
 
     zero = jnp.zeros(values.shape[0], jnp.float32)
-    low, high = ordered_key(vocabulary.min(values)), ordered_key(vocabulary.max(values)) + 1
+    # NaN is no bound: it would turn the bracket around, and the search would not end.
+    low = ordered_key(jnp.nan_to_num(vocabulary.min(values), nan=-jnp.inf, posinf=jnp.inf, neginf=-jnp.inf))
+    high = ordered_key(jnp.nan_to_num(vocabulary.max(values), nan=jnp.inf, posinf=jnp.inf, neginf=-jnp.inf)) + 1
     bracket = _Bracket(low, high, zero + size, zero)
     return value_of_key(jax.lax.while_loop(lambda b: jnp.any(b.unsettled(n)), narrow, bracket).low)

@@ -85,8 +85,8 @@ def chunk_loss(
     exponents = _exponents(logits, largest)
     normaliser = jnp.log(vocabulary.sum(jnp.exp(exponents)))
     ce = normaliser + (largest - vocabulary.at(logits, targets))
-    agrees = vocabulary.at(logits, vocabulary.argmax(teacher, largest[:1])[0]) == largest
-    is_target = vocabulary.ids(logits) == targets[:, None]
+    agrees = vocabulary.at(logits, vocabulary.argmax(teacher)[0]) == largest
+    is_target = vocabulary.ids(logits) == targets[None, :, None]
     gradient = ce_scale[:, None, None] * (jnp.exp(exponents - normaliser[..., None]) - is_target)
     kl, of_teacher = jnp.zeros_like(kl_scale), None
     if distillation is not None:
@@ -120,34 +120,37 @@ def _compare(
 ) -> Comparison:
     """Teacher and heads over the teacher's ``top_n`` largest logits and all ties with the last of them."""
     temperature = distillation.temperature
+    p_exponents = _exponents(teacher, largest[:1], temperature)  # whose maximum is always in the set
 
     def against(reference: Array, threshold: Array | None, *sums: Array) -> Comparison:
-        chosen = None if threshold is None else teacher >= threshold[:, None]
-        p, q = _exponents(teacher, reference[:1], temperature), _exponents(logits, reference, temperature)
-        return Comparison(chosen, p, q, *sums)
+        chosen = None if threshold is None else teacher >= threshold[None, :, None]
+        return Comparison(chosen, p_exponents, _exponents(logits, reference, temperature), *sums)
 
     def sums(reference: Array, threshold: Array | None) -> tuple[Array, Array]:
         empty = jnp.zeros_like(reference)
-        sides = against(reference, threshold, empty[:1], empty, empty)
-        weighted = sides.keep(jnp.exp(sides.p_exponents) * (sides.p_exponents - sides.q_exponents))
+        sides = against(reference, threshold, empty, empty, empty)
+        weighted = sides.keep(sides.p * (sides.p_exponents - sides.q_exponents))
         return jnp.log(vocabulary.sum(sides.q)), vocabulary.sum(weighted)
 
+    def result(normaliser: Array, weighted: Array, reference: Array, threshold: Array | None) -> Comparison:
+        # The teacher's normaliser once per head: what it scales is then scaled where it is used, not kept scaled.
+        of_teacher = jnp.broadcast_to(normaliser[:1], normaliser.shape)
+        return against(reference, threshold, of_teacher, normaliser, weighted)
+
     if distillation.top_n >= vocabulary.size(logits):
-        normaliser, weighted = sums(largest, None)
-        return against(largest, None, normaliser[:1], normaliser, weighted)
+        return result(*sums(largest, None), largest, None)
 
     threshold = nth_largest(teacher[0], distillation.top_n, vocabulary)
 
     def from_the_set() -> tuple[Array, Array, Array]:
-        reference = vocabulary.max(jnp.where(teacher >= threshold[:, None], logits, -jnp.inf))
+        reference = vocabulary.max(jnp.where(teacher >= threshold[None, :, None], logits, -jnp.inf))
         return *sums(reference, threshold), reference
 
     # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
     # The barrier keeps the compiler from moving these sums out of the pass that they share and into the branch.
     found = jax.lax.optimization_barrier((*sums(largest, threshold), largest))
     lost = jnp.any(found[0] < _LOG_UNDERFLOW)
-    normaliser, weighted, reference = jax.lax.cond(lost, from_the_set, lambda: found)
-    return against(reference, threshold, normaliser[:1], normaliser, weighted)
+    return result(*jax.lax.cond(lost, from_the_set, lambda: found), threshold)
 
 
 def _sum_where(mask: Bool[Array, "J P"], values: Float[Array, "J P"]) -> Float[Array, " J"]:

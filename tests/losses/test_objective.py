@@ -22,9 +22,9 @@ def test_rows_are_aligned_by_target():
         for k in range(3):
             inside = j - k >= 0 and j + 1 < 8
             supervised = inside and segment_ids[0, j - k] == segment_ids[0, j] == segment_ids[0, j + 1] != 0
-            assert bool(rows.mask[0, j, k]) == supervised, (j, k)
+            assert bool(rows.mask[k, 0, j]) == supervised, (j, k)
             if supervised:
-                assert rows.hidden[0, j, k, 0] == 100 * k + j - k
+                assert rows.hidden[k, 0, j, 0] == 100 * k + j - k
                 assert rows.targets[0, j] == tokens[0, j + 1]
 
 

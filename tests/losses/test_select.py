@@ -1,0 +1,71 @@
+"""The n-th largest logit by search, against sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtpd_jax.losses.select import nth_largest, ordered_key, value_of_key
+from mtpd_jax.losses.vocabulary import Vocabulary
+
+PLATFORMS = [Vocabulary(on_cpu=True), Vocabulary(on_cpu=False)]
+search = jax.jit(nth_largest, static_argnums=(1, 2))
+
+
+def by_sorting(values, n):
+    return values >= np.sort(values, axis=1)[:, -n, None]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.integers(-5, 5).map(float)
+        | st.floats(-(2.0**90), 2.0**90, width=32, allow_subnormal=False)
+        | st.sampled_from([np.inf, -np.inf]),
+        min_size=16,
+        max_size=16,
+    ),
+    st.sampled_from([1, 2, 5, 15, 16]),
+    st.sampled_from(PLATFORMS),
+)
+def test_marks_the_n_largest_and_all_ties(values, n, vocabulary):
+    row = np.asarray([values], np.float32)
+    row = np.where(np.abs(row) < 1e-30, 0, row)  # denormals are flushed by XLA on CPU
+    np.testing.assert_array_equal(row >= np.asarray(search(jnp.asarray(row), n, vocabulary))[:, None], by_sorting(row, n))
+
+
+@pytest.mark.parametrize("vocabulary", PLATFORMS, ids=str)
+def test_rows_of_logits(vocabulary):
+    """Bell curves, heavy tails, a lone peak, few distinct values, equal values: each in its own number of passes."""
+    rng = np.random.default_rng(0)
+    size = 5_000
+    rows = [
+        rng.normal(size=size) * 3,
+        rng.standard_t(2, size=size) * 1e3,
+        np.append(rng.normal(size=size - 1) * 0.1, 40.0),
+        np.round(rng.normal(size=size) * 2),
+        np.full(size, 0.7),
+        rng.lognormal(size=size) ** 3,
+    ]
+    values = np.asarray(rows, np.float32)
+    for n in (1, 7, 500, size - 1, size):
+        threshold = np.asarray(search(jnp.asarray(values), n, vocabulary))
+        np.testing.assert_array_equal(values >= threshold[:, None], by_sorting(values, n), err_msg=str(n))
+
+
+def test_keys_are_ordered_as_the_numbers_are():
+    values = np.array([-np.inf, -1e30, -2.0, -1e-30, -0.0, 0.0, 1e-30, 0.5, 3e38, np.inf], np.float32)
+    keys = np.asarray(ordered_key(jnp.asarray(values)), np.int64)
+    assert (np.diff(keys) > 0).all()
+    np.testing.assert_array_equal(value_of_key(ordered_key(jnp.asarray(values))), values)
+
+
+@pytest.mark.parametrize("vocabulary", PLATFORMS, ids=str)
+def test_nan_ends_the_search(vocabulary):
+    """Rows with NaN need not have an answer, but the rows beside them do."""
+    values = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    values[1, 3], values[2] = np.nan, np.nan
+    threshold = search(jnp.asarray(values), 9, vocabulary)
+    np.testing.assert_array_equal(values[:1] >= np.asarray(threshold[:1])[:, None], by_sorting(values[:1], 9))
