@@ -10,7 +10,7 @@
     L  Transformer layers of the backbone
     K  multi-token-prediction heads (depths)
     J  all heads, J = K+1: the main head is row 0
-    P  rows of a chunk of the loss; R = P·J rows of its logits
+    P  rows of the loss whose softmaxes are formed together; Q groups of P rows in a chunk; R rows, all in a line
     S  slots of a key/value cache
     V  vocabulary
 

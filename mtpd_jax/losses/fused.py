@@ -19,6 +19,11 @@ from mtpd_jax.shapes import Array, Bool, Float, Int
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
 
 
+# A chunk of a small vocabulary: so many logits; of a large one on an accelerator so many rows of them (P x J), for the
+# products to outweigh the reading of the unembedding, and on a CPU in proportion to D.
+_CHUNK_LOGITS_ON_CPU = 1 << 20
+_CHUNK_LOGITS_ON_ACCELERATOR = 1 << 26
+_CHUNK_ROWS_OF_LOGITS = 2048
 # On a CPU: logits of a group of rows, and elements of a block of the unembedding's gradient, that its caches hold.
 _GROUP_LOGITS = 1 << 20
 _BLOCK_ELEMENTS = 1 << 21
@@ -50,11 +55,13 @@ def choose_tiling(
       chunk_rows: overrides the choice of the chunk; None chooses.
       on_cpu: a CPU or an accelerator.
     """
-    if chunk_rows is None:
-        # Rows of logits (P x J) per chunk: in proportion to D on a CPU, to the ratio of speed to bandwidth elsewhere.
-        limit = max(width * 5 // 8, (1 << 20) // vocabulary) if on_cpu else max(2048, (1 << 26) // vocabulary)
-        chunk_rows = max(8, limit // heads // 8 * 8)
-        chunk_rows = -(-rows // -(-rows // chunk_rows))
+    if chunk_rows is None and on_cpu:
+        limit = max(8, max(width * 5 // 8, _CHUNK_LOGITS_ON_CPU // vocabulary) // heads // 8 * 8)
+        chunk_rows = -(-rows // -(-rows // limit))  # chunks of equal size
+    elif chunk_rows is None:
+        # A power of two, which divides most batches, and with which TPU programs compile in seconds.
+        limit = max(_CHUNK_ROWS_OF_LOGITS, _CHUNK_LOGITS_ON_ACCELERATOR // vocabulary) // heads
+        chunk_rows = 1 << max(3, limit.bit_length() - 1)
     chunk_rows = min(chunk_rows, rows)
     if not on_cpu:
         return Tiling(chunk_rows, chunk_rows, vocabulary)

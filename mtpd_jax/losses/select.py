@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from mtpd_jax.losses.vocabulary import Vocabulary
-from mtpd_jax.shapes import Array, Float, UInt32
+from mtpd_jax.shapes import Array, Float, Int, UInt32
 
 _SIGN = np.uint32(1 << 31)
 
@@ -80,9 +80,7 @@ def _pivots(bracket: _Bracket, n: int, size: int, offsets: tuple[float, ...]) ->
     ]
 
 
-def nth_largest(
-    values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vocabulary()
-) -> Float[Array, " P"]:
+def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vocabulary()) -> Float[Array, " P"]:
     """A threshold per row such that ``values >= threshold`` marks the n largest entries and all ties with the n-th.
 
     It is the n-th largest value itself where that has ties, and otherwise a number between it and the next one below.
@@ -92,19 +90,28 @@ def nth_largest(
       n: 1…V.
       vocabulary: which part of the rows ``values`` is.
     """
+    return search(values, n, vocabulary)[0]
+
+
+def search(
+    values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vocabulary()
+) -> tuple[Float[Array, " P"], Int[Array, ""]]:
+    """What ``nth_largest`` returns, and the number of counting passes that the slowest row took."""
     size = vocabulary.size(values)
     offsets = _OFFSETS_ON_CPU if vocabulary.on_cpu else _OFFSETS_ON_ACCELERATOR
 
-    def narrow(bracket: _Bracket) -> _Bracket:
+    def narrow(state: tuple[_Bracket, Array]) -> tuple[_Bracket, Array]:
+        bracket, passes = state
         pivots = _pivots(bracket, n, size, offsets)
         counts = [vocabulary.count(values >= value_of_key(pivot)[:, None]) for pivot in pivots]
         for pivot, count in zip(pivots, counts, strict=True):
             bracket = bracket.narrowed(pivot, count, n)
-        return bracket
+        return bracket, passes + 1
 
     zero = jnp.zeros(values.shape[0], jnp.float32)
     # NaN is no bound: it would turn the bracket around, and the search would not end.
     low = ordered_key(jnp.nan_to_num(vocabulary.min(values), nan=-jnp.inf, posinf=jnp.inf, neginf=-jnp.inf))
     high = ordered_key(jnp.nan_to_num(vocabulary.max(values), nan=jnp.inf, posinf=jnp.inf, neginf=-jnp.inf)) + 1
-    bracket = _Bracket(low, high, zero + size, zero)
-    return value_of_key(jax.lax.while_loop(lambda b: jnp.any(b.unsettled(n)), narrow, bracket).low)
+    start = _Bracket(low, high, zero + size, zero), jnp.zeros((), jnp.int32)
+    bracket, passes = jax.lax.while_loop(lambda state: jnp.any(state[0].unsettled(n)), narrow, start)
+    return value_of_key(bracket.low), passes

@@ -1,0 +1,204 @@
+"""Time, memory and FLOPs of the loss with its gradients, in four forms and for three objectives.
+
+``--heads``, ``--vocabulary`` and ``--top_n`` take lists: each is varied with the others at their first value. Times are
+medians over rounds in which every form runs once. ``floor`` is the time of the bare products of the same rows; MB are
+temporary memory as compiled. FLOPs (TF) are those of the products with the unembedding, by formula: the compiler's own count takes the body of a loop once.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.box
+import rich.console
+import rich.table
+
+from experiments.bench.common import curves, environment, interleaved, median_ratio
+from experiments.bench.loss_forms import (
+    FORMS,
+    OBJECTIVES,
+    PRODUCTS,
+    compile_form,
+    compile_products,
+    distillation_of,
+    inputs,
+)
+from mtpd_jax import frontdoor
+from mtpd_jax.evaluation.report import number, write_json
+
+# Chunk sizes from which the chunked form with rematerialisation takes its fastest.
+REMAT_CHUNKS = (32, 64, 128)
+FLOOR_ROWS = 512
+
+
+def cases(flags: argparse.Namespace) -> list[dict[str, int]]:
+    """The base case, and each list's further values with the rest of it."""
+    lists = {"heads": flags.heads, "vocabulary": flags.vocabulary, "top_n": flags.top_n}
+    base = {name: values[0] for name, values in lists.items()}
+    return [base, *({**base, name: value} for name, values in lists.items() for value in values[1:])]
+
+
+def memory_limit() -> int:
+    """Bytes that a program may use on this device."""
+    statistics_ = jax.devices()[0].memory_stats()
+    if statistics_ and "bytes_limit" in statistics_:
+        return int(statistics_["bytes_limit"])
+    return int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def tuned_remat(arguments: tuple[jax.Array, ...], distillation: Any, rows: int) -> jax.stages.Compiled:
+    """The chunked form at its best chunk size."""
+    sizes = sorted({min(size, rows) for size in REMAT_CHUNKS})
+    candidates = {size: compile_form("chunked_remat", arguments, distillation, size) for size in sizes}
+    programs = {size: (lambda c=compiled: c(*arguments)) for size, compiled in candidates.items()}
+    seconds = interleaved(programs, 1, "tuning chunked_remat")
+    return candidates[min(sizes, key=lambda size: seconds[size])]
+
+
+def measure(case: dict[str, int], flags: argparse.Namespace) -> list[dict[str, Any]]:
+    """All forms and objectives of one case, one row each."""
+    dtype = jnp.dtype(flags.dtype)
+    heads, vocabulary = case["heads"], case["vocabulary"]
+    compiled, programs, arguments_of = {}, {}, {}
+    for objective in flags.objectives:
+        if (heads == 0) != (objective == "ntp"):
+            continue
+        arguments_of[objective] = inputs(heads, flags.rows, flags.width, vocabulary, dtype)
+        distillation = distillation_of(objective, case["top_n"])
+        for form in flags.forms:
+            arguments, key = arguments_of[objective], (form, objective)
+            chunked = form == "chunked_remat"
+            compiled[key] = (
+                tuned_remat(arguments, distillation, flags.rows)
+                if chunked
+                else compile_form(form, arguments, distillation, flags.chunk_rows)
+            )
+            memory = compiled[key].memory_analysis()
+            needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+            if needed < memory_limit():
+                programs[key] = lambda c=compiled[key], a=arguments: c(*a)
+    if not compiled:
+        return []
+    floor_rows = min(FLOOR_ROWS, flags.rows)
+    any_arguments = next(iter(arguments_of.values()))
+    products = compile_products(any_arguments, floor_rows)
+    filled = [jnp.ones(a.shape, a.dtype) for a in jax.tree.leaves(products.in_avals)]
+    programs["floor"] = lambda: products(*filled)
+    seconds = interleaved(programs, flags.repeats, " ".join(f"{name}={value}" for name, value in case.items()))
+    floor = statistics.median(seconds.pop("floor")) * flags.rows / floor_rows
+    base = seconds.get(("fused", "ntp" if heads == 0 else "mtp"))
+    return [
+        {
+            "form": form,
+            "objective": objective,
+            **case,
+            "width": flags.width,
+            "rows": flags.rows,
+            "dtype": dtype.name,
+            "seconds": statistics.median(times) if times else None,
+            "seconds_min": min(times) if times else None,
+            "seconds_max": max(times) if times else None,
+            "over_plain": median_ratio(times, base) if times and base else None,
+            "floor_seconds": floor,
+            "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+            "flops": PRODUCTS[form] * 2 * (heads + 1) * flags.rows * vocabulary * flags.width,
+        }
+        for (form, objective), program in compiled.items()
+        for times in [seconds.get((form, objective), [])]
+    ]
+
+
+def short(count: int) -> str:
+    """A count in thousands, from ten thousand up."""
+    return f"{count / 1000:.0f}k" if count >= 10_000 else str(count)
+
+
+def table_of(rows: list[dict[str, Any]]) -> rich.table.Table:
+    """One line per measured program."""
+    first = rows[0]
+    table = rich.table.Table(
+        title=f"loss and gradients, {first['rows']} rows, width {first['width']}, {first['dtype']}",
+        box=rich.box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("form", "loss", "K", "V", "N", "seconds (range)", "x mtp", "x floor", "MB", "TF"):
+        table.add_column(column, justify="left" if column in ("form", "loss") else "right", no_wrap=True)
+    for row in rows:
+        ran = row["seconds"] is not None
+        table.add_row(
+            row["form"], row["objective"], str(row["heads"]), short(row["vocabulary"]), short(row["top_n"]),
+            f"{row['seconds']:.3g} ({row['seconds_min']:.3g}-{row['seconds_max']:.3g})" if ran else "too large",
+            number(row["over_plain"]), number(row["seconds"] / row["floor_seconds"]) if ran else "–",
+            f"{row['temp_bytes'] / 1e6:,.0f}", f"{row['flops'] / 1e12:.2g}",
+        )  # fmt: skip
+    return table
+
+
+def draw(path: str, rows: list[dict[str, Any]], flags: argparse.Namespace) -> None:
+    """Time and memory against each list that was varied."""
+    base = {"heads": flags.heads[0], "vocabulary": flags.vocabulary[0], "top_n": flags.top_n[0]}
+    panels = []
+    for axis, label in (("heads", "K"), ("vocabulary", "V"), ("top_n", "N")):
+        others = [name for name in base if name != axis]
+        chosen = [row for row in rows if all(row[name] == base[name] for name in others) and row["seconds"] is not None]
+        if len({row[axis] for row in chosen}) < 2:
+            continue
+        for field, unit, scale in (("seconds", "seconds", 1.0), ("temp_bytes", "temp, MB", 1e6)):
+            lines: dict[str, list[tuple[float, float]]] = {}
+            for row in chosen:
+                name = f"{row['form']}, {'mtp' if row['objective'] == 'ntp' else row['objective']}"
+                lines.setdefault(name, []).append((row[axis], row[field] / scale))
+            log = "y" if axis == "heads" else "xy"
+            panels.append({"title": f"{unit} by {label}", "x": label, "y": unit, "lines": lines, "log": log})
+    if panels:
+        curves(path, panels)
+
+
+def main(arguments: list[str]) -> int:
+    """Parses flags, measures, prints the table, and writes JSON and picture."""
+    backend = jax.default_backend()
+    parser = frontdoor.Parser(prog="python -m experiments.bench.loss", description=__doc__)
+    parser.add_argument("--vocabulary", type=frontdoor.integers, default=[122_880], help="V (default: 122880)")
+    parser.add_argument("--width", type=int, default=512 if backend == "cpu" else 2048, help="D")
+    parser.add_argument("--rows", type=int, default=256 if backend == "cpu" else 8192, help="rows of hidden states")
+    parser.add_argument("--heads", type=frontdoor.integers, default=[4], help="K (default: 4); 0: next token only")
+    parser.add_argument("--top_n", type=frontdoor.integers, default=[10_000], help="N (default: 10000)")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
+    parser.add_argument("--forms", default=",".join(FORMS), help=f"default: {','.join(FORMS)}")
+    parser.add_argument("--objectives", default=",".join(OBJECTIVES), help=f"default: {','.join(OBJECTIVES)}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPU, else bfloat16")
+    parser.add_argument("--chunk_rows", type=int, help="of the fused form (default: chosen from the shapes)")
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--plot", help="draw time and memory here (.png, .svg)")
+    flags = parser.parse_args(arguments)
+    flags.dtype = flags.dtype or ("float32" if backend == "cpu" else "bfloat16")
+    for name, known in (("forms", FORMS), ("objectives", OBJECTIVES)):
+        chosen = getattr(flags, name).split(",")
+        unknown = [item for item in chosen if item not in known]
+        if unknown:
+            raise ValueError(f"--{name}={unknown[0]}: expected some of {', '.join(known)}")
+        setattr(flags, name, chosen)
+    sizes = {name: getattr(flags, name) for name in ("vocabulary", "width", "rows", "top_n", "repeats", "chunk_rows")}
+    for name, value in sizes.items():
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name}={value}: expected positive numbers")
+    if min(flags.heads) < 0:
+        raise ValueError(f"--heads={flags.heads}: expected numbers from 0 up")
+    frontdoor.check_json_path(flags.json)
+    rows = [row for case in cases(flags) for row in measure(case, flags)]
+    if not rows:
+        raise ValueError("nothing to measure: ntp is for --heads=0 and the other objectives for more")
+    rich.console.Console().print(table_of(rows))
+    if flags.json:
+        write_json(flags.json, {"environment": environment(), "rows": rows})
+    if flags.plot:
+        draw(flags.plot, rows, flags)
+    return 0
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(lambda: main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""Compiling for TPUs that are not here, and reading the compiler's estimate of time.
+
+``libtpu`` compiles for a described topology on any x86-64 Linux machine. It is kept outside the environment's packages
+(``make .cache/libtpu``), because where JAX finds it, it looks for a TPU at every start.
+"""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
+
+LIBRARY = pathlib.Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
+V5P_HERTZ = 1.75e9  # of the clock whose cycles the compiler estimates
+
+
+def topology_mesh(name: str = "v5p:2x2x1", fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh (1, fsdp, tensor, 1) over the first devices of a topology, to compile for.
+
+    Raises:
+      FileNotFoundError: libtpu is not installed.
+    """
+    if not LIBRARY.exists():
+        raise FileNotFoundError(f"{LIBRARY}: not there; `make .cache/libtpu` installs it")
+    described = {
+        "TPU_LIBRARY_PATH": str(LIBRARY), "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": name.split(":")[0] + "-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+    os.environ.update(described)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    used = np.array(devices[: fsdp * tensor]).reshape(1, fsdp, tensor, 1)
+    return Mesh(used, (*BATCH_AXES, VOCABULARY_AXIS, "expert"))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The instructions of each computation of an HLO module, and the entry's name."""
+    computations: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        header = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
+        if header:
+            name = header.group(2)
+            computations[name] = []
+            entry = name if header.group(1) else entry
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HERTZ) -> float:
+    """The compiler's estimate of a module's time, loops counted as often as they run.
+
+    The compiler writes estimated cycles beside each instruction, those of a loop's body once. This walks the module from
+    its entry and multiplies a body by its number of trips; of a conditional's branches it takes the cheapest, since
+    the loss branches only for what all but never happens.
+
+    Args:
+      text: of a compiled TPU module.
+      trips: how often a loop at the first, second, … level of nesting runs, where its count is not in the text.
+      hertz: of the clock.
+    """
+    computations, entry = _computations(text)
+
+    def cycles(name: str, depth: int) -> float:
+        total = 0.0
+        for line in computations[name]:
+            estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+            body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+            branches = re.search(r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))", line)
+            if body:
+                known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+                runs = float(known.group(1)) if known else trips[depth]
+                total += runs * cycles(body.group(1), depth + 1)
+            elif branches:
+                names = branches.group(1).split(",") if branches.group(1) else branches.groups()[1:]
+                total += min(cycles(branch.strip().lstrip("%"), depth) for branch in names)
+            elif estimate:
+                total += int(estimate.group(1))
+        return total
+
+    return cycles(entry, 0) / hertz
+
+
+def largest_collective(text: str) -> int:
+    """Elements of the largest array that a collective yields; 0 without collectives."""
+    found = re.findall(r"= \(?(?:\w+)\[([\d,]*)\][^=]* (?:all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text)
+    return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found), default=0)
+
+
+def shapes_of(arguments: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Abstract arguments with shardings, for ``lower``."""
+    return tuple(
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(arguments, shardings, strict=True)
+    )
