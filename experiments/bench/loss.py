@@ -2,7 +2,8 @@
 
 ``--heads``, ``--vocabulary`` and ``--top_n`` take lists: each is varied with the others at their first value. Times are
 medians over rounds in which every form runs once. ``floor`` is the time of the bare products of the same rows; MB are
-temporary memory as compiled. FLOPs (TF) are those of the products with the unembedding, by formula: the compiler's own count takes the body of a loop once.
+temporary memory as compiled. FLOPs (TF) are those of the products with the unembedding, by formula: the compiler's own
+count takes the body of a loop once.
 """
 
 import argparse

@@ -35,11 +35,11 @@ def inputs(heads: int, rows: int, width: int, vocabulary: int, dtype: Any) -> tu
     return hidden, unembedding, targets, mask, ce_scale, jnp.full(heads, beta / rows)
 
 
-def chunked_remat(*arguments: jax.Array, distillation: Distillation | None, chunk_rows: int) -> jax.Array:
+def chunked_remat(*arguments: jax.Array, distillation: Distillation | None, chunk_rows: int | None) -> jax.Array:
     """The dense loss in chunks of rows, each recomputed in the backward pass: what one would write second."""
     hidden, unembedding, targets, mask, ce_scale, kl_scale = arguments
-    heads, _, rows, width = hidden.shape
-    size = min(chunk_rows, rows)
+    rows = hidden.shape[2]
+    size = min(chunk_rows or rows, rows)
     padding = -rows % size
 
     def cut(values: jax.Array, axis: int) -> jax.Array:
@@ -60,7 +60,7 @@ def chunked_remat(*arguments: jax.Array, distillation: Distillation | None, chun
 
 
 def compile_form(
-    form: str, arguments: tuple[jax.Array, ...], distillation: Distillation | None, chunk_rows: int | None = None
+    form: str, arguments: tuple[Any, ...], distillation: Distillation | None, chunk_rows: int | None = None
 ) -> jax.stages.Compiled:
     """The compiled value and gradients, by hidden states and unembedding.
 
@@ -68,7 +68,7 @@ def compile_form(
       form: one of ``FORMS``.
       arguments: as ``inputs`` makes them, or their shapes.
       distillation: None for plain MTP.
-      chunk_rows: of the chunked forms; None chooses for ``fused``, and ``chunked_remat`` needs it.
+      chunk_rows: of the chunked forms; None chooses for ``fused``, and is all rows for ``chunked_remat``.
     """
 
     def total(hidden: jax.Array, unembedding: jax.Array, *rest: jax.Array) -> jax.Array:

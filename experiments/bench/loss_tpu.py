@@ -1,12 +1,11 @@
 """The loss compiled for a TPU topology that need not be here: memory, FLOPs, collectives and estimated time.
 
-Four programs: MTP-D and plain MTP on one chip, rows sharded over fsdp, the vocabulary over tensor; and the dense form
-with ``lax.top_k``, which is refused. The compiler counts the body of a loop once, its estimate and its FLOPs alike. Both
-are multiplied here by how often the loops run: chunks by the shapes, the search for the N-th largest logit by running
-it on logits of the same shape (the slowest row of a chunk decides).
+Programs: MTP-D and plain MTP on one chip; MTP-D with rows sharded over fsdp and with the vocabulary over tensor; and
+the dense form with ``lax.top_k``, which is refused. The compiler counts the body of a loop once, its estimate and its
+FLOPs alike. Both are multiplied here by how often the loops run: chunks by the shapes, the search for the N-th largest
+logit by running it on normal logits (the slowest row of a chunk decides).
 """
 
-import argparse
 import sys
 from typing import Any
 
@@ -62,15 +61,16 @@ def compile_on(
     return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*shapes).compile()
 
 
-def report(
-    topology: str, rows: int, heads: int, width: int, vocabulary: int, top_n: int
-) -> list[dict[str, Any]]:
+def report(topology: str, rows: int, heads: int, width: int, vocabulary: int, top_n: int) -> list[dict[str, Any]]:
     """One entry per program."""
     passes = search_passes(vocabulary, top_n)
     programs = [
-        ("one chip", "fused", "mtp_d", 1, 1), ("one chip", "fused", "mtp", 1, 1), ("rows over 4", "fused", "mtp_d", 4, 1),
-        ("tokens over 4", "fused", "mtp_d", 1, 4), ("one chip", "dense_top_k", "mtp_d", 1, 1),
-    ]  # fmt: skip
+        ("one chip", "fused", "mtp_d", 1, 1),
+        ("one chip", "fused", "mtp", 1, 1),
+        ("rows over 4", "fused", "mtp_d", 4, 1),
+        ("tokens over 4", "fused", "mtp_d", 1, 4),
+        ("one chip", "dense_top_k", "mtp_d", 1, 1),
+    ]
     found = []
     for name, form, objective, fsdp, tensor in programs:
         mesh = topology_mesh(topology, fsdp, tensor)
@@ -82,13 +82,14 @@ def report(
             continue
         local = vocabulary // tensor
         chunks = -(-rows // choose_tiling(rows, heads + 1, local, width, None, on_cpu=False).chunk_rows)
-        text, costs = compiled.as_text(), compiled.cost_analysis()
+        text, costs, memory = compiled.as_text(), compiled.cost_analysis(), compiled.memory_analysis()
+        assert text and costs and memory  # a TPU's compiler gives all three
         share = 3 * 2 * (heads + 1) * rows * local * width
         found.append(
             {
                 **entry,
                 "chunks": chunks,
-                "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
                 "flops": costs["flops"] * chunks,
                 "flops_over_share": costs["flops"] * chunks / share,
                 "largest_collective": largest_collective(text),
@@ -121,7 +122,8 @@ def main(arguments: list[str]) -> int:
             table.add_row(f"{entry['program']}, {entry['form']}", entry["objective"], "refused", "", "", "", "")
             continue
         table.add_row(
-            entry["program"], entry["objective"], number(entry["temp_bytes"] / 2**30), number(entry["flops_over_share"]),
+            entry["program"], entry["objective"],
+            number(entry["temp_bytes"] / 2**30), number(entry["flops_over_share"]),
             f"{entry['largest_collective']:,}", number(1e3 * entry["estimated_seconds"], 1),
             number(entry["estimated_seconds"] / plain),
         )  # fmt: skip

@@ -56,9 +56,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HERTZ) -> float:
     """The compiler's estimate of a module's time, loops counted as often as they run.
 
-    The compiler writes estimated cycles beside each instruction, those of a loop's body once. This walks the module from
-    its entry and multiplies a body by its number of trips; of a conditional's branches it takes the cheapest, since
-    the loss branches only for what all but never happens.
+    The compiler writes estimated cycles beside each instruction, those of a loop's body once. This walks the module
+    from its entry and multiplies a body by its number of trips; of a conditional's branches it takes the cheapest,
+    since the loss branches only for what all but never happens.
 
     Args:
       text: of a compiled TPU module.
@@ -66,13 +66,16 @@ def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HE
       hertz: of the clock.
     """
     computations, entry = _computations(text)
+    word = r"%?([\w.\-]+)"
 
     def cycles(name: str, depth: int) -> float:
         total = 0.0
         for line in computations[name]:
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
             body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-            branches = re.search(r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))", line)
+            branches = re.search(
+                rf"branch_computations={{([^}}]*)}}|true_computation={word}, false_computation={word}", line
+            )
             if body:
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
                 runs = float(known.group(1)) if known else trips[depth]
@@ -89,12 +92,12 @@ def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HE
 
 def largest_collective(text: str) -> int:
     """Elements of the largest array that a collective yields; 0 without collectives."""
-    found = re.findall(r"= \(?(?:\w+)\[([\d,]*)\][^=]* (?:all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\(", text)
-    return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found), default=0)
+    operations = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    results = re.findall(rf"= (\S.*?) (?:{operations})(?:-start)?\(", text)
+    shapes = [shape for result in results for shape in re.findall(r"\w\[([\d,]*)\]", result)]
+    return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes), default=0)
 
 
 def shapes_of(arguments: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Abstract arguments with shardings, for ``lower``."""
-    return tuple(
-        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(arguments, shardings, strict=True)
-    )
+    return tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(arguments, shardings, strict=True))

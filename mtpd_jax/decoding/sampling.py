@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtpd_jax.losses.vocabulary import Vocabulary
+from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array, Bool, Float, Int
 
 
@@ -79,7 +79,7 @@ def choose(
 ) -> tuple[Int[Array, " B"], Float[Array, "B V"] | None]:
     """One token per row, and the distribution that it was drawn from (None if greedy)."""
     if sampling.greedy:
-        return Vocabulary().argmax(logits), None
+        return WHOLE.argmax(logits), None
     distribution = probabilities(logits, sampling)
     return draw(keys, distribution), distribution
 

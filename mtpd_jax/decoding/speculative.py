@@ -30,7 +30,7 @@ from mtpd_jax.decoding.plain import (
     write,
 )
 from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, count_leading, fold, probabilities
-from mtpd_jax.losses.vocabulary import Vocabulary
+from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.cache import KVCache, empty_cache, visible
 from mtpd_jax.model.heads import Head, head_parameters
@@ -164,7 +164,7 @@ def verify(
     hidden, cache = apply(model, parameters, inputs, positions, mask, state.cache, first, method=model.extend)
     logits = logits_of(hidden, parameters)
     if drafts.probabilities is None:
-        choices = Vocabulary().argmax(logits)
+        choices = WHOLE.argmax(logits)
         accepted = count_leading(drafts.tokens == choices[:, :-1])
         own = jnp.take_along_axis(choices, accepted[:, None], axis=1)[:, 0]
     else:

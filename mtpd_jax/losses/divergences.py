@@ -22,8 +22,8 @@ class Comparison:
 
     Attributes:
       chosen: [1, P, V]; the tokens that are compared; None for all.
-      p_exponents, q_exponents: [1, P, V] and [J, P, V]; log-probabilities of teacher and heads up to a constant per row,
-        no less than ``NOTHING``; outside the chosen set without meaning, but finite.
+      p_exponents, q_exponents: [1, P, V] and [J, P, V]; log-probabilities of teacher and heads up to a constant per
+        row, no less than ``NOTHING``; outside the chosen set without meaning, but finite.
       log_zp, log_zq: [J, P]; logarithms of the sums of their exponentials over the chosen set.
       weighted: [J, P]; the sum of exp(p_exponents) (p_exponents - q_exponents) over the chosen set.
     """

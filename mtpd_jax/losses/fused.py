@@ -18,7 +18,6 @@ from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.shapes import Array, Bool, Float, Int
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
 
-
 # A chunk of a small vocabulary: so many logits; of a large one on an accelerator so many rows of them (P x J), for the
 # products to outweigh the reading of the unembedding, and on a CPU in proportion to D.
 _CHUNK_LOGITS_ON_CPU = 1 << 20
@@ -204,8 +203,12 @@ def _over_chunks(
 
         def one_group(place: Array | int, carry: Any) -> Any:
             sums, gradient = carry
-            parts = (jax.lax.dynamic_index_in_dim(values, place, keepdims=False) for values in rows_of_groups)
-            found, part = chunk_loss(*parts, ce_scale, kl_scale, problem.distillation, vocabulary)
+            logits, teacher, targets, mask = (
+                jax.lax.dynamic_index_in_dim(values, place, keepdims=False) for values in rows_of_groups
+            )
+            found, part = chunk_loss(
+                logits, teacher, targets, mask, ce_scale, kl_scale, problem.distillation, vocabulary
+            )
             if with_gradients:
                 gradient = jax.lax.dynamic_update_index_in_dim(gradient, part.astype(hidden.dtype), place, 0)
             return jax.tree.map(jnp.add, sums, found), gradient

@@ -40,9 +40,7 @@ def align(hidden: HiddenStates, tokens: Tokens, segment_ids: SegmentIds) -> Alig
     """Shifts head k's states by k, so that every row has one target and one teacher for all heads."""
     num_heads = hidden.heads.shape[0]
     rows = [hidden.main] + [shift(hidden.heads[k - 1], segment_ids, -k)[0] for k in range(1, num_heads + 1)]
-    return AlignedRows(
-        jnp.stack(rows), shift(tokens, segment_ids, 1)[0], supervision_mask(segment_ids, num_heads)
-    )
+    return AlignedRows(jnp.stack(rows), shift(tokens, segment_ids, 1)[0], supervision_mask(segment_ids, num_heads))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mtpd_jax.losses.vocabulary import Vocabulary
+from mtpd_jax.losses.vocabulary import WHOLE, Vocabulary
 from mtpd_jax.shapes import Array, Float, Int, UInt32
 
 _SIGN = np.uint32(1 << 31)
@@ -80,7 +80,7 @@ def _pivots(bracket: _Bracket, n: int, size: int, offsets: tuple[float, ...]) ->
     ]
 
 
-def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vocabulary()) -> Float[Array, " P"]:
+def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = WHOLE) -> Float[Array, " P"]:
     """A threshold per row such that ``values >= threshold`` marks the n largest entries and all ties with the n-th.
 
     It is the n-th largest value itself where that has ties, and otherwise a number between it and the next one below.
@@ -94,7 +94,7 @@ def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vo
 
 
 def search(
-    values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = Vocabulary()
+    values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = WHOLE
 ) -> tuple[Float[Array, " P"], Int[Array, ""]]:
     """What ``nth_largest`` returns, and the number of counting passes that the slowest row took."""
     size = vocabulary.size(values)

@@ -13,7 +13,7 @@ from flax import struct
 
 from mtpd_jax.losses.divergences import DIVERGENCES, NOTHING, Comparison
 from mtpd_jax.losses.select import nth_largest
-from mtpd_jax.losses.vocabulary import Vocabulary
+from mtpd_jax.losses.vocabulary import WHOLE, Vocabulary
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
 
 # A normaliser over the top-N set below this, relative to the row's largest logit, has lost digits to underflow.
@@ -44,7 +44,8 @@ class LossSums:
     Attributes:
       ce: [K+1]; cross entropy against the data, main head first.
       kl: [K]; the divergence from the main head, as the objective defines it. Zeros without distillation.
-      agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target, or shares its largest logit.
+      agreement: [K]; rows in which the head's argmax is the main head's argmax for the same target (or ties
+        with it).
     """
 
     ce: Float[AnyArray, " J"]
@@ -65,7 +66,7 @@ def chunk_loss(
     ce_scale: Float[Array, " J"],
     kl_scale: Float[Array, " K"],
     distillation: Distillation | None,
-    vocabulary: Vocabulary = Vocabulary(),
+    vocabulary: Vocabulary = WHOLE,
 ) -> tuple[LossSums, Float[Array, "J P V"]]:
     """The sums of these rows, and the gradient of their share of the total by the logits.
 
@@ -122,9 +123,10 @@ def _compare(
     temperature = distillation.temperature
     p_exponents = _exponents(teacher, largest[:1], temperature)  # whose maximum is always in the set
 
-    def against(reference: Array, threshold: Array | None, *sums: Array) -> Comparison:
+    def against(reference: Array, threshold: Array | None, log_zp: Array, log_zq: Array, weighted: Array) -> Comparison:
         chosen = None if threshold is None else teacher >= threshold[None, :, None]
-        return Comparison(chosen, p_exponents, _exponents(logits, reference, temperature), *sums)
+        q_exponents = _exponents(logits, reference, temperature)
+        return Comparison(chosen, p_exponents, q_exponents, log_zp, log_zq, weighted)
 
     def sums(reference: Array, threshold: Array | None) -> tuple[Array, Array]:
         empty = jnp.zeros_like(reference)
@@ -138,7 +140,8 @@ def _compare(
         return against(reference, threshold, of_teacher, normaliser, weighted)
 
     if distillation.top_n >= vocabulary.size(logits):
-        return result(*sums(largest, None), largest, None)
+        normaliser, weighted = sums(largest, None)
+        return result(normaliser, weighted, largest, None)
 
     threshold = nth_largest(teacher[0], distillation.top_n, vocabulary)
 
@@ -150,7 +153,8 @@ def _compare(
     # The barrier keeps the compiler from moving these sums out of the pass that they share and into the branch.
     found = jax.lax.optimization_barrier((*sums(largest, threshold), largest))
     lost = jnp.any(found[0] < _LOG_UNDERFLOW)
-    return result(*jax.lax.cond(lost, from_the_set, lambda: found), threshold)
+    normaliser, weighted, reference = jax.lax.cond(lost, from_the_set, lambda: found)
+    return result(normaliser, weighted, reference, threshold)
 
 
 def _sum_where(mask: Bool[Array, "J P"], values: Float[Array, "J P"]) -> Float[Array, " J"]:

@@ -64,3 +64,7 @@ class Vocabulary:
         here = (place >= 0) & (place < logits.shape[-1])
         found = jnp.take_along_axis(logits, jnp.where(here, place, 0)[None, :, None], axis=-1)[..., 0]
         return self.sum(jnp.where(here[None], found, 0)[..., None])
+
+
+# All of it, on the CPU.
+WHOLE = Vocabulary()

@@ -1,13 +1,12 @@
 """The production form as a whole: chunks, masks, dtypes, meshes, and what it compiles to."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from experiments.bench.tpu import largest_collective
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.losses.dense import dense_loss
 from mtpd_jax.losses.divergences import DIVERGENCES
@@ -146,14 +145,7 @@ def test_every_device_does_its_own_share(axis):
     per_device = compiled.cost_analysis()["flops"] * chunks
     assert 3 * product / devices < per_device < 4 * product / devices
     if axis == "tensor":
-        assert largest_collective(compiled.as_text()) <= rows * heads * width
-
-
-def largest_collective(text):
-    """Elements of the largest array that a collective yields."""
-    shapes = re.findall(r"= \(?(\w+)\[([\d,]*)\][^=]* all-(?:reduce|gather|to-all)(?:-start)?\(", text)
-    assert shapes
-    return max(int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in shapes)
+        assert 0 < largest_collective(compiled.as_text()) <= rows * heads * width
 
 
 def example(rows, heads, width, vocabulary, sequences=1, dtype=jnp.float32):

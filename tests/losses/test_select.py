@@ -33,7 +33,9 @@ def by_sorting(values, n):
 def test_marks_the_n_largest_and_all_ties(values, n, vocabulary):
     row = np.asarray([values], np.float32)
     row = np.where(np.abs(row) < 1e-30, 0, row)  # denormals are flushed by XLA on CPU
-    np.testing.assert_array_equal(row >= np.asarray(search(jnp.asarray(row), n, vocabulary))[:, None], by_sorting(row, n))
+    np.testing.assert_array_equal(
+        row >= np.asarray(search(jnp.asarray(row), n, vocabulary))[:, None], by_sorting(row, n)
+    )
 
 
 @pytest.mark.parametrize("vocabulary", PLATFORMS, ids=str)
