@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mtpd_jax.losses.dense import dense_loss
 from mtpd_jax.losses.fused import fused_loss
@@ -60,7 +61,11 @@ def chunked_remat(*arguments: jax.Array, distillation: Distillation | None, chun
 
 
 def compile_form(
-    form: str, arguments: tuple[Any, ...], distillation: Distillation | None, chunk_rows: int | None = None
+    form: str,
+    arguments: tuple[Any, ...],
+    distillation: Distillation | None,
+    chunk_rows: int | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.stages.Compiled:
     """The compiled value and gradients, by hidden states and unembedding.
 
@@ -69,17 +74,16 @@ def compile_form(
       arguments: as ``inputs`` makes them, or their shapes.
       distillation: None for plain MTP.
       chunk_rows: of the chunked forms; None chooses for ``fused``, and is all rows for ``chunked_remat``.
+      mesh: of the ``fused`` form.
     """
 
     def total(hidden: jax.Array, unembedding: jax.Array, *rest: jax.Array) -> jax.Array:
+        arguments = hidden, unembedding, *rest
         if form == "fused":
-            return fused_loss(hidden, unembedding, *rest, distillation=distillation, chunk_rows=chunk_rows)[0]
-        loss: Any = dense_loss
+            return fused_loss(*arguments, distillation=distillation, chunk_rows=chunk_rows, mesh=mesh)[0]
         if form == "chunked_remat":
-            loss = functools.partial(chunked_remat, chunk_rows=chunk_rows)
-        else:
-            loss = functools.partial(dense_loss, selection=form.removeprefix("dense_"))
-        return loss(hidden, unembedding, *rest, distillation=distillation)
+            return chunked_remat(*arguments, distillation=distillation, chunk_rows=chunk_rows)
+        return dense_loss(*arguments, distillation=distillation, selection=form.removeprefix("dense_"))
 
     return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
 

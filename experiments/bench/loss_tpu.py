@@ -20,7 +20,7 @@ from experiments.bench.loss_forms import compile_form, distillation_of, inputs
 from experiments.bench.tpu import estimated_seconds, largest_collective, shapes_of, topology_mesh
 from mtpd_jax import frontdoor
 from mtpd_jax.evaluation.report import number, write_json
-from mtpd_jax.losses.fused import choose_tiling, fused_loss
+from mtpd_jax.losses.fused import choose_tiling
 from mtpd_jax.losses.select import search
 from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
@@ -52,13 +52,7 @@ def compile_on(
         PartitionSpec(None, BATCH_AXES), PartitionSpec(), PartitionSpec(),
     )  # fmt: skip
     shapes = shapes_of(arguments, tuple(NamedSharding(mesh, spec) for spec in specs))
-    if form != "fused":
-        return compile_form(form, shapes, distillation)
-
-    def total(hidden: jax.Array, unembedding: jax.Array, *rest: jax.Array) -> jax.Array:
-        return fused_loss(hidden, unembedding, *rest, distillation=distillation, mesh=mesh)[0]
-
-    return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*shapes).compile()
+    return compile_form(form, shapes, distillation, mesh=mesh)
 
 
 def report(topology: str, rows: int, heads: int, width: int, vocabulary: int, top_n: int) -> list[dict[str, Any]]:
