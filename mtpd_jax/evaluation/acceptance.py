@@ -53,7 +53,8 @@ def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence
     def statistic(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
         sums = [np.sum(sample, axis=axis) for sample in resampled]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.prod([sums[j] / sums[factors + j] for j in range(factors)], axis=0)
+            # One division: a set of prompts over itself is 1, and not nearly 1.
+            return np.prod(sums[:factors], axis=0) / np.prod(sums[factors:], axis=0)
 
     mean = _number(statistic(*samples))
     if len(samples[0]) < 2 or mean is None:

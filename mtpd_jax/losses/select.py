@@ -30,8 +30,9 @@ def ordered_key(values: Float[Array, "*rows"]) -> UInt32[Array, "*rows"]:
 
 
 def value_of_key(keys: UInt32[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """The inverse of ``ordered_key``."""
-    return jax.lax.bitcast_convert_type(jnp.where(keys >= _SIGN, keys ^ _SIGN, ~keys), jnp.float32)
+    """The inverse of ``ordered_key``, but that subnormal numbers become zero: not every device tells them from it."""
+    values = jax.lax.bitcast_convert_type(jnp.where(keys >= _SIGN, keys ^ _SIGN, ~keys), jnp.float32)
+    return jnp.where(jnp.abs(values) < jnp.finfo(jnp.float32).tiny, 0.0, values)
 
 
 @struct.dataclass
@@ -86,7 +87,8 @@ def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = WH
     It is the n-th largest value itself where that has ties, and otherwise a number between it and the next one below.
 
     Args:
-      values: [P, V] in float32. NaN counts as smaller than everything; +-infinity are numbers like others.
+      values: [P, V] in float32. NaN counts as smaller than everything; +-infinity are numbers like others;
+        subnormal numbers may count as zero.
       n: 1…V.
       vocabulary: which part of the rows ``values`` is.
     """
