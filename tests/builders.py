@@ -55,7 +55,9 @@ def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -
 
     def fill(key: jax.Array, leaf: jax.Array) -> jax.Array:
         noise = jax.random.normal(key, leaf.shape)
-        return jnp.where(leaf == 1, 1 + 0.1 * noise, scale * noise * leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else leaf)
+        return jnp.where(
+            leaf == 1, 1 + 0.1 * noise, scale * noise * model.config.width**-0.5 if leaf.ndim > 1 else leaf
+        )
 
     return jax.tree.unflatten(structure, [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
 

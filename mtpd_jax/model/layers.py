@@ -78,20 +78,18 @@ class Attention(nn.Module):
         start: Int[Array, " B"] | None,
     ) -> tuple[Hidden, KVCache | None]:
         config = self.config
-
-        def project(heads: int, axis: str, name: str) -> Float[Array, "B T N H"]:
-            return nn.DenseGeneral(
-                (heads, config.head_size),
-                use_bias=config.qkv_bias,
-                dtype=compute_dtype(config),
-                kernel_init=partitioned(nn.initializers.lecun_normal(), "embed", axis, "head_size"),
-                bias_init=partitioned(nn.initializers.zeros_init(), axis, "head_size"),
-                name=name,
-            )(x)
-
-        query_BxTxNxH = project(config.query_heads, "query_heads", "query")
-        key_BxTxGxH = project(config.kv_heads, "kv_heads", "key")
-        value_BxTxGxH = project(config.kv_heads, "kv_heads", "value")
+        groups, per_group = config.kv_heads, config.query_heads // config.kv_heads
+        # One product for all three: each key/value head follows the query heads that share it.
+        qkv_BxTxGxRxH = nn.DenseGeneral(
+            (groups, per_group + 2, config.head_size),
+            use_bias=config.qkv_bias,
+            dtype=compute_dtype(config),
+            kernel_init=partitioned(nn.initializers.lecun_normal(), "embed", "kv_heads", None, "head_size"),
+            bias_init=partitioned(nn.initializers.zeros_init(), "kv_heads", None, "head_size"),
+            name="qkv",
+        )(x)
+        query_BxTxNxH = qkv_BxTxGxRxH[:, :, :, :-2].reshape(*x.shape[:2], config.query_heads, config.head_size)
+        key_BxTxGxH, value_BxTxGxH = qkv_BxTxGxRxH[:, :, :, -2], qkv_BxTxGxRxH[:, :, :, -1]
         if config.qk_norm:
             query_BxTxNxH = norm(config, "query_norm")(query_BxTxNxH)
             key_BxTxGxH = norm(config, "key_norm")(key_BxTxGxH)
@@ -122,14 +120,16 @@ class GatedMLP(nn.Module):
     def __call__(self, x: Hidden) -> Hidden:
         config = self.config
 
-        def dense(features: int, name: str, initializer: Callable[..., Array], *axes: str) -> nn.Dense:
-            kernel_init = partitioned(initializer, *axes)
-            return nn.Dense(features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name)
+        def dense(features: int | tuple[int, int], name: str, kernel_init: Any) -> nn.DenseGeneral:
+            return nn.DenseGeneral(
+                features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name
+            )
 
-        gate = dense(config.mlp_width, "gate", nn.initializers.lecun_normal(), "embed", "mlp")(x)
-        up = dense(config.mlp_width, "up", nn.initializers.lecun_normal(), "embed", "mlp")(x)
-        hidden_BxTxF = nn.with_logical_constraint(nn.silu(gate) * up, ("batch", None, "mlp"))
-        return dense(config.width, "down", nn.initializers.zeros_init(), "mlp", "embed")(hidden_BxTxF)
+        gate_init = partitioned(nn.initializers.lecun_normal(), "embed", None, "mlp")
+        gate_up_BxTx2xF = dense((2, config.mlp_width), "gate_up", gate_init)(x)
+        hidden_BxTxF = nn.silu(gate_up_BxTx2xF[:, :, 0]) * gate_up_BxTx2xF[:, :, 1]
+        hidden_BxTxF = nn.with_logical_constraint(hidden_BxTxF, ("batch", None, "mlp"))
+        return dense(config.width, "down", partitioned(nn.initializers.zeros_init(), "mlp", "embed"))(hidden_BxTxF)
 
 
 class Block(nn.Module):

@@ -101,10 +101,8 @@ def test_one_block_against_numpy():
 
     x = embedding[tokens[0]] * np.sqrt(32)
     attention, inner = block["attention"], norm(x, block["attention_norm"]["scale"])
-    q, k, v = (
-        np.einsum("td,dnh->tnh", inner, attention[name]["kernel"]) + attention[name]["bias"]
-        for name in ("query", "key", "value")
-    )
+    grouped = np.einsum("td,dgrh->tgrh", inner, attention["qkv"]["kernel"]) + attention["qkv"]["bias"]
+    q, k, v = grouped[:, :, :2].reshape(4, 4, 8), grouped[:, :, 2], grouped[:, :, 3]
     q, k = turn(norm(q, attention["query_norm"]["scale"])), turn(norm(k, attention["key_norm"]["scale"]))
     k, v = np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)  # query heads 0, 1 share key/value head 0
     scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(8)
@@ -113,7 +111,7 @@ def test_one_block_against_numpy():
     mixed = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
     x = x + np.einsum("tnh,nhd->td", mixed, attention["out"]["kernel"])
     inner = norm(x, block["mlp_norm"]["scale"])
-    gate, up = inner @ block["mlp"]["gate"]["kernel"], inner @ block["mlp"]["up"]["kernel"]
+    gate, up = np.einsum("td,dcf->ctf", inner, block["mlp"]["gate_up"]["kernel"])
     x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
     expected = norm(x, np.asarray(parameters["backbone"]["final_norm"]["scale"]))
     np.testing.assert_allclose(found, expected, atol=2e-5)
