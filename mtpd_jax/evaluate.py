@@ -14,10 +14,11 @@ import rich.console
 
 from mtpd_jax import frontdoor
 from mtpd_jax.data.sources import expand, json_field, open_source, split
-from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore, decode_prompts, score_decoding
-from mtpd_jax.evaluation.report import decoding_table, text_table, write_json
+from mtpd_jax.evaluation.generation import decoder_of
+from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
 from mtpd_jax.evaluation.scoring import TextScore, make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective
 from mtpd_jax.training.progress import Progress
@@ -60,6 +61,8 @@ def run(
     batch_size: int = 1,
     sampling: Sampling | None = None,
     seed: int = 0,
+    min_confidence: float = 0.0,
+    bit_exact: bool = False,
 ) -> Report:
     """Measures the newest checkpoint of a workdir.
 
@@ -68,12 +71,15 @@ def run(
       text: files, or globs; each file is one document.
       split_name: "validation" scores the run's own held-out documents.
       prompts: a JSON-lines file with a field "prompt".
-      heads: numbers of heads to decode with; 0 (plain) and 1 always run. None: 0, 1, 2, 4, … and all.
+      heads: numbers of heads to decode with; 0 (plain) and 1 always run; more than the model has loops them. None:
+        0, 1, 2, 4, … and all.
       limit: at most this many documents of the split and prompts.
       max_new_tokens: per prompt.
       batch_size: prompts decoded together, and rows of text scored together.
       sampling: None is greedy.
       seed: of sampling.
+      min_confidence: see ``Options``.
+      bit_exact: run all passes at one width, see ``Options.pass_width``.
 
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure.
@@ -82,11 +88,11 @@ def run(
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
     if split_name not in (None, "validation"):
         raise ValueError(f"--split={split_name}: expected validation")
-    for name, value in (("limit", limit), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"--{name}={value}: expected at least one")
-    sampling = sampling or Sampling()
-    sampling.validate()
+    options = Options(0, max_new_tokens, sampling or Sampling(), min_confidence)
+    options.validate(modules=0)
     files = expand(text, "--text")
     prompt_texts = [] if prompts is None else _read_prompts(prompts, limit)
     trained = open_run(workdir)
@@ -98,7 +104,8 @@ def run(
     scores = _score_text(trained, documents, batch_size) if documents else {}
     decoding = {}
     if prompts is not None:
-        decoding[prompts] = _decode(trained, prompt_texts, numbers, max_new_tokens, batch_size, sampling, seed)
+        options = options.sharing_width(max(numbers)) if bit_exact else options
+        decoding[prompts] = _decode(trained, prompt_texts, numbers, options, batch_size, seed)
     return Report(scores, decoding)
 
 
@@ -125,19 +132,17 @@ def _decode(
     trained: TrainedRun,
     prompts: list[str],
     numbers: list[int],
-    max_new_tokens: int,
+    options: Options,
     batch_size: int,
-    sampling: Sampling,
     seed: int,
 ) -> PromptReport:
-    decoder = Decoder(trained.model, trained.parameters, trained.tokenizer.end_id)
+    decoder = decoder_of(trained)
     ids = [trained.tokenizer.encode(prompt) for prompt in prompts]
     with Progress("decoding", len(prompts) * len(numbers)) as progress:
         found = decode_prompts(
-            decoder, ids, numbers, max_new_tokens=max_new_tokens, batch_size=batch_size, sampling=sampling, seed=seed,
-            on_batch=progress.advance,
-        )  # fmt: skip
-    scores = score_decoding(decoder, ids, found, sampling)
+            decoder, ids, numbers, options, batch_size=batch_size, seed=seed, on_batch=progress.advance
+        )
+    scores = score_decoding(decoder, ids, found, options.sampling.greedy)
     return PromptReport({str(number): scores[number] for number in numbers})
 
 
@@ -145,9 +150,6 @@ def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
     """The numbers of heads to run: those asked for, and 0 and 1 as baselines."""
     if heads is None:
         heads = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent <= most] + [most]
-    for number in heads:
-        if not 0 <= number <= most:
-            raise ValueError(f"--heads={number}: expected 0 to {most}, the heads that the model has")
     return sorted({0, *([1] if most else []), *heads})
 
 
@@ -171,22 +173,23 @@ def main() -> int:
     parser.add_argument("--prompts", help='a file of JSON lines with a field "prompt" to decode')
     parser.add_argument("--heads", type=frontdoor.integers, help="numbers of heads to decode with, such as 0,1,2,4")
     parser.add_argument("--limit", type=int, help="at most this many documents and prompts")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded together (default: 1)")
-    frontdoor.add_sampling_flags(parser)
+    frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the report to this file")
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
     report = run(
         flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
-        sampling=frontdoor.sampling_of(flags), seed=flags.seed,
+        sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
+        bit_exact=flags.bit_exact,
     )  # fmt: skip
     console = rich.console.Console()
     if report.text:
         console.print(text_table(report.text))
     for name, found in report.decoding.items():
         console.print(decoding_table(name, found.heads))
+        console.print(acceptance_table(name, found.heads))
     if flags.json:
         write_json(flags.json, report.to_json())
     return int(any(score.failed for found in report.decoding.values() for score in found.heads.values()))

@@ -51,14 +51,22 @@ def guarded(main: Callable[[], int]) -> NoReturn:
     raise SystemExit(status)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --temperature, --top_k, --top_p and --seed."""
+def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``sampling_of`` reads, and --max_new_tokens, --min_confidence and --bit_exact."""
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
     parser.add_argument(
         "--top_p", type=float, help="sample among the likeliest tokens that together have probability p"
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--greedy_drafts", action="store_true", help="draft the likeliest tokens, also when sampling")
+    parser.add_argument(
+        "--min_confidence", type=float, default=0.0, help="stop drafting below this joint probability (default: never)"
+    )
+    parser.add_argument(
+        "--bit_exact", action="store_true", help="plain and speculative passes of one width, and so of the same kernels"
+    )
 
 
 def sampling_of(flags: argparse.Namespace) -> Sampling:
@@ -69,7 +77,7 @@ def sampling_of(flags: argparse.Namespace) -> Sampling:
     """
     if not 0 <= flags.seed < 2**32:
         raise ValueError(f"--seed={flags.seed}: expected 0 to 2**32 - 1")
-    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p)
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.greedy_drafts)
     sampling.validate()
     return sampling
 

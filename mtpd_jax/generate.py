@@ -12,7 +12,7 @@ import rich.console
 
 from mtpd_jax import frontdoor
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.evaluation.generation import Generation, generate, show
+from mtpd_jax.evaluation.generation import Generation, generate, options_for, show
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.training.restore import open_run
 
@@ -25,6 +25,8 @@ def run(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int = 0,
+    min_confidence: float = 0.0,
+    bit_exact: bool = False,
     compare: bool = False,
 ) -> list[Generation]:
     """Continues prompts, one after the other, with the newest checkpoint of a workdir.
@@ -32,19 +34,20 @@ def run(
     Args:
       workdir: of a trained run.
       prompts: texts, none of them empty.
-      heads: drafts per round; 0 for plain decoding, None for all heads.
+      heads: drafts per round; 0 for plain decoding, None for all heads; more than the model has loops them.
       max_new_tokens: per prompt.
       sampling: None is greedy.
       seed: of sampling.
+      min_confidence: see ``Options``.
+      bit_exact: run plain and speculative passes at one width, see ``Options.pass_width``.
       compare: decode plainly, too.
 
     Raises:
       ValueError: bad workdir, prompt or option.
     """
-    return generate(
-        open_run(workdir), prompts, heads=heads, max_new_tokens=max_new_tokens, sampling=sampling or Sampling(),
-        seed=seed, compare=compare,
-    )  # fmt: skip
+    trained = open_run(workdir)
+    options = options_for(trained, heads, max_new_tokens, sampling or Sampling(), min_confidence, bit_exact)
+    return generate(trained, prompts, options, seed=seed, compare=compare)
 
 
 def main() -> int:
@@ -54,20 +57,19 @@ def main() -> int:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompt_file", help="a file with the text to continue")
-    parser.add_argument("--heads", type=int, help="drafts per pass; 0 decodes plainly (default: all heads)")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="default: 128")
-    frontdoor.add_sampling_flags(parser)
+    parser.add_argument(
+        "--heads", type=int, help="drafts per pass; 0 decodes plainly, more than there are loops them (default: all)"
+    )
+    frontdoor.add_decoding_flags(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly, too, and compare")
     parser.add_argument("--json", help="write the figures to this file")
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
-    sampling = frontdoor.sampling_of(flags)
     text = flags.prompt if flags.prompt is not None else _read(flags.prompt_file)
+    sampling = frontdoor.sampling_of(flags)
     trained = open_run(flags.workdir)
-    generation = generate(
-        trained, [text], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling,
-        seed=flags.seed, compare=flags.compare,
-    )[0]  # fmt: skip
+    options = options_for(trained, flags.heads, flags.max_new_tokens, sampling, flags.min_confidence, flags.bit_exact)
+    generation = generate(trained, [text], options, seed=flags.seed, compare=flags.compare)[0]
     show(rich.console.Console(highlight=False), text, generation, trained.tokenizer.decode)
     if flags.json:
         write_json(flags.json, dataclasses.asdict(generation))

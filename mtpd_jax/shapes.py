@@ -5,7 +5,7 @@
     D  model width
     F  width of the gated feed-forward layer
     N  query heads
-    G  key/value heads (N is a multiple of G)
+    G  key/value heads (N is a multiple of G; R = N/G query heads share one)
     H  size of one attention head
     L  Transformer layers of the backbone
     K  multi-token-prediction heads (depths)

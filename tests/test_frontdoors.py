@@ -219,7 +219,7 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
 def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):
     """Shown as such, with exit status 1; a tie is none."""
     for margin, status, words in ((0.5, 1, "NOT A TIE"), (1e-6, 0, "a tie")):
-        found = Divergence(3, margin, margin < 1e-4)
+        found = Divergence(3, margin, 0.0, margin < 1e-4)
         monkeypatch.setattr(generation_module, "first_divergence", lambda *_, found=found: found)
         outcome = call("generate", f"--workdir={workdir}", "--prompt=a mat", "--max_new_tokens=5", "--compare")
         assert outcome[0] == status

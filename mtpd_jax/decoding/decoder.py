@@ -9,15 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtpd_jax.decoding.plain import Rows, logits_of, make_plain, precision_of
-from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.decoding.speculative import make_speculative
-from mtpd_jax.model.backbone import LanguageModel
-from mtpd_jax.model.layers import apply
+from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.rows import Rows
+from mtpd_jax.decoding.speculative import make_loop
+from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.layers import apply, compute_dtype
 from mtpd_jax.shapes import Array
 
-# Prompts are padded to a multiple of this, so that few lengths are compiled. Our choice.
-_PROMPT_MULTIPLE = 32
+# Tokens that the shortest prompts are padded to. Our choice.
+_SHORTEST = 32
+# Attention over a chunk holds chunk x slots scores. Our choice.
+_PREFILL_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,98 +45,126 @@ class Continuation:
 
 
 class Decoder:
-    """Plain and speculative decoding with a trained model; each combination of options and shapes is compiled once."""
+    """Plain and speculative decoding with a trained model; each combination of options and shapes is compiled once.
 
-    def __init__(self, model: LanguageModel, parameters: Any, end_id: int):
-        self._model, self._parameters, self._end_id = model, parameters, end_id
+    Args:
+      model, parameters: what was trained.
+      end_id: the token that ends a text.
+      context: tokens that a text may have, prompt included; beyond it the model was not trained.
+      scanned: the layout of the layers; None: chosen by ``network.scans_layers``.
+      chunk: tokens of a prompt that are read at a time.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        parameters: Any,
+        end_id: int,
+        context: int,
+        scanned: bool | None = None,
+        chunk: int = _PREFILL_CHUNK,
+    ):
+        self._model, self._parameters, self._end_id, self._context = model, parameters, end_id, context
+        self._scanned, self._chunk = scanned, chunk
         self._compiled: dict[Any, Any] = {}
+        self._laid_out: dict[Any, tuple[Network, DecodingParameters]] = {}
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of activations and products."""
+        return compute_dtype(self._model.config).name
 
     def run(
-        self,
-        prompts: Sequence[np.ndarray],
-        *,
-        num_heads: int,
-        max_new_tokens: int,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-        first_row: int = 0,
+        self, prompts: Sequence[np.ndarray], options: Options, *, seed: int = 0, first_row: int = 0
     ) -> list[Continuation]:
         """Decodes a batch of prompts.
 
         Args:
           prompts: token ids, at least one per prompt.
-          num_heads: drafts per round; 0 is plain decoding.
-          max_new_tokens: at most this many tokens per prompt, the one from prefill included.
-          sampling: greedy, or how to sample.
+          options: how.
           seed, first_row: row r draws from the key (seed, first_row + r), whatever else is in the batch.
 
         Raises:
           ValueError: see ``check``.
         """
-        self.check(prompts, num_heads=num_heads, max_new_tokens=max_new_tokens, sampling=sampling)
+        self.check(prompts, options)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        width = -(-int(lengths.max()) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
-        padded = np.zeros((len(prompts), width), np.int32)
+        padded = np.zeros((len(prompts), self._padded_length(int(lengths.max()))), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
         rows = np.arange(first_row, first_row + len(prompts), dtype=np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(rows))
-        arguments = (self._parameters, jnp.asarray(padded), jnp.asarray(lengths), keys)
-        loop = self._loop(arguments, num_heads, max_new_tokens, sampling)
+        network, parameters = self.network(options)
+        arguments = (parameters, jnp.asarray(padded), jnp.asarray(lengths), keys)
+        loop = self._loop(network, arguments, options)
         start = time.perf_counter()
         found: Rows = jax.device_get(jax.block_until_ready(loop(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
         return [_continuation(found, row, int(lengths[row]), seconds) for row in range(len(prompts))]
 
-    def margin(self, tokens: Sequence[int], place: int) -> float:
-        """The main head's largest logit minus its second largest, where it chose ``tokens[place]``.
+    def _padded_length(self, length: int) -> int:
+        """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
+        if length > self._chunk:
+            return -(-length // self._chunk) * self._chunk
+        return min(self._chunk, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
-        Two ways of computing the same logits differ by rounding; where they differ in the token chosen, this says
-        whether rounding can be the reason.
+    def network(self, options: Options) -> tuple[Network, DecodingParameters]:
+        """The network for these options, and the parameters in its layout."""
+        network = Network(self._model, self._scanned, True if options.adaptive else None)
+        layout = (network.scanned, network.scanned_heads)
+        if layout not in self._laid_out:
+            self._laid_out[layout] = network, jax.jit(network.parameters)(self._parameters)
+        return self._laid_out[layout]
+
+    def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
+        """The main head's logits after a text, [V], from one pass over all of it without a cache.
+
+        Args:
+          text: token ids.
+          dtype: of activations and products; the weights are those of decoding, whatever it is.
         """
-        row = jnp.asarray(np.asarray(tokens[:place], np.int32))[None]
-        positions = jnp.arange(place)[None]
+        model = LanguageModel(dataclasses.replace(self._model.config, dtype=dtype), self._model.heads_config)
+        row = np.zeros((1, self._padded_length(len(text))), np.int32)  # causality makes padding harmless
+        row[0, : len(text)] = text
+        network, _ = self.network(Options(0, 1))
 
-        def top_two(parameters: Any, row: Array) -> Array:
-            hidden = apply(self._model, parameters, row, jnp.ones_like(row), positions).main
-            return jax.lax.top_k(logits_of(hidden[0, -1], parameters), 2)[0]
+        def last(parameters: Any, row: Array, place: Array) -> Array:
+            parameters = cast_matrices(parameters, network.dtype)
+            hidden = apply(model, parameters, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None]).main
+            return jnp.einsum(
+                "d,vd->v", hidden[0, place], unembedding_of(parameters), preferred_element_type=jnp.float32
+            )
 
-        with jax.default_matmul_precision(precision_of(self._model)):
-            first, second = jax.jit(top_two)(self._parameters, row)
-        return float(first - second)
+        key = ("logits", dtype, row.shape)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(last)
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(self._compiled[key](self._parameters, row, len(text) - 1))
 
-    def check(
-        self, prompts: Sequence[np.ndarray], *, num_heads: int, max_new_tokens: int, sampling: Sampling = GREEDY
-    ) -> None:
+    def check(self, prompts: Sequence[np.ndarray], options: Options) -> None:
         """Checks what ``run`` would be given; callers with many batches call it for all of them first.
 
         Raises:
-          ValueError: an empty prompt, or options out of range.
+          ValueError: an empty prompt, one that does not leave room in the context, or options out of range.
         """
-        sampling.validate()
-        most = self._model.heads_config.num_heads
-        if not 0 <= num_heads <= most:
-            raise ValueError(
-                f"heads = {num_heads}: expected 0 (plain decoding) to {most}, the heads that the model has"
-            )
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least one")
+        options.validate(self._model.heads_config.num_heads)
         if not prompts:
             raise ValueError("no prompt was given")
         for number, prompt in enumerate(prompts, 1):
             if not len(prompt):
                 raise ValueError(f"prompt {number} is empty: decoding needs at least one token to begin from")
+            if len(prompt) + options.max_new_tokens > self._context:
+                raise ValueError(
+                    f"prompt {number} has {len(prompt)} tokens; with max_new_tokens = {options.max_new_tokens} that is "
+                    f"more than the model's context of {self._context}: shorten one of them"
+                )
 
-    def _loop(self, arguments: tuple[Any, ...], num_heads: int, max_new_tokens: int, sampling: Sampling) -> Any:
-        key = (num_heads, max_new_tokens, sampling, arguments[1].shape)
-        if key not in self._compiled:
-            options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "end_id": self._end_id, "sampling": sampling}
-            if num_heads:
-                loop = make_speculative(self._model, num_heads=num_heads, **options)
-            else:
-                loop = make_plain(self._model, **options)
-            self._compiled[key] = loop.lower(*arguments).compile()
-        return self._compiled[key]
+    def _loop(self, network: Network, arguments: tuple[Any, ...], options: Options) -> Any:
+        shape = arguments[1].shape
+        if (options, shape) not in self._compiled:
+            loop = make_loop(network, options, self._end_id, min(self._chunk, shape[1]))
+            self._compiled[options, shape] = loop.lower(*arguments).compile()
+        return self._compiled[options, shape]
 
 
 def _continuation(found: Rows, row: int, prompt_length: int, seconds: float) -> Continuation:

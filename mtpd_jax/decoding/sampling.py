@@ -11,21 +11,29 @@ from mtpd_jax.shapes import Array, Bool, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; the same for the main head and for drafts.
+    """How tokens are chosen; by default the same for the main head and for drafts, which is best for acceptance.
 
     Attributes:
       temperature: divides the logits; 0 is greedy decoding.
       top_k: keep the k most probable tokens (and ties with the k-th); None keeps all.
-      top_p: keep the fewest most probable tokens whose probabilities add up to at least p; None keeps all.
+      top_p: keep the fewest most probable tokens whose probabilities add up to at least p (and ties with the last);
+        None keeps all.
+      greedy_drafts: the heads draft their likeliest token instead of drawing one.
     """
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    greedy_drafts: bool = False
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def of_drafts(self) -> "Sampling":
+        """How drafts are chosen."""
+        return GREEDY if self.greedy_drafts else self
 
     def validate(self) -> None:
         """Checks the values.
@@ -54,12 +62,11 @@ def probabilities(logits: Float[Array, "*rows V"], sampling: Sampling) -> Float[
         logits = jnp.where(logits >= smallest, logits, -jnp.inf)
     kept = jax.nn.softmax(logits)
     if sampling.top_p is not None and sampling.top_p < 1:
-        order = jnp.argsort(-kept, axis=-1)
-        descending = jnp.take_along_axis(kept, order, axis=-1)
+        descending = -jnp.sort(-kept, axis=-1)
         # A token stays if those before it do not reach p yet; the first always does.
         stays = jnp.cumsum(descending, axis=-1) - descending < sampling.top_p
-        back = jnp.argsort(order, axis=-1)
-        kept = jnp.where(jnp.take_along_axis(stays, back, axis=-1), kept, 0)
+        smallest = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
+        kept = jnp.where(kept >= smallest, kept, 0)
         kept = kept / jnp.sum(kept, axis=-1, keepdims=True)
     return kept
 
@@ -69,7 +76,7 @@ def draw(keys: Array, weights: Float[Array, "B V"]) -> Int[Array, " B"]:
     return jax.vmap(jax.random.categorical)(keys, jnp.log(weights)).astype(jnp.int32)
 
 
-def fold(keys: Array, number: int | Int[Array, " B"]) -> Array:
+def fold(keys: Array, number: int | Int[Array, ""] | Int[Array, " B"]) -> Array:
     """Derives a new key per row from a number, shared or per row."""
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(number), keys.shape))
 
@@ -84,30 +91,55 @@ def choose(
     return draw(keys, distribution), distribution
 
 
+def probability_of(
+    tokens: Int[Array, " B"], logits: Float[Array, "B V"], distribution: Float[Array, "B V"] | None
+) -> Float[Array, " B"]:
+    """The probability of what ``choose`` chose, where it was drawn from; at temperature 1 if greedy."""
+    if distribution is None:
+        return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+    return jnp.take_along_axis(distribution, tokens[:, None], axis=1)[:, 0]
+
+
 def accept_drafts(
-    keys: Array, drafts: Int[Array, "B K"], draft_probabilities: Float[Array, "B K V"], target: Float[Array, "B J V"]
+    keys: Array,
+    drafts: Int[Array, "B K"],
+    count: Int[Array, " B"],
+    draft_probabilities: Float[Array, "B K V"] | None,
+    target: Float[Array, "B J V"],
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Speculative sampling: how many drafts stand, and the token after them (arXiv 2211.17192, theorem 1).
 
     Draft k, drawn from q_k, stands with probability min(1, p_k(draft) / q_k(draft)) while those before it do. The
     first that falls is replaced by a draw from max(p - q, 0), renormalised; if none falls, a bonus token comes from
-    the last row of p. What comes out is distributed exactly as draws from p, whatever q is.
+    the row of p after them. What comes out is distributed exactly as draws from p, whatever q is.
 
     Args:
       keys: one per row.
       drafts: [B, K].
-      draft_probabilities: [B, K, V]; q, the distributions that the drafts were really drawn from.
+      count: [B]; how many drafts of each row were made. What follows them is ignored.
+      draft_probabilities: [B, K, V]; q, the distributions that the drafts were really drawn from; None if each draft
+        was certain.
       target: [B, K+1, V]; p, after the confirmed text and 0…K drafts.
     """
     num_drafts = drafts.shape[1]
-    q_of_draft = jnp.take_along_axis(draft_probabilities, drafts[:, :, None], axis=-1)[..., 0]
     p_of_draft = jnp.take_along_axis(target[:, :-1], drafts[:, :, None], axis=-1)[..., 0]
+    if draft_probabilities is None:
+        q_of_draft = jnp.ones_like(p_of_draft)
+    else:
+        q_of_draft = jnp.take_along_axis(draft_probabilities, drafts[:, :, None], axis=-1)[..., 0]
     uniform_BxK = jax.vmap(lambda key: jax.random.uniform(key, (num_drafts,)))(fold(keys, 0))
-    accepted = count_leading(uniform_BxK * q_of_draft < p_of_draft)
+    made_BxK = jnp.arange(num_drafts)[None, :] < count[:, None]
+    accepted = count_leading((uniform_BxK * q_of_draft < p_of_draft) & made_BxK)
     p = jnp.take_along_axis(target, accepted[:, None, None], axis=1)[:, 0]
     # After the last draft nothing was proposed: q is zero there, and what is left over of p is p itself.
-    padded_q = jnp.pad(draft_probabilities, ((0, 0), (0, 1), (0, 0)))
-    left_over = jnp.maximum(p - jnp.take_along_axis(padded_q, accepted[:, None, None], axis=1)[:, 0], 0)
+    at = jnp.minimum(accepted, num_drafts - 1)[:, None]
+    if not num_drafts:
+        q = jnp.zeros_like(p)
+    elif draft_probabilities is None:
+        q = jax.nn.one_hot(jnp.take_along_axis(drafts, at, axis=1)[:, 0], p.shape[-1])
+    else:
+        q = jnp.take_along_axis(draft_probabilities, at[:, :, None], axis=1)[:, 0]
+    left_over = jnp.maximum(p - jnp.where((accepted < count)[:, None], q, 0), 0)
     # Rounding can reject a draft although p equals q; then nothing is left over, and p is right.
     left_over = jnp.where(jnp.sum(left_over, axis=-1, keepdims=True) > 0, left_over, p)
     return accepted, draw(fold(keys, 1), left_over)

@@ -3,24 +3,28 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 
 # Below this margin between the two largest logits, float32 rounding may decide which is larger. Our choice.
-TIE_MARGIN = 1e-4
+_TIE_MARGIN = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Where two greedy continuations part.
+    """Where two greedy continuations part, and whether rounding explains it.
 
     Attributes:
       index: the first token, counted from 0 in the continuation, that differs.
-      margin: the difference of the two largest logits there.
-      tie: whether that is under 1e-4, so that rounding explains it.
+      margin: the difference of the two largest logits there, computed in float32.
+      rounding: how far the logits there, computed in the dtype of decoding, lie from those at most; 0 in float32.
+      tie: whether the margin is under 1e-4 or under twice ``rounding``.
     """
 
     index: int
     margin: float
+    rounding: float
     tie: bool
 
 
@@ -32,8 +36,11 @@ def first_divergence(
         return None
     shorter = min(len(plain.tokens), len(other.tokens))
     index = next((i for i in range(shorter) if plain.tokens[i] != other.tokens[i]), shorter)
-    margin = decoder.margin([*prompt, *plain.tokens], len(prompt) + index)
-    return Divergence(index, margin, margin < TIE_MARGIN)
+    text = [*prompt, *plain.tokens[:index]]
+    exact, rounded = (decoder.logits_at(text, dtype) for dtype in ("float32", decoder.dtype))
+    second, first = np.sort(exact)[-2:]
+    margin, rounding = float(first - second), float(np.abs(exact - rounded).max())
+    return Divergence(index, margin, rounding, margin < max(_TIE_MARGIN, 2 * rounding))
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 4) -> float | None:

@@ -8,7 +8,8 @@ import rich.console
 import rich.table
 import rich.text
 
-from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
@@ -63,41 +64,59 @@ class Generation:
 def generate(
     trained: TrainedRun,
     prompts: Sequence[str],
+    options: Options,
     *,
-    heads: int | None,
-    max_new_tokens: int,
-    sampling: Sampling,
     seed: int,
     compare: bool,
 ) -> list[Generation]:
-    """Continues prompts with a run that is already open; arguments and errors as for ``mtpd_jax.generate.run``."""
-    decoder = Decoder(trained.model, trained.parameters, trained.tokenizer.end_id)
-    heads = trained.config.heads.num_heads if heads is None else heads
+    """Continues prompts, one after the other, with a run that is already open.
+
+    Args:
+      trained: the run.
+      prompts: texts, none of them empty.
+      options: how to decode.
+      seed: of sampling.
+      compare: decode plainly, too.
+
+    Raises:
+      ValueError: bad prompt or option.
+    """
+    decoder = decoder_of(trained)
     encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
-    decoder.check(encoded, num_heads=heads, max_new_tokens=max_new_tokens, sampling=sampling)
-    return [
-        _generate(trained, decoder, ids, heads, max_new_tokens, sampling, seed, compare, row)
-        for row, ids in enumerate(encoded)
-    ]
+    decoder.check(encoded, options)
+    return [_generate(trained, decoder, ids, options, seed, compare, row) for row, ids in enumerate(encoded)]
+
+
+def options_for(
+    trained: TrainedRun,
+    heads: int | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    min_confidence: float,
+    bit_exact: bool,
+) -> Options:
+    """The options for one number of heads: None for all that the run has; one pass width for all if ``bit_exact``."""
+    heads = trained.config.heads.num_heads if heads is None else heads
+    options = Options(heads, max_new_tokens, sampling, min_confidence)
+    return options.sharing_width(heads) if bit_exact else options
+
+
+def decoder_of(trained: TrainedRun) -> Decoder:
+    """A decoder for an open run; its context is the length of the run's training sequences."""
+    context = trained.config.training.sequence_length
+    return Decoder(trained.model, trained.parameters, trained.tokenizer.end_id, context)
 
 
 def _generate(
     trained: TrainedRun,
     decoder: Decoder,
     ids: np.ndarray,
-    heads: int,
-    max_new_tokens: int,
-    sampling: Sampling,
+    options: Options,
     seed: int,
     compare: bool,
     row: int,
 ) -> Generation:
-    def decode(num_heads: int) -> Continuation:
-        return decoder.run(
-            [ids], num_heads=num_heads, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, first_row=row
-        )[0]
-
-    found = decode(heads)
+    found = decoder.run([ids], options, seed=seed, first_row=row)[0]
     generation = Generation(
         text=trained.tokenizer.decode(found.tokens),
         tokens=found.tokens,
@@ -110,14 +129,15 @@ def _generate(
     )
     if not compare:
         return generation
-    plain = decode(0)
+    plain = decoder.run([ids], dataclasses.replace(options, num_heads=0), seed=seed, first_row=row)[0]
+    greedy = options.sampling.greedy
     rate = len(plain.tokens) / plain.seconds
     return dataclasses.replace(
         generation,
         plain=PlainRun(plain.tokens, plain.seconds, rate),
         speedup=generation.tokens_per_second / rate,
-        identical=plain.tokens == found.tokens if sampling.greedy else None,
-        divergence=first_divergence(decoder, ids.tolist(), plain, found) if sampling.greedy else None,
+        identical=plain.tokens == found.tokens if greedy else None,
+        divergence=first_divergence(decoder, ids.tolist(), plain, found) if greedy else None,
     )
 
 
@@ -163,4 +183,5 @@ def _explain(divergence: Divergence | None) -> str:
     if divergence is None:
         return "no"
     kind = "a tie" if divergence.tie else "NOT A TIE: please report this"
-    return f"no: token {divergence.index}, logit margin {divergence.margin:.1e} ({kind})"
+    margin = f"logit margin {divergence.margin:.1e}, rounding {divergence.rounding:.1e}"
+    return f"no: token {divergence.index}, {margin} ({kind})"

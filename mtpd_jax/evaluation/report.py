@@ -23,11 +23,12 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
-def bounded(interval: Interval) -> str:
+def bounded(interval: Interval, factor: float = 1.0, digits: int = 2) -> str:
     """The mean and half the width of its interval, or the mean alone where there is none; JSON has both ends."""
+    mean = number(None if interval.mean is None else factor * interval.mean, digits)
     if interval.low is None or interval.high is None or interval.high - interval.low < 1e-9:
-        return number(interval.mean)
-    return f"{number(interval.mean)} ±{number((interval.high - interval.low) / 2)}"
+        return mean
+    return f"{mean} ±{number(factor * (interval.high - interval.low) / 2, digits)}"
 
 
 def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
@@ -74,6 +75,23 @@ def decoding_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.
             number(one_head),
             "–" if score.identical is None else "yes" if score.identical else "NO" if score.failed else "tie",
         )
+    return table
+
+
+def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table:
+    """Real decoding with all heads beside teacher forcing, head by head, with 95 % intervals over prompts."""
+    score = by_heads[max(by_heads, key=int)]
+    title = f"heads, %: {name} ({score.prompts} prompts, ± 95 % interval)"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    for column in ("head", "accepted", "cumulative", "teacher-forced agreement", "accepted - agreement"):
+        table.add_column(column, justify="right")
+    columns = zip(score.acceptance.conditional, score.acceptance.cumulative, score.agreement, strict=True)
+    for k, (conditional, cumulative, agreement) in enumerate(columns, 1):
+        if conditional.mean is None or agreement.mean is None:
+            gap = "–"
+        else:
+            gap = number(100 * (conditional.mean - agreement.mean), 1)
+        table.add_row(str(k), *(bounded(rate, 100, 1) for rate in (conditional, cumulative, agreement)), gap)
     return table
 
 

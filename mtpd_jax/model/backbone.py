@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.config import Config, HeadsConfig, ModelConfig
-from mtpd_jax.model.cache import KVCache
 from mtpd_jax.model.heads import Heads
-from mtpd_jax.model.layers import ACTIVATION_AXES, Block, causal_mask, compute_dtype, norm, partitioned
+from mtpd_jax.model.layers import ACTIVATION_AXES, Block, Rotation, causal_mask, compute_dtype, norm, partitioned
 from mtpd_jax.model.shift import shift
 from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
 
@@ -34,25 +33,26 @@ class Backbone(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self,
-        x: Hidden,
-        positions: Positions,
-        mask: AttentionMask,
-        cache: KVCache | None = None,
-        start: Int[Array, " B"] | None = None,
-    ) -> tuple[Hidden, KVCache | None]:
+    def __call__(self, x: Hidden, rotation: Rotation, mask: AttentionMask) -> Hidden:
         block = nn.remat(Block, prevent_cse=False) if self.config.remat else Block
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(nn.broadcast,) * 4,  # pyright: ignore[reportArgumentType]
             length=self.config.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(self.config, name="blocks")
-        x, cache = scanned(x, cache, positions, mask, start)
-        return norm(self.config, "final_norm")(x), cache
+        x, _ = scanned(x, None, rotation, mask, None)
+        return norm(self.config, "final_norm")(x)
+
+
+def embed(table: Float[Array, "V D"], tokens: Int[Array, "*axes T"], config: ModelConfig) -> Float[Array, "*axes T D"]:
+    """Looks up input embeddings, scaled by sqrt(D) if the config says so.
+
+    Unscaled, a tied embedding (whose rows have unit norm, for the logits' sake) drowns in the residual stream.
+    """
+    return jnp.asarray(table, compute_dtype(config))[tokens] * (config.width**0.5 if config.scale_embedding else 1.0)
 
 
 class LanguageModel(nn.Module):
@@ -72,20 +72,6 @@ class LanguageModel(nn.Module):
         if self.heads_config.num_heads:
             self.heads = Heads(config, self.heads_config)
 
-    def embed(self, tokens: Int[Array, "*axes T"]) -> Float[Array, "*axes T D"]:
-        """Looks up input embeddings, scaled by sqrt(D) if the config says so.
-
-        Unscaled, a tied embedding (whose rows have unit norm, for the logits' sake) drowns in the residual stream.
-        """
-        table = jnp.asarray(self.embedding, compute_dtype(self.config))
-        return table[tokens] * (self.config.width**0.5 if self.config.scale_embedding else 1.0)
-
-    def extend(
-        self, tokens: Tokens, positions: Positions, mask: AttentionMask, cache: KVCache, start: Int[Array, " B"]
-    ) -> tuple[Hidden, KVCache | None]:
-        """Runs the backbone on T more tokens per row against its cache; returns h^0, [B, T, D], and the new cache."""
-        return self.backbone(self.embed(tokens), positions, mask, cache, start)
-
     def __call__(
         self, tokens: Tokens, segment_ids: SegmentIds, positions: Positions, detach_trunk: bool = False
     ) -> HiddenStates:
@@ -95,21 +81,21 @@ class LanguageModel(nn.Module):
           tokens, segment_ids, positions: [B, T]; segment 0 is padding.
           detach_trunk: cut the gradient from the heads into backbone and embedding.
         """
-        mask_BxTxT = causal_mask(segment_ids)
-        embedded = nn.with_logical_constraint(self.embed(tokens), ACTIVATION_AXES)
+        mask_BxTxT, rotation = causal_mask(segment_ids), Rotation.of(positions, self.config)
+        embedded = nn.with_logical_constraint(embed(self.embedding, tokens, self.config), ACTIVATION_AXES)
         with jax.named_scope("backbone"):
-            main, _ = self.backbone(embedded, positions, mask_BxTxT)
+            main = self.backbone(embedded, rotation, mask_BxTxT)
         num_heads = self.heads_config.num_heads
         if not num_heads:
             return HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype))
         # Head k embeds t_{i+k}. Where that lies beyond the document the value is arbitrary: such a position has no
         # target, and no position that has one can attend to it.
         ahead_KxBxT = jnp.stack([shift(tokens, segment_ids, k)[0] for k in range(1, num_heads + 1)])
-        ahead_KxBxTxD, state = self.embed(ahead_KxBxT), main
+        ahead_KxBxTxD, state = embed(self.embedding, ahead_KxBxT, self.config), main
         if detach_trunk:
             ahead_KxBxTxD, state = jax.lax.stop_gradient((ahead_KxBxTxD, state))
         with jax.named_scope("heads"):
-            return HiddenStates(main, self.heads(state, ahead_KxBxTxD, positions, mask_BxTxT))
+            return HiddenStates(main, self.heads(state, ahead_KxBxTxD, rotation, mask_BxTxT))
 
 
 def build_model(config: Config) -> LanguageModel:

@@ -1,4 +1,6 @@
-"""The key/value cache of decoding: fixed slots, written row by row at each row's own place."""
+"""The key/value caches of decoding: fixed slots, written row by row at each row's own place."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,34 +9,80 @@ from flax import struct
 from mtpd_jax.config import ModelConfig
 from mtpd_jax.shapes import Array, AttentionMask, Float, Int, Positions
 
+# Up to this many rows are written one by one; XLA turns a write at many places into a loop on CPUs. By measurement.
+_ROWS_WRITTEN_ONE_BY_ONE = 8
+
 
 @struct.dataclass
 class KVCache:
-    """Keys (after RoPE) and values of one block, or of a stack of blocks along a leading axis.
+    """Keys (after RoPE) and values of one block, or of a stack of blocks of which one is in use.
 
-    Position p of a row lies in slot ``p + margin``, where the margin (given to ``visible``) is 0 for the backbone and
-    K+1 for the heads, whose windows may begin before a short prompt does. Nothing is ever cleared: a slot is
+    Position p of a row lies in slot ``p + margin``, where the margin (given to ``visible``) is 0 for the backbone; the
+    heads have one, for their windows may begin before a short prompt does. Nothing is ever cleared: a slot is
     overwritten before a query that may see it runs.
+
+    Attributes:
+      keys: [B, G, H, S], or with a leading axis for the blocks of a stack; the layout of the product with queries.
+      values: [B, G, S, H], likewise.
+      block: which block of a stack is in use; None for a single block.
     """
 
-    keys: Float[Array, "*stack B S G H"]
-    values: Float[Array, "*stack B S G H"]
+    keys: Float[Array, "*stack BG H S"]
+    values: Float[Array, "*stack BG S H"]
+    block: Int[Array, ""] | None = None
+
+    def use(self, block: Int[Array, ""] | None) -> "KVCache":
+        """The same cache with another block of the stack in use."""
+        return dataclasses.replace(self, block=block)
 
     def write(
         self, start: Int[Array, " B"], keys: Float[Array, "B T G H"], values: Float[Array, "B T G H"]
     ) -> "KVCache":
-        """Returns the cache of one block with T new entries per row, from slot ``start`` of that row on."""
+        """Returns the cache with T new entries per row in the block in use, from slot ``start`` of that row on."""
+        return dataclasses.replace(
+            self,
+            keys=_write(self.keys, self.block, start, keys.transpose(0, 2, 3, 1), axis=-1),
+            values=_write(self.values, self.block, start, values.swapaxes(1, 2), axis=-2),
+        )
 
-        def place(slots_SxGxH: Array, new_TxGxH: Array, slot: Array) -> Array:
-            return jax.lax.dynamic_update_slice(slots_SxGxH, new_TxGxH.astype(slots_SxGxH.dtype), (slot, 0, 0))
+    def read(self) -> tuple[Float[Array, "BG H S"], Float[Array, "BG S H"]]:
+        """Keys and values of the block in use."""
+        if self.block is None:
+            return self.keys, self.values
+        return tuple(
+            jax.lax.dynamic_index_in_dim(slots, self.block, keepdims=False) for slots in (self.keys, self.values)
+        )
 
-        return KVCache(jax.vmap(place)(self.keys, keys, start), jax.vmap(place)(self.values, values, start))
+
+def _write(slots: Array, block: Array | None, start: Int[Array, " B"], new: Array, axis: int) -> Array:
+    """Writes new entries, [B, G, T, H] or [B, G, H, T], along the axis of the slots."""
+    new, (batch, groups) = new.astype(slots.dtype), new.shape[:2]
+    if batch <= _ROWS_WRITTEN_ONE_BY_ONE:
+        for row in range(batch):
+            place = (row * groups, start[row], 0) if axis == -2 else (row * groups, 0, start[row])
+            piece, place = (new[row], place) if block is None else (new[row][None], (block, *place))
+            slots = jax.lax.dynamic_update_slice(slots, piece, place)
+        return slots
+
+    def write_row(slots: Array, new: Array, start: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis)
+
+    whole = slots if block is None else jax.lax.dynamic_index_in_dim(slots, block, keepdims=False)
+    whole = jax.vmap(write_row)(whole, new.reshape(-1, *new.shape[2:]), jnp.repeat(start, groups))
+    return whole if block is None else jax.lax.dynamic_update_index_in_dim(slots, whole, block, 0)
 
 
-def empty_cache(stack: int, batch: int, slots: int, config: ModelConfig, dtype: jnp.dtype) -> KVCache:
-    """Returns a zeroed cache for ``stack`` blocks, ``batch`` rows and ``slots`` positions each."""
-    zeros = jnp.zeros((stack, batch, slots, config.kv_heads, config.head_size), dtype)
-    return KVCache(zeros, zeros)
+def empty_cache(batch: int, slots: int, config: ModelConfig, dtype: jnp.dtype, stack: int | None = None) -> KVCache:
+    """Returns a zeroed cache for ``batch`` rows of ``slots`` positions: of one block, or of a stack of blocks."""
+    rows = batch * config.kv_heads
+    leading = (rows,) if stack is None else (stack, rows)
+    keys = jnp.zeros((*leading, config.head_size, slots), dtype)
+    return KVCache(keys, jnp.zeros((*leading, slots, config.head_size), dtype))
+
+
+def slots_of(cache: KVCache) -> int:
+    """Slots per row."""
+    return cache.values.shape[-2]
 
 
 def visible(positions: Positions, slots: int, margin: int = 0) -> AttentionMask:

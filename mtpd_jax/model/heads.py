@@ -9,16 +9,13 @@ Head k reads, at position i, the embedding of token t_{i+k} and the state h^{k-1
 DeepSeek-V3 (arXiv 2412.19437 §2.2), with the concatenation order [embedding, hidden] of its released checkpoints.
 """
 
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
 from mtpd_jax.model.cache import KVCache
-from mtpd_jax.model.layers import ACTIVATION_AXES, Block, compute_dtype, norm, partitioned
-from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int, Positions
+from mtpd_jax.model.layers import ACTIVATION_AXES, Block, Rotation, compute_dtype, norm, partitioned
+from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int
 
 
 class Head(nn.Module):
@@ -33,7 +30,7 @@ class Head(nn.Module):
         state: Hidden,
         embedded: Hidden,
         cache: KVCache | None,
-        positions: Positions,
+        rotation: Rotation,
         mask: AttentionMask,
         start: Int[Array, " B"] | None,
     ) -> tuple[Hidden, tuple[Hidden, KVCache | None]]:
@@ -43,7 +40,7 @@ class Head(nn.Module):
           state: [B, T, D]; for the first head the backbone's hidden state after its final norm, for head k what
             head k-1 returned as its state.
           embedded: [B, T, D]; for head k at position i, Emb(t_{i+k}).
-          cache, positions, mask, start: as for ``Block``. Head k at position i uses RoPE position i.
+          cache, rotation, mask, start: as for ``Block``. Head k at position i uses RoPE position i.
 
         Returns:
           The state for the next head, and the pair of the normed state, from which the shared unembedding makes
@@ -61,7 +58,7 @@ class Head(nn.Module):
             name="projection",
         )(both_BxTx2D)
         x = nn.with_logical_constraint(x, ACTIVATION_AXES)
-        x, cache = Block(config, name="block")(x, cache, positions, mask, start)
+        x, cache = Block(config, name="block")(x, cache, rotation, mask, start)
         normed = norm(config, "output_norm")(x)
         return (normed if self.pass_normed else x), (normed, cache)
 
@@ -77,7 +74,7 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(
-        self, state: Hidden, embedded: Float[Array, "K B T D"], positions: Positions, mask: AttentionMask
+        self, state: Hidden, embedded: Float[Array, "K B T D"], rotation: Rotation, mask: AttentionMask
     ) -> HeadsHidden:
         """Returns h^1…h^K, [K, B, T, D], for a whole packed row (no cache)."""
         tied = self.heads.kind == "recurrent"
@@ -91,17 +88,5 @@ class Heads(nn.Module):
             length=self.heads.num_heads,
             metadata_params={} if tied else {nn.PARTITION_NAME: "heads"},
         )(self.config, self.heads.pass_normed, name="head")
-        _, (normed_KxBxTxD, _) = scanned(state, embedded, None, positions, mask, None)
+        _, (normed_KxBxTxD, _) = scanned(state, embedded, None, rotation, mask, None)
         return normed_KxBxTxD
-
-
-def head_parameters(parameters: Any, kind: str, depth: int) -> Any:
-    """The parameters of one head, ready for ``Head.apply``, from the parameters of ``Heads``.
-
-    Args:
-      parameters: the ``heads`` subtree of the model's parameters.
-      kind: ``heads.kind`` of the config.
-      depth: which head, from 1.
-    """
-    module = parameters["head"]
-    return module if kind == "recurrent" else jax.tree.map(lambda stacked: stacked[depth - 1], module)

@@ -6,12 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from mtpd_jax.config import ModelConfig
 from mtpd_jax.model.cache import KVCache
 from mtpd_jax.shapes import Array, AttentionMask, Float, Hidden, Int, Positions, SegmentIds
 
 ACTIVATION_AXES = ("batch", None, None)
+# The score of a slot that may not be seen: finite, since a position before the beginning of a text sees none at all.
+_HIDDEN = -1e30
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -50,17 +53,58 @@ def causal_mask(segment_ids: SegmentIds) -> AttentionMask:
     return causal_TxS[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
-def rotate(x: Float[Array, "B T N H"], positions: Positions, theta: float) -> Float[Array, "B T N H"]:
-    """Rotary position embedding: pairs (i, i + H/2) turn by position * theta^(-2i/H) (RoFormer, arXiv 2104.09864).
+@struct.dataclass
+class Rotation:
+    """What rotary position embedding turns queries and keys by: computed once per pass, used by every block.
 
-    Angles are computed in float32: at position 10,000 bfloat16 would be off by whole turns.
+    Attributes:
+      cos, sin: [B, T, H/2], in float32: at position 10,000 bfloat16 would be off by whole turns.
     """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BxTx1xH = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles_BxTx1xH), jnp.sin(angles_BxTx1xH)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+    @classmethod
+    def of(cls, positions: Positions, config: ModelConfig) -> "Rotation":
+        """The pair (i, i + H/2) at a position turns by position * theta^(-2i/H) (RoFormer, arXiv 2104.09864)."""
+        half = config.head_size // 2
+        frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angles_BxTxh = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+        return cls(jnp.cos(angles_BxTxh), jnp.sin(angles_BxTxh))
+
+    def apply(self, x: Float[Array, "B T *heads H"]) -> Float[Array, "B T *heads H"]:
+        """Turns every head's vectors."""
+        cos, sin = (jnp.expand_dims(part, range(2, x.ndim)) for part in (self.cos, self.sin))
+        halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+        sign = jnp.array([[-1.0], [1.0]])
+        turned = halves * cos + jnp.flip(halves, axis=-2) * (sin * jnp.expand_dims(sign, range(x.ndim - 1)))
+        return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attend_to_cache(
+    query: Float[Array, "B T G R H"],
+    keys: Float[Array, "BG H S"],
+    values: Float[Array, "BG S H"],
+    mask: AttentionMask,
+) -> Float[Array, "B T G R H"]:
+    """Softmax attention of a few queries over many slots, in the layout of the cache: no slot is moved or repeated."""
+    batch, length, groups, per_group, size = query.shape
+    query_BGxRTxH = query.transpose(0, 2, 3, 1, 4).reshape(batch * groups, per_group * length, size)
+    scores_BGxRTxS = jnp.matmul(query_BGxRTxH, keys, preferred_element_type=jnp.float32)
+    scores_BxGxRxTxS = scores_BGxRTxS.reshape(batch, groups, per_group, length, -1) * size**-0.5
+    weights_BxGxRxTxS = jax.nn.softmax(jnp.where(mask[:, None, None], scores_BxGxRxTxS, _HIDDEN))
+    mixed_BGxRTxH = jnp.matmul(weights_BxGxRxTxS.reshape(scores_BGxRTxS.shape).astype(values.dtype), values)
+    return mixed_BGxRTxH.reshape(batch, groups, per_group, length, size).transpose(0, 3, 1, 2, 4)
+
+
+class NormScale(nn.Module):
+    """The learned scale of an RMSNorm, [H], for whoever applies several of them in one go."""
+
+    size: int
+
+    @nn.compact
+    def __call__(self) -> Float[Array, " H"]:
+        return self.param("scale", partitioned(nn.initializers.ones_init(), None), (self.size,), jnp.float32)
 
 
 class Attention(nn.Module):
@@ -72,7 +116,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Hidden,
-        positions: Positions,
+        rotation: Rotation,
         mask: AttentionMask,
         cache: KVCache | None,
         start: Int[Array, " B"] | None,
@@ -88,17 +132,23 @@ class Attention(nn.Module):
             bias_init=partitioned(nn.initializers.zeros_init(), "kv_heads", None, "head_size"),
             name="qkv",
         )(x)
-        query_BxTxNxH = qkv_BxTxGxRxH[:, :, :, :-2].reshape(*x.shape[:2], config.query_heads, config.head_size)
-        key_BxTxGxH, value_BxTxGxH = qkv_BxTxGxRxH[:, :, :, -2], qkv_BxTxGxRxH[:, :, :, -1]
+        # Queries and keys are normalised and rotated together.
+        both_BxTxGxRxH, value_BxTxGxH = qkv_BxTxGxRxH[:, :, :, :-1], qkv_BxTxGxRxH[:, :, :, -1]
         if config.qk_norm:
-            query_BxTxNxH = norm(config, "query_norm")(query_BxTxNxH)
-            key_BxTxGxH = norm(config, "key_norm")(key_BxTxGxH)
-        query_BxTxNxH = rotate(query_BxTxNxH, positions, config.rope_theta)
-        key_BxTxGxH = rotate(key_BxTxGxH, positions, config.rope_theta)
-        if cache is not None and start is not None:
+            query_scale, key_scale = (NormScale(config.head_size, name=name)() for name in ("query_norm", "key_norm"))
+            scale_RxH = jnp.stack([query_scale] * per_group + [key_scale])
+            wide = both_BxTxGxRxH.astype(jnp.float32)
+            inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + config.norm_epsilon)
+            both_BxTxGxRxH = (wide * inverse * scale_RxH[None, None, None]).astype(both_BxTxGxRxH.dtype)
+        both_BxTxGxRxH = rotation.apply(both_BxTxGxRxH)
+        query_BxTxGxRxH, key_BxTxGxH = both_BxTxGxRxH[:, :, :, :-1], both_BxTxGxRxH[:, :, :, -1]
+        if cache is None or start is None:
+            query_BxTxNxH = query_BxTxGxRxH.reshape(*x.shape[:2], config.query_heads, config.head_size)
+            mixed = jax.nn.dot_product_attention(query_BxTxNxH, key_BxTxGxH, value_BxTxGxH, mask=mask[:, None])
+        else:
             cache = cache.write(start, key_BxTxGxH, value_BxTxGxH)
-            key_BxTxGxH, value_BxTxGxH = cache.keys, cache.values
-        mixed_BxTxNxH = jax.nn.dot_product_attention(query_BxTxNxH, key_BxTxGxH, value_BxTxGxH, mask=mask[:, None])
+            mixed = attend_to_cache(query_BxTxGxRxH, *cache.read(), mask)
+        mixed_BxTxNxH = mixed.reshape(*x.shape[:2], config.query_heads, config.head_size)
         out = nn.DenseGeneral(
             config.width,
             axis=(-2, -1),
@@ -142,7 +192,7 @@ class Block(nn.Module):
         self,
         x: Hidden,
         cache: KVCache | None,
-        positions: Positions,
+        rotation: Rotation,
         mask: AttentionMask,
         start: Int[Array, " B"] | None,
     ) -> tuple[Hidden, KVCache | None]:
@@ -151,7 +201,7 @@ class Block(nn.Module):
         Args:
           x: [B, T, D].
           cache: None, or the block's cache, to which these tokens are written before they attend to it.
-          positions: [B, T]; RoPE positions.
+          rotation: of the positions.
           mask: [B, T, T] without a cache, [B, T, S] with one; True where attention is allowed.
           start: [B]; the slot of each row's first token, with a cache.
 
@@ -161,7 +211,7 @@ class Block(nn.Module):
         config = self.config
         with jax.named_scope("attention"):
             mixed, cache = Attention(config, name="attention")(
-                norm(config, "attention_norm")(x), positions, mask, cache, start
+                norm(config, "attention_norm")(x), rotation, mask, cache, start
             )
             x = nn.with_logical_constraint(x + mixed, ACTIVATION_AXES)
         with jax.named_scope("mlp"):

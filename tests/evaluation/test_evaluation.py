@@ -10,6 +10,7 @@ import pytest
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.acceptance import (
     acceptance_intervals,
     acceptance_of,
@@ -139,9 +140,9 @@ def test_scoring_can_be_ended(scored):
 
 def test_divergence_names_place_and_margin(scored):
     _, model, parameters, _ = scored
-    decoder = Decoder(model, parameters, end_id=0)
+    decoder = Decoder(model, parameters, end_id=0, context=64)
     prompt = np.array([5, 6, 7])
-    plain = decoder.run([prompt], num_heads=0, max_new_tokens=6)[0]
+    plain = decoder.run([prompt], Options(0, 6))[0]
     assert first_divergence(decoder, [5, 6, 7], plain, plain) is None
     other = continuation([*plain.tokens[:3], 299, *plain.tokens[4:]], 1, (), ())
     found = first_divergence(decoder, [5, 6, 7], plain, other)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mtpd_jax.model.backbone import build_model, count_parameters
-from mtpd_jax.model.layers import rotate
+from mtpd_jax.model.layers import Rotation
 from tests.builders import model_and_parameters, packed_batch, replace, tiny_config
 
 
@@ -74,8 +74,13 @@ def test_rotation_turns_dot_products_into_functions_of_distance():
     rng = np.random.default_rng(0)
     query, key = jnp.asarray(rng.normal(size=(2, 1, 1, 1, 8)), jnp.float32)
 
+    config = tiny_config(model__rope_theta=100.0).model
+
+    def turned(x, position):
+        return Rotation.of(jnp.array([[position]]), config).apply(x)
+
     def score(i, j):
-        return float(jnp.sum(rotate(query, jnp.array([[i]]), 100.0) * rotate(key, jnp.array([[j]]), 100.0)))
+        return float(jnp.sum(turned(query, i) * turned(key, j)))
 
     assert score(5, 2) == pytest.approx(score(15, 12), abs=1e-5)
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)

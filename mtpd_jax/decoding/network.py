@@ -1,0 +1,221 @@
+"""The model as decoding runs it: a few tokens per pass, against caches, from parameters laid out for that.
+
+In training a scan runs over stacked layers and whole packed rows. Here every pass reads all weights for a handful of
+tokens, so that its time is the time of reading them, and their layout decides (``DecodingParameters``).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mtpd_jax.model.backbone import LanguageModel, embed, unembedding_of
+from mtpd_jax.model.cache import KVCache, empty_cache, slots_of, visible
+from mtpd_jax.model.heads import Head
+from mtpd_jax.model.layers import Block, Rotation, apply, compute_dtype, norm
+from mtpd_jax.shapes import Array, Float, Hidden, Int
+
+# On CPUs, layers with more bytes than this are scanned. Weights that stay in the processor's cache are multiplied
+# fastest where they lie; from memory they come fastest as a stream, and a scan copies each layer's weights in one.
+# By measurement (experiments/bench/decode.py --layouts).
+_CACHED_BYTES = 16e6
+
+
+@struct.dataclass
+class DecodingParameters:
+    """A model's parameters, in the dtype of its products.
+
+    Attributes:
+      embedding: [V, D].
+      unembedding: [V, D].
+      blocks: the backbone's: a tuple with one tree per layer, or one tree of arrays stacked along a leading axis,
+        over which the layers are scanned.
+      final_norm: the backbone's.
+      heads: like ``blocks``; a recurrent head is a stack of one.
+    """
+
+    # Not annotated as arrays: ahead-of-time compilation makes such trees of other things, too.
+    embedding: Any
+    unembedding: Any
+    blocks: Any
+    final_norm: Any
+    heads: Any
+
+
+def scans_layers(model: LanguageModel) -> bool:
+    """Whether the layers of this model are better scanned than written out one after the other, on this platform."""
+    config = model.config
+    attention = 2 * config.head_size * (config.query_heads + config.kv_heads)
+    weights = config.layers * config.width * (attention + 3 * config.mlp_width)
+    return jax.default_backend() == "cpu" and weights * compute_dtype(config).itemsize > _CACHED_BYTES
+
+
+def precision_of(model: LanguageModel) -> str:
+    """Float32 decoding multiplies in float32; accelerators would otherwise round the operands to TF32 or bfloat16."""
+    return "highest" if compute_dtype(model.config) == jnp.float32 else "default"
+
+
+class Network:
+    """Backbone and heads as functions of ``DecodingParameters``.
+
+    Args:
+      model: what was trained.
+      scanned: the layout of the backbone, see ``DecodingParameters``; None: what ``scans_layers`` says.
+      scanned_heads: the layout of the heads, which only a stack lets run to a depth that is not known beforehand;
+        None: as the backbone.
+    """
+
+    def __init__(self, model: LanguageModel, scanned: bool | None = None, scanned_heads: bool | None = None):
+        self.config, self.heads_config = model.config, model.heads_config
+        self.dtype, self.precision = compute_dtype(model.config), precision_of(model)
+        self.scanned = scans_layers(model) if scanned is None else scanned
+        self.scanned_heads = self.scanned if scanned_heads is None else scanned_heads
+        self._block, self._final_norm = Block(model.config), norm(model.config)
+        self._head = Head(model.config, model.heads_config.pass_normed)
+
+    @property
+    def modules(self) -> int:
+        """Head modules with parameters of their own; depth j uses module (j-1) mod this (MTP-D §3.3)."""
+        return 1 if self.heads_config.kind == "recurrent" else self.heads_config.num_heads
+
+    def parameters(self, parameters: Any) -> DecodingParameters:
+        """Lays the model's parameters out for decoding, matrices cast to the dtype of the products once."""
+        parameters = cast_matrices(parameters, self.dtype)
+        heads = parameters["heads"]["head"] if self.heads_config.num_heads else None
+        if self.heads_config.kind == "recurrent":
+            heads = jax.tree.map(lambda leaf: leaf[None], heads)
+        return DecodingParameters(
+            embedding=parameters["embedding"],
+            unembedding=unembedding_of(parameters),
+            blocks=_laid_out(parameters["backbone"]["blocks"], self.config.layers, self.scanned),
+            final_norm=parameters["backbone"]["final_norm"],
+            heads=_laid_out(heads, self.modules, self.scanned_heads),
+        )
+
+    def empty_cache(self, batch: int, slots: int) -> Any:
+        """The backbone's cache before anything was read."""
+        return self._empty(batch, slots, self.config.layers, self.scanned)
+
+    def empty_head_caches(self, batch: int, slots: int, depths: int) -> Any:
+        """A cache for every depth of the heads, before anything was read."""
+        return self._empty(batch, slots, depths, self.scanned_heads)
+
+    def _empty(self, batch: int, slots: int, count: int, stacked: bool) -> Any:
+        if stacked:
+            return empty_cache(batch, slots, self.config, self.dtype, stack=count)
+        return tuple(empty_cache(batch, slots, self.config, self.dtype) for _ in range(count))
+
+    def extend(
+        self, parameters: DecodingParameters, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: Any
+    ) -> tuple[Hidden, Any]:
+        """Runs the backbone over T consecutive tokens per row, from position ``start`` on: h^0 and the new cache."""
+        positions = _consecutive(start, tokens.shape[1])
+        rotation = Rotation.of(positions, self.config)
+        mask = visible(positions, slots_of(cache[0] if isinstance(cache, tuple) else cache))
+
+        def run_block(layer: int | Array, x: Hidden, block_cache: KVCache) -> tuple[Hidden, KVCache, None]:
+            weights = _layer(parameters.blocks, layer)
+            return *apply(self._block, weights, x, block_cache, rotation, mask, start), None
+
+        x = embed(parameters.embedding, tokens, self.config)
+        x, cache, _ = over_layers(run_block, x, cache, self.config.layers)
+        return apply(self._final_norm, parameters.final_norm, x), cache
+
+    def run_head(
+        self,
+        parameters: DecodingParameters,
+        depth: int | Array,
+        state: Hidden,
+        ahead: Int[Array, "B T"],
+        first: Int[Array, " B"],
+        cache: KVCache,
+        margin: int,
+    ) -> tuple[Hidden, Hidden, KVCache]:
+        """Runs the head of one depth over T consecutive positions, from ``first`` on.
+
+        Args:
+          depth: from 0; past the last module the modules come round again.
+          state: [B, T, D]; h^0 for depth 0, else what the depth before returned as state.
+          ahead: [B, T]; the token that each position looks ahead to, t_{i+depth+1}.
+          cache, margin: of this depth; position p lies in slot p + margin.
+
+        Returns:
+          The state for the next depth, the normed state, and the new cache.
+        """
+        positions = _consecutive(first, ahead.shape[1])
+        mask = visible(positions, slots_of(cache), margin)
+        embedded = embed(parameters.embedding, ahead, self.config)
+        weights = _layer(parameters.heads, depth % self.modules)
+        state, (normed, cache) = apply(
+            self._head, weights, state, embedded, cache, Rotation.of(positions, self.config), mask, first + margin
+        )
+        return state, normed, cache
+
+    def logits(self, parameters: DecodingParameters, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """The shared unembedding's logits, in float32."""
+        return jnp.einsum("...d,vd->...v", hidden, parameters.unembedding, preferred_element_type=jnp.float32)
+
+    def jit(self, function: Callable[..., Any]) -> Any:
+        """Jits a function whose products have the network's precision."""
+
+        def with_precision(*arguments: Any) -> Any:
+            with jax.default_matmul_precision(self.precision):
+                return function(*arguments)
+
+        return jax.jit(with_precision)
+
+
+def cast_matrices(parameters: Any, dtype: jnp.dtype) -> Any:
+    """Casts matrices, so that no pass reads more bytes than it multiplies; norms and biases stay as they are."""
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = {getattr(key, "key", None) for key in path}
+        return leaf if names & {"scale", "bias"} else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, parameters)
+
+
+def over_layers(
+    body: Callable[[Any, Any, KVCache], tuple[Any, KVCache, Any]], carry: Any, caches: Any, count: int
+) -> tuple[Any, Any, Any]:
+    """Runs ``body(index, carry, cache) -> (carry, cache, output)`` for the layers, or heads, 0…count-1.
+
+    Args:
+      caches: of all layers, stacked (then the layers are scanned) or as a tuple (then they are written out).
+
+    Returns:
+      The last carry, the new caches, and the outputs stacked along a leading axis (None without any layer).
+    """
+    if not count:
+        return carry, caches, None
+    if not isinstance(caches, tuple):
+
+        def step(state: tuple[Any, KVCache], index: Array) -> tuple[tuple[Any, KVCache], Any]:
+            carry, cache, output = body(index, state[0], state[1].use(index))
+            return (carry, cache.use(None)), output
+
+        (carry, caches), outputs = jax.lax.scan(step, (carry, caches), jnp.arange(count))
+        return carry, caches, outputs
+    found, outputs = [], []
+    for index, cache in enumerate(caches):
+        carry, cache, output = body(index, carry, cache)
+        found.append(cache)
+        outputs.append(output)
+    return carry, tuple(found), jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+def _laid_out(stacked: Any, count: int, scanned: bool) -> Any:
+    leaves, structure = jax.tree.flatten(stacked)
+    return stacked if scanned else tuple(structure.unflatten([leaf[i] for leaf in leaves]) for i in range(count))
+
+
+def _layer(layers: Any, index: int | Array) -> Any:
+    if isinstance(layers, tuple):
+        return layers[index]
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+
+
+def _consecutive(first: Int[Array, " B"], count: int) -> Int[Array, "B T"]:
+    return first[:, None] + jnp.arange(count)[None, :]

@@ -1,0 +1,95 @@
+"""The texts being written, one per row of the batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
+
+
+@struct.dataclass
+class Rows:
+    """The texts being written, one per row, and the count of what it took.
+
+    Attributes:
+      tokens: [B, S]; prompt and continuation; beyond ``length`` anything may stand.
+      length: [B]; confirmed tokens, prompt included.
+      limit: [B]; the length at which a row is cut off.
+      finished: [B]; an end token was written, or the limit reached.
+      proposer: [B, S]; 0 for a token that the main head chose, k for an accepted draft of head k.
+      passes: [B]; verification passes (of a row that was not finished yet), without prefill.
+      tried: [B, K]; rounds in which head k's draft was verified and all drafts before it were accepted.
+      accepted: [B, K]; rounds in which head k's draft was accepted, too.
+    """
+
+    tokens: Int[AnyArray, "B S"]
+    length: Int[AnyArray, " B"]
+    limit: Int[AnyArray, " B"]
+    finished: Bool[AnyArray, " B"]
+    proposer: Int[AnyArray, "B S"]
+    passes: Int[AnyArray, " B"]
+    tried: Int[AnyArray, "B K"]
+    accepted: Int[AnyArray, "B K"]
+
+    @classmethod
+    def start(
+        cls, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], num_heads: int, max_new_tokens: int, slots: int
+    ) -> "Rows":
+        """Rows that hold their prompts, [B, P], filled up on the right, and nothing else."""
+        batch = prompts.shape[0]
+        counts = jnp.zeros((batch, num_heads), jnp.int32)
+        return cls(
+            tokens=jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1]))),
+            length=lengths,
+            limit=lengths + max_new_tokens,
+            finished=jnp.zeros(batch, bool),
+            proposer=jnp.zeros((batch, slots), jnp.int32),
+            passes=jnp.zeros(batch, jnp.int32),
+            tried=counts,
+            accepted=counts,
+        )
+
+    def append(
+        self, candidates: Int[Array, "B T"], count: Int[Array, " B"], drafted: Int[Array, " B"], end_id: int
+    ) -> "Rows":
+        """Appends tokens to every row that is not finished, up to its limit and through its first end token.
+
+        Args:
+          candidates: [B, T].
+          count: [B]; how many of them are confirmed, at least one.
+          drafted: [B]; how many of those are drafts (of head 1, 2, …); what follows is the main head's.
+        """
+        index = jnp.arange(candidates.shape[1])[None, :]
+        count = jnp.minimum(count, self.limit - self.length)
+        is_end = (candidates == end_id) & (index < count[:, None])
+        first_end = jnp.min(jnp.where(is_end, index, candidates.shape[1]), axis=1)
+        count = jnp.where(self.finished, 0, jnp.minimum(count, first_end + 1))
+        length = self.length + count
+        proposer = jnp.where(index < drafted[:, None], index + 1, 0)
+        return dataclasses.replace(
+            self,
+            tokens=write(self.tokens, candidates, self.length),
+            proposer=write(self.proposer, proposer, self.length),
+            length=length,
+            finished=self.finished | jnp.any(is_end, axis=1) | (length >= self.limit),
+        )
+
+
+def write(buffer: Int[Array, "B S"], values: Int[Array, "B T"], start: Int[Array, " B"]) -> Int[Array, "B S"]:
+    """Writes T values into each row, from that row's own place on."""
+    places = jnp.arange(buffer.shape[1])[None, :] - start[:, None]
+    inside = (places >= 0) & (places < values.shape[1])
+    return jnp.where(inside, jnp.take_along_axis(values, jnp.clip(places, 0, values.shape[1] - 1), axis=1), buffer)
+
+
+def read(buffer: Int[Array, "B S"], start: Int[Array, " B"], count: int) -> Int[Array, "B T"]:
+    """Reads ``count`` values of each row from its own place on; places outside the buffer read its ends."""
+    places = start[:, None] + jnp.arange(count)[None, :]
+    return jnp.take_along_axis(buffer, jnp.clip(places, 0, buffer.shape[1] - 1), axis=1)
+
+
+def slice_rows(values: Float[Array, "B S D"], start: Int[Array, " B"], count: int) -> Float[Array, "B T D"]:
+    """Takes ``count`` positions of each row from its own place on."""
+    return jax.vmap(lambda row, at: jax.lax.dynamic_slice_in_dim(row, at, count))(values, start)

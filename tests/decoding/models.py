@@ -1,0 +1,103 @@
+"""Models of a few tokens that the decoding tests share, and decoding as its definition says it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.losses.objective import training_objective
+from mtpd_jax.model.backbone import LanguageModel, build_model, unembedding_of
+from mtpd_jax.training.step import gradients_of_batch
+from tests.builders import random_parameters, tiny_config, with_micro_batches
+
+END, CONTEXT = 0, 4096
+PROMPTS = [np.array(p, np.int32) for p in ([3], [1, 2], [5, 4, 3, 2, 1, 6, 6, 2, 3, 1], [2] * 33)]
+_STEPS = 60
+
+
+def with_vocabulary(config, vocabulary):
+    """The config with fewer tokens than ``validate`` allows."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=vocabulary))
+
+
+@functools.cache
+def small_vocabulary(kind="cascade", trained=True, num_heads=4, dtype="float32"):
+    """A model of seven tokens, trained until its heads agree with it more often than not.
+
+    Training is on a noisy chain, t -> 3t + 1 modulo 7.
+    """
+    config = tiny_config(heads__num_heads=num_heads, heads__kind=kind, heads__pass_normed=kind == "cascade")
+    config = with_vocabulary(config, 7)
+    model = build_model(config)
+    parameters = random_parameters(model, seed=2, scale=0.4)
+    if trained:
+        parameters = _train(model, training_objective(config), parameters)
+    return LanguageModel(dataclasses.replace(model.config, dtype=dtype), model.heads_config), parameters
+
+
+def _train(model, objective, parameters):
+    rng = np.random.default_rng(0)
+    tokens = np.zeros((8, 40), np.int32)
+    for i in range(1, 40):
+        tokens[:, i] = np.where(rng.random(8) < 0.7, (3 * tokens[:, i - 1] + 1) % 7, rng.integers(0, 7, 8))
+    batch = jax.tree.map(jnp.asarray, Batch(tokens, np.ones_like(tokens), np.tile(np.arange(40), (8, 1))))
+    batch = with_micro_batches(batch, 1)
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def run(parameters):
+        def step(carry, _):
+            parameters, state = carry
+            gradients = gradients_of_batch(model, objective, parameters, batch)[3]
+            updates, state = optimizer.update(gradients, state)
+            return (optax.apply_updates(parameters, updates), state), None
+
+        return jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=_STEPS)[0][0]
+
+    return run(parameters)
+
+
+def all_logits(parameters, hidden):
+    """Every head's logits, [K+1, B, T, V], from what the training path returns."""
+    states = jnp.concatenate([hidden.main[None], hidden.heads])
+    return jnp.einsum("jbtd,vd->jbtv", states, unembedding_of(parameters))
+
+
+def forward(model, parameters):
+    """All heads' logits for one unpadded text, [K+1, T, V], by the training path."""
+
+    @jax.jit
+    def run(tokens):
+        row = tokens[None]
+        hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None])
+        return all_logits(parameters, hidden)[:, 0]
+
+    # Padding to one length, which causality makes harmless, compiles once.
+    return lambda tokens: np.asarray(run(jnp.asarray(np.pad(tokens, (0, 128 - len(tokens))))))[:, : len(tokens)]
+
+
+def reference_speculation(model, parameters, prompt, num_heads, max_new_tokens):
+    """Greedy speculation as the definition says it, one whole forward pass per question asked."""
+    logits, text, limit = forward(model, parameters), list(prompt), len(prompt) + max_new_tokens
+    text.append(int(logits(text)[0, -1].argmax()))
+    passes, tried, accepted, proposers = 0, [0] * num_heads, [0] * num_heads, [0]
+    while text[-1] != END and len(text) < limit:
+        n, drafts = len(text), []
+        for k in range(1, num_heads + 1):
+            drafts.append(int(logits(text + drafts)[k, n - 2].argmax()))
+        choices = logits(text + drafts)[0, n - 1 :].argmax(-1)
+        passes += 1
+        for k in range(num_heads + 1):
+            stands = k < num_heads and drafts[k] == choices[k]
+            if k < num_heads:
+                tried[k] += 1
+                accepted[k] += stands
+            text.append(int(choices[k]))
+            proposers.append(k + 1 if stands else 0)
+            if not stands or text[-1] == END or len(text) == limit:
+                break
+    return text[len(prompt) :], passes, tried, accepted, proposers
