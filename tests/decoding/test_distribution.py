@@ -1,4 +1,9 @@
-"""Sampled speculative output against the exactly enumerated distribution of a tiny model."""
+"""Sampled speculative output against the exactly enumerated distribution of a tiny model.
+
+A test of K heads writes K+3 tokens, so that the row after a full acceptance and the round after it are reached. Texts
+are compared by chi-squared at level 1e-3, with enough samples to notice a distance of 0.15 (Cohen's w, which is a total
+variation of about 0.06) with a probability of more than 0.99; the test computes that power.
+"""
 
 import dataclasses
 import itertools
@@ -9,31 +14,33 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from mtpd_jax.decoding import drafting, speculative
 from mtpd_jax.decoding import sampling as sampling_module
-from mtpd_jax.decoding import speculative
-from mtpd_jax.decoding.plain import logits_of
-from mtpd_jax.decoding.sampling import Sampling, accept_drafts, draw, fold, probabilities
-from mtpd_jax.decoding.speculative import make_speculative
+from mtpd_jax.decoding.network import Network
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
+from mtpd_jax.decoding.speculative import make_loop
 from mtpd_jax.model.backbone import build_model
 from tests.builders import random_parameters, tiny_config
+from tests.decoding.models import all_logits, with_vocabulary
 
-VOCABULARY, NEW, SAMPLES, END = 4, 5, 20_000, 3
-PROMPT = (1, 2, 0)
+VOCABULARY, SAMPLES, END = 3, 30_000, 2
+PROMPT = (1, 0)
+LEVEL, DISTANCE, POWER = 1e-3, 0.15, 0.99
 
 
-def tiny_model(num_heads):
-    config = tiny_config(heads__num_heads=num_heads, model__width=16, model__mlp_width=16, model__layers=1)
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary_size=VOCABULARY))
-    model = build_model(config)
+def tiny_model():
+    config = tiny_config(heads__num_heads=4, model__width=16, model__mlp_width=16, model__layers=1)
+    model = build_model(with_vocabulary(config, VOCABULARY))
     return model, random_parameters(model, seed=1, scale=0.8)
 
 
-def enumerate_texts(model, parameters, sampling):
-    """Probability of every continuation: up to NEW tokens, cut after the end token."""
-    texts = jnp.asarray([(*PROMPT, *tail) for tail in itertools.product(range(VOCABULARY), repeat=NEW)])
+def enumerate_texts(model, parameters, sampling, new_tokens):
+    """Probability of every continuation, cut after the end token, from one pass of the training path."""
+    texts = jnp.asarray([(*PROMPT, *tail) for tail in itertools.product(range(VOCABULARY), repeat=new_tokens)])
     positions = jnp.broadcast_to(jnp.arange(texts.shape[1]), texts.shape)
-    hidden = model.apply({"params": parameters}, texts, jnp.ones_like(texts), positions).main
-    steps = np.asarray(probabilities(logits_of(hidden, parameters), sampling), np.float64)
+    hidden = jax.jit(model.apply)({"params": parameters}, texts, jnp.ones_like(texts), positions)
+    steps = np.asarray(probabilities(all_logits(parameters, hidden)[0], sampling), np.float64)
     exact: dict[tuple[int, ...], float] = {}
     for row, text in enumerate(np.asarray(texts)):
         tail = tuple(int(token) for token in text[len(PROMPT) :])
@@ -47,11 +54,14 @@ def enumerate_texts(model, parameters, sampling):
     return exact
 
 
-def sample_texts(model, parameters, num_heads, sampling):
-    loop = make_speculative(model, num_heads=num_heads, max_new_tokens=NEW, end_id=END, sampling=sampling)
+def sample_texts(model, parameters, options):
+    """Counts of texts over a batch of equal prompts, and the rows."""
+    network = Network(model, scanned=True)
+    loop = make_loop(network, options, END, len(PROMPT))
     prompts = jnp.broadcast_to(jnp.asarray(PROMPT), (SAMPLES, len(PROMPT)))
     keys = jax.random.split(jax.random.key(7), SAMPLES)
-    rows = jax.device_get(loop(parameters, prompts, jnp.full(SAMPLES, len(PROMPT), jnp.int32), keys))
+    lengths = jnp.full(SAMPLES, len(PROMPT), jnp.int32)
+    rows = jax.device_get(loop(network.parameters(parameters), prompts, lengths, keys))
     counts: dict[tuple[int, ...], int] = {}
     for row in range(SAMPLES):
         tail = tuple(int(token) for token in rows.tokens[row, len(PROMPT) : rows.length[row]])
@@ -69,42 +79,88 @@ def p_value(counts, exact):
     if SAMPLES - sum(wanted) > 1:
         observed.append(SAMPLES - sum(observed))
         wanted.append(SAMPLES - sum(wanted))
+    freedom = len(wanted) - 1
+    critical = scipy.stats.chi2.isf(LEVEL, freedom)
+    assert scipy.stats.ncx2.sf(critical, freedom, SAMPLES * DISTANCE**2) > POWER
     return scipy.stats.chisquare(observed, np.array(wanted) * (sum(observed) / sum(wanted))).pvalue
 
 
-@pytest.mark.parametrize("num_heads", [1, 2])
+CASES = [
+    Options(1, 4, Sampling(0.5)),
+    Options(2, 5, Sampling(1.0)),
+    Options(2, 5, Sampling(2.0, top_k=2)),
+    Options(2, 5, Sampling(1.0, top_p=0.8)),
+    Options(2, 5, Sampling(1.0), min_confidence=0.6),
+    Options(4, 7, Sampling(2.0)),
+]
+MORE_CASES = [
+    *(Options(k, k + 3, Sampling(temperature)) for k in (1, 2, 4) for temperature in (0.5, 1.0, 2.0)),
+    Options(4, 7, Sampling(2.0, top_k=2)),
+    Options(4, 7, Sampling(1.0, top_p=0.8)),
+    Options(4, 7, Sampling(1.0, greedy_drafts=True)),
+    Options(4, 7, Sampling(1.0), min_confidence=0.3),
+    Options(6, 9, Sampling(0.5)),  # looped
+]
+
+
+def name_of(options):
+    sampling = options.sampling
+    extra = [sampling.top_k, sampling.top_p, "greedy drafts" * sampling.greedy_drafts, options.min_confidence]
+    return " ".join(map(str, [options.num_heads, sampling.temperature, *filter(None, extra)]))
+
+
 @pytest.mark.parametrize(
-    "sampling", [Sampling(1.0), Sampling(0.5), Sampling(2.0, top_k=3), Sampling(1.0, top_p=0.8)], ids=str
+    "options",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES if case not in CASES)],
+    ids=name_of,
 )
-def test_speculation_samples_the_plain_distribution(num_heads, sampling):
-    model, parameters = tiny_model(num_heads)
-    exact = enumerate_texts(model, parameters, sampling)
-    counts, rows = sample_texts(model, parameters, num_heads, sampling)
-    assert rows.accepted.sum() > SAMPLES / 10 and (rows.tried - rows.accepted).sum() > SAMPLES / 10
-    assert p_value(counts, exact) > 1e-3
+def test_speculation_samples_the_plain_distribution(options):
+    model, parameters = tiny_model()
+    exact = enumerate_texts(model, parameters, options.sampling, options.max_new_tokens)
+    counts, rows = sample_texts(model, parameters, options)
+    accepted, rejected = rows.accepted.sum(), (rows.tried - rows.accepted).sum()
+    assert accepted > SAMPLES / 10 and rejected > SAMPLES / 50
+    assert rows.accepted[:, -1].sum() > 0 or options.adaptive  # whole blocks, and so bonus tokens
+    inside = (rows.tokens == END) & (rows.proposer > 0) & (rows.proposer < options.num_heads)
+    assert options.num_heads == 1 or inside.sum() > 0  # an end token inside a block of drafts
+    assert p_value(counts, exact) > LEVEL
 
 
-def accept_always(keys, drafts, draft_probabilities, target):
-    return jnp.full(drafts.shape[:1], drafts.shape[1]), draw(fold(keys, 1), target[:, -1])
+def accept_always(keys, drafts, count, q, target):
+    return count, draw(fold(keys, 1), target[:, -1])
 
 
-def no_residual(keys, drafts, draft_probabilities, target):
-    accepted, _ = accept_drafts(keys, drafts, draft_probabilities, target)
+def no_residual(keys, drafts, count, q, target):
+    accepted, _ = accept_drafts(keys, drafts, count, q, target)
     after = jnp.take_along_axis(target, accepted[:, None, None], axis=1)[:, 0]
     return accepted, draw(fold(keys, 1), after)
 
 
-def scored_at_another_temperature(keys, drafts, draft_probabilities, target):
-    sharper = draft_probabilities**2 / jnp.sum(draft_probabilities**2, axis=-1, keepdims=True)
-    return accept_drafts(keys, drafts, sharper, target)
+def bonus_from_the_row_before(keys, drafts, count, q, target):
+    accepted, own = accept_drafts(keys, drafts, count, q, target)
+    return accepted, jnp.where(accepted == drafts.shape[1], draw(fold(keys, 1), target[:, -2]), own)
 
 
-@pytest.mark.parametrize("wrong", [accept_always, no_residual, scored_at_another_temperature])
-def test_a_wrong_acceptance_rule_is_caught(monkeypatch, wrong):
-    model, parameters = tiny_model(2)
-    monkeypatch.setattr(speculative, "accept_drafts", wrong)
-    counts, _ = sample_texts(model, parameters, 2, Sampling(1.0))
-    assert p_value(counts, enumerate_texts(model, parameters, Sampling(1.0))) < 1e-6
+def draft_at_another_temperature(keys, logits, sampling):
+    """Draws at half the temperature, and reports the distribution at the one that was asked for."""
+    token, _ = choose(keys, logits, dataclasses.replace(sampling, temperature=sampling.temperature / 2))
+    return token, probabilities(logits, sampling)
+
+
+MUTANTS = [
+    (speculative, "accept_drafts", accept_always),
+    (speculative, "accept_drafts", no_residual),
+    (speculative, "accept_drafts", bonus_from_the_row_before),
+    (drafting, "choose", draft_at_another_temperature),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "mutant"), MUTANTS, ids=[mutant[2].__name__ for mutant in MUTANTS])
+def test_a_wrong_rule_is_noticed(monkeypatch, module, name, mutant):
+    model, parameters = tiny_model()
+    monkeypatch.setattr(module, name, mutant)
+    counts, _ = sample_texts(model, parameters, Options(2, 5, Sampling(1.0)))
+    assert p_value(counts, enumerate_texts(model, parameters, Sampling(1.0), 5)) < 1e-9
 
 
 def test_probabilities_against_numpy():

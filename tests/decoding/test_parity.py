@@ -11,7 +11,7 @@ from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from tests.decoding.models import PROMPTS, all_logits, forward, small_vocabulary
 
-NEW_TOKENS = 24
+NEW_TOKENS, LONG = 24, 80
 
 
 def rounds(model, parameters, options, scanned):
@@ -80,12 +80,11 @@ def test_draft_logits_equal_training_logits(kind, scanned):
     assert {0, 4} < seen  # rejected at once, all accepted, and something between
 
 
-@pytest.mark.parametrize("min_confidence", [0.45, 0.6])
+@pytest.mark.parametrize("min_confidence", [0.3, 0.5])
 def test_parity_after_rounds_that_stopped_early(min_confidence):
     """Heads that several short rounds did not reach draft as if they had been run all along."""
-    seen = check_parity("cascade", Options(4, NEW_TOKENS, min_confidence=min_confidence), True)
-    counts = {count for count, _ in seen}
-    assert 1 in counts and max(counts) > 1
+    seen = check_parity("cascade", Options(4, LONG, min_confidence=min_confidence), True)
+    assert len({count for count, _ in seen}) == 3
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -115,4 +114,4 @@ def test_parity_notices_a_window_that_stands_still(monkeypatch):
 def test_parity_notices_heads_that_fall_behind_for_ever(monkeypatch):
     advance_with(monkeypatch, lambda old, new: new.replace(behind=new.behind * 0))
     with pytest.raises(AssertionError):
-        check_parity("cascade", Options(4, NEW_TOKENS, min_confidence=0.6), True)
+        check_parity("cascade", Options(4, LONG, min_confidence=0.5), True)

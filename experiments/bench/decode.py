@@ -1,0 +1,307 @@
+"""What a decoding round costs, part by part, and the speed model made of it.
+
+Without ``--workdir``, models of ``--sizes`` with parameters drawn at random: costs do not depend on them. ``floor`` is
+the bare products of a round, written out one after the other; ``x plain`` is what a round costs in plain steps, and so
+the tokens per pass from which drafting pays.
+
+With ``--workdir`` and ``--prompts``, a trained run: the same costs, the acceptance of its heads on these prompts, the
+tokens per second that both predict, and those measured, for every number of heads and every batch size.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import rich.box
+import rich.console
+import rich.table
+
+from configs import base
+from experiments.bench.common import curves, environment, interleaved, median_ratio
+from experiments.bench.decode_programs import ITERATIONS, Parts, bare_products
+from mtpd_jax import frontdoor
+from mtpd_jax.config import Config
+from mtpd_jax.decoding.network import Network
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
+from mtpd_jax.evaluation.decoding import decode_prompts
+from mtpd_jax.evaluation.generation import decoder_of
+from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.speed import RoundCosts, best_heads, unprofitable_batch
+from mtpd_jax.model.backbone import LanguageModel, build_model
+from mtpd_jax.training.restore import TrainedRun, open_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is measured: a name, a model and its parameters."""
+
+    name: str
+    model: LanguageModel
+    parameters: Any
+
+
+def random_subject(size: str, vocabulary: int, heads: int) -> Subject:
+    """A model of ``WIDTHxLAYERS`` in the quickstart's proportions, heads of 64 or at least four of them.
+
+    Raises:
+      ValueError: the size does not read so, or the width is no multiple of 32.
+    """
+    try:
+        width, layers = (int(part) for part in size.split("x"))
+    except ValueError as error:
+        raise ValueError(f"--sizes={size}: expected WIDTHxLAYERS, such as 256x24") from error
+    if width % 32 or width < 32 or layers < 1:
+        raise ValueError(f"--sizes={size}: expected a width that is a multiple of 32, and at least one layer")
+    query_heads = max(4, width // 64)
+    tree: Any = base.get_config()
+    tree.model.update(
+        vocabulary_size=vocabulary, width=width, layers=layers, query_heads=query_heads, kv_heads=query_heads // 2,
+        head_size=width // query_heads, mlp_width=3 * width,
+    )  # fmt: skip
+    tree.heads.num_heads = heads
+    model = build_model(Config.build(tree.to_dict()))
+    dummy = jnp.ones((1, heads + 2), jnp.int32)
+    return Subject(size, model, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), dummy, dummy, dummy))["params"])
+
+
+def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[list[dict[str, Any]], RoundCosts]:
+    """Times all parts for one batch size, taking turns."""
+    network, unrolled = Network(subject.model), Network(subject.model, scanned=False)
+    parameters, written_out = (jax.jit(each.parameters)(subject.parameters) for each in (network, unrolled))
+    parts = Parts(network, parameters, rows, flags.new_tokens)
+    programs: dict[tuple[str, int], Callable[[], Any]] = {}
+    for heads in (0, *flags.heads):
+        programs["round", heads] = parts.round(heads)
+        programs["bookkeeping", heads] = parts.bookkeeping(heads)
+        if rows == 1:
+            programs["products", heads] = bare_products(network, written_out, rows, heads)
+        if heads:
+            programs["draft", heads] = parts.draft(heads)
+    for width in flags.widths:
+        programs["verify", width] = parts.verify(width)
+    seconds = interleaved(programs, flags.repeats, f"{subject.name}, batch {rows}")
+    medians = {key: statistics.median(times) / ITERATIONS for key, times in seconds.items()}
+    found = [
+        {
+            "model": subject.name,
+            "batch": rows,
+            "part": part,
+            "heads" if part != "verify" else "width": count,
+            "seconds": medians[part, count],
+            "seconds_min": min(times) / ITERATIONS,
+            "seconds_max": max(times) / ITERATIONS,
+            "over_plain": median_ratio(times, seconds["round", 0]),
+            "scanned": network.scanned,
+        }
+        for (part, count), times in seconds.items()
+    ]
+    by_part = {
+        part: {count: value for (name, count), value in medians.items() if name == part}
+        for part in ("verify", "draft", "bookkeeping")
+    }
+    return found, RoundCosts(rows, **by_part)
+
+
+def rounds_table(name: str, rows: Sequence[dict[str, Any]]) -> rich.table.Table:
+    """Whole rounds beside their parts, in microseconds."""
+    table = rich.table.Table(title=f"{name}: microseconds per round", box=rich.box.SIMPLE_HEAD)
+    for column in ("batch", "heads", "round", "x plain", "verify", "draft", "loop etc.", "floor", "x floor"):
+        table.add_column(column, justify="right")
+    cost = {(row["batch"], row["part"], row.get("heads", row.get("width"))): row["seconds"] for row in rows}
+    for row in rows:
+        if row["part"] != "round":
+            continue
+        batch, heads, seconds = row["batch"], row["heads"], row["seconds"]
+        verify, floor = cost.get((batch, "verify", heads + 1)), cost.get((batch, "products", heads))
+        draft, loop = cost.get((batch, "draft", heads), 0.0), cost[batch, "bookkeeping", heads]
+        micro = (None if part is None else 1e6 * part for part in (verify, draft, loop, floor))
+        table.add_row(
+            str(batch), str(heads), number(1e6 * seconds, 0), number(row["over_plain"]),
+            *(number(part, 0) for part in micro), number(None if floor is None else seconds / floor),
+        )  # fmt: skip
+    return table
+
+
+def verify_table(name: str, rows: Sequence[dict[str, Any]], widths: Sequence[int]) -> rich.table.Table:
+    """Passes of the backbone by width and batch, in microseconds."""
+    table = rich.table.Table(title=f"{name}: microseconds per verify pass, by width", box=rich.box.SIMPLE_HEAD)
+    for column in ("batch", *map(str, widths)):
+        table.add_column(column, justify="right")
+    verify = {(row["batch"], row["width"]): row["seconds"] for row in rows if row["part"] == "verify"}
+    for batch in sorted({batch for batch, _ in verify}):
+        table.add_row(str(batch), *(number(1e6 * verify[batch, width], 0) for width in widths))
+    return table
+
+
+def predict(
+    trained: TrainedRun, costs: Sequence[RoundCosts], prompts: Sequence[str], sampling: Sampling, flags: Any
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Decodes the prompts with every number of heads at every batch size, and puts the prediction beside it.
+
+    Measured tokens per second leave prefill out: its time, from runs that write one token, is subtracted.
+
+    Returns:
+      One row per batch size and number of heads, and the cumulative acceptance of all heads.
+    """
+    decoder = decoder_of(trained)
+    ids = [trained.tokenizer.encode(prompt) for prompt in prompts]
+    numbers, cumulative, found = (0, *flags.heads), [], []
+    for cost in costs:
+        batch = min(cost.rows, len(ids))
+        taken = ids[: len(ids) // batch * batch]
+        full, first = (Options(0, tokens, sampling) for tokens in (flags.max_new_tokens, 1))
+        decode_prompts(decoder, taken, numbers, full, batch_size=batch, seed=0)  # warms up, having compiled
+        decoded, prefilled = (
+            decode_prompts(decoder, taken, numbers, options, batch_size=batch, seed=0) for options in (full, first)
+        )
+        if not cumulative:
+            cumulative = [rate or 0.0 for rate in acceptance_of(decoded[max(numbers)]).cumulative]
+        for heads in numbers:
+            tokens = sum(len(continuation.tokens) - 1 for continuation in decoded[heads])
+            seconds = sum(a.seconds - b.seconds for a, b in zip(decoded[heads], prefilled[heads], strict=True))
+            own = [rate or 0.0 for rate in acceptance_of(decoded[heads]).cumulative]
+            found.append(
+                {
+                    "batch": batch,
+                    "part": "decoding",
+                    "temperature": sampling.temperature,
+                    "heads": heads,
+                    "prompts": len(taken),
+                    "tokens_per_pass": tokens_per_pass(decoded[heads]).mean,
+                    "predicted": cost.tokens_per_second(heads, own),
+                    "measured": tokens / seconds,
+                }
+            )
+    return found, cumulative
+
+
+def prediction_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
+    """Predicted beside measured tokens per second."""
+    kind = "greedy" if rows[0]["temperature"] == 0 else f"temperature {rows[0]['temperature']:g}"
+    table = rich.table.Table(title=f"tokens per second, {kind}, prefill left out", box=rich.box.SIMPLE_HEAD)
+    for column in ("batch", "heads", "tokens/pass", "predicted", "measured", "x plain, predicted", "x plain, measured"):
+        table.add_column(column, justify="right")
+    plain = {row["batch"]: row for row in rows if row["heads"] == 0}
+    for row in rows:
+        beside = plain[row["batch"]]
+        table.add_row(
+            str(row["batch"]), str(row["heads"]), number(row["tokens_per_pass"]),
+            number(row["predicted"], 0), number(row["measured"], 0),
+            number(row["predicted"] / beside["predicted"]), number(row["measured"] / beside["measured"]),
+        )  # fmt: skip
+    return table
+
+
+def draw(path: str, rows: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> None:
+    """Cost by width, break-even by heads, and speed-up predicted and measured."""
+    names = sorted({(row["model"], row["batch"]) for row in rows})
+
+    def lines(part: str, count: str, value: str, scale: float) -> dict[str, list[tuple[float, float]]]:
+        return {
+            f"{name}, batch {batch}": [
+                (row[count], scale * row[value])
+                for row in rows
+                if (row["model"], row["batch"], row["part"]) == (name, batch, part)
+            ]
+            for name, batch in names
+        }
+
+    panels: list[dict[str, Any]] = [
+        {"title": "verify pass", "x": "tokens per pass", "y": "microseconds", "log": "xy",
+         "lines": lines("verify", "width", "seconds", 1e6)},
+        {"title": "tokens per pass to break even", "x": "heads", "y": "round / plain step",
+         "lines": lines("round", "heads", "over_plain", 1.0)},
+    ]  # fmt: skip
+    plain = {(row["temperature"], row["batch"]): row for row in predictions if row["heads"] == 0}
+    for temperature in sorted({row["temperature"] for row in predictions}):
+        chosen = [row for row in predictions if row["temperature"] == temperature]
+        panels.append(
+            {
+                "title": "greedy" if temperature == 0 else f"temperature {temperature:g}",
+                "x": "heads",
+                "y": "speed-up over plain",
+                "lines": {
+                    f"{kind}, batch {batch}": [
+                        (row["heads"], row[kind] / plain[temperature, batch][kind])
+                        for row in chosen
+                        if row["batch"] == batch
+                    ]
+                    for batch in sorted({row["batch"] for row in chosen})
+                    for kind in ("predicted", "measured")
+                },
+            }
+        )
+    curves(path, panels)
+
+
+def main(arguments: list[str]) -> int:
+    """Parses flags, measures, prints tables, and writes JSON and picture."""
+    parser = frontdoor.Parser(prog="python -m experiments.bench.decode", description=__doc__)
+    parser.add_argument("--sizes", default="256x24,256x12,128x12", help="WIDTHxLAYERS of models (%(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="V, with --sizes (default: 2048)")
+    parser.add_argument("--heads", type=frontdoor.integers, default=[1, 2, 4], help="numbers of heads (default: 1,2,4)")
+    parser.add_argument("--widths", type=frontdoor.integers, default=[1, 2, 3, 5, 9, 17], help="tokens per verify pass")
+    parser.add_argument("--batches", type=frontdoor.integers, default=[1], help="prompts together (default: 1)")
+    parser.add_argument("--new_tokens", type=int, default=128, help="room after a prompt of 64 tokens (default: 128)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of measuring (default: 9)")
+    parser.add_argument("--workdir", help="a trained run, measured instead of --sizes")
+    parser.add_argument("--prompts", help='with --workdir: JSON lines with a field "prompt" to decode')
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="of the prompts' decoding (default: 128)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampled decoding (default: 1)")
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--plot", help="draw costs and speed-ups here (.png, .svg)")
+    flags = parser.parse_args(arguments)
+    for name in ("heads", "widths", "batches"):
+        if min(getattr(flags, name)) < 1:
+            raise ValueError(f"--{name}={getattr(flags, name)}: expected numbers from 1 up")
+    if (flags.workdir is None) != (flags.prompts is None):
+        raise ValueError("--workdir and --prompts belong together")
+    frontdoor.check_json_path(flags.json)
+    trained = open_run(flags.workdir) if flags.workdir else None
+    if trained:
+        subjects = [Subject(pathlib.Path(flags.workdir).name, trained.model, trained.parameters)]
+    else:
+        most = max(flags.heads)
+        subjects = [random_subject(size, flags.vocabulary, most) for size in flags.sizes.split(",")]
+    console = rich.console.Console()
+    rows, predictions, summary = [], [], {}
+    for subject in subjects:
+        measured = [measure(subject, batch, flags) for batch in flags.batches]
+        found = [row for part, _ in measured for row in part]
+        rows += found
+        console.print(rounds_table(subject.name, found))
+        console.print(verify_table(subject.name, found, flags.widths))
+        if trained:
+            prompts = [json.loads(line)["prompt"] for line in pathlib.Path(flags.prompts).read_text().splitlines()]
+            costs = [cost for _, cost in measured]
+            for sampling in (GREEDY, Sampling(flags.temperature)):
+                beside, cumulative = predict(trained, costs, prompts, sampling, flags)
+                predictions += beside
+                console.print(prediction_table(beside))
+                best = {cost.rows: best_heads(cost, cumulative) for cost in costs}
+                stops = unprofitable_batch(costs, cumulative)
+                kind = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
+                console.print(f"{kind}: fastest number of heads by batch: {best}; drafting stops paying at {stops}")
+                summary[kind] = {"best_heads": best, "unprofitable_batch": stops}
+    if flags.json:
+        write_json(
+            flags.json,
+            {"environment": environment(), "rows": rows, "decoding": predictions, "summary": summary},
+        )
+    if flags.plot:
+        draw(flags.plot, rows, predictions)
+    return 0
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(lambda: main(sys.argv[1:]))

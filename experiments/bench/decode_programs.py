@@ -1,0 +1,142 @@
+"""The parts of a decoding round as programs of their own, each run many times in a loop, for timing."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtpd_jax.decoding.drafting import Drafts, draft
+from mtpd_jax.decoding.network import DecodingParameters, Network
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.speculative import State, advance, one_round, prefill
+from mtpd_jax.losses.vocabulary import WHOLE
+from mtpd_jax.shapes import Array
+
+ITERATIONS = 24
+PROMPT = 64
+# No text ends by this.
+NEVER = -1
+
+
+class Parts:
+    """Programs for one model and one batch size; each returns something that depends on all of its work.
+
+    Args:
+      network, parameters: from ``Network``.
+      rows: prompts decoded together.
+      new_tokens: room after the prompt, which sets the number of slots that attention reads.
+    """
+
+    def __init__(self, network: Network, parameters: DecodingParameters, rows: int, new_tokens: int):
+        self.network, self.parameters, self.rows, self.new_tokens = network, parameters, rows, new_tokens
+        rng = np.random.default_rng(0)
+        vocabulary = parameters.unembedding.shape[0]
+        self.prompts = jnp.asarray(rng.integers(0, vocabulary, (rows, PROMPT)), jnp.int32)
+        self.keys = jax.random.split(jax.random.key(0), rows)
+
+    def options(self, heads: int) -> Options:
+        """Room for every iteration's tokens, whatever is accepted."""
+        return Options(heads, max(self.new_tokens, ITERATIONS * (heads + 1) + 1))
+
+    def _start(self, heads: int) -> State:
+        lengths = jnp.full(self.rows, PROMPT, jnp.int32)
+        start = self.network.jit(
+            lambda parameters, prompts: prefill(
+                self.network, parameters, prompts, lengths, self.keys, self.options(heads), NEVER, PROMPT
+            )
+        )
+        return start(self.parameters, self.prompts)
+
+    def _repeated(self, step: Callable[[Any, Any], Any], state: Any) -> Callable[[], Any]:
+        def run(parameters: DecodingParameters, state: Any) -> Any:
+            return jax.lax.fori_loop(0, ITERATIONS, lambda _, now: step(parameters, now), state)
+
+        compiled = self.network.jit(run).lower(self.parameters, state).compile()
+        return lambda: compiled(self.parameters, state)
+
+    def round(self, heads: int) -> Callable[[], Any]:
+        """Whole rounds; plain steps with 0 heads."""
+
+        def step(parameters: DecodingParameters, state: State) -> State:
+            return one_round(self.network, parameters, state, self.keys, self.options(heads), NEVER)
+
+        return self._repeated(step, self._start(heads))
+
+    def verify(self, width: int) -> Callable[[], Any]:
+        """Passes of the backbone over ``width`` tokens, with logits and the choice of tokens."""
+        start = jnp.full(self.rows, PROMPT, jnp.int32)
+
+        def step(parameters: DecodingParameters, state: tuple[Array, Any]) -> tuple[Array, Any]:
+            hidden, cache = self.network.extend(parameters, state[0], start, state[1])
+            return WHOLE.argmax(self.network.logits(parameters, hidden)), cache
+
+        slots = PROMPT + self.new_tokens + width
+        cache = self.network.empty_cache(self.rows, slots)
+        return self._repeated(step, (self.prompts[:, :width], cache))
+
+    def draft(self, heads: int) -> Callable[[], Any]:
+        """Drafting by all heads; the last draft becomes the token that the next drafts begin from."""
+
+        def step(parameters: DecodingParameters, state: State) -> State:
+            drafts, new = draft(self.network, parameters, state.rows, state.heads, self.keys, self.options(heads))
+            tokens = state.rows.tokens.at[:, PROMPT].set(drafts.tokens[:, -1])
+            return dataclasses.replace(state, rows=dataclasses.replace(state.rows, tokens=tokens), heads=new)
+
+        return self._repeated(step, self._start(heads))
+
+    def bookkeeping(self, heads: int) -> Callable[[], Any]:
+        """Appending, counting and moving the window, with made-up drafts, and the loop itself."""
+        state = self._start(heads)
+        width = self.network.config.width
+        hidden = jnp.zeros((self.rows, heads + 1, width), self.network.dtype)
+
+        def step(_: DecodingParameters, state: State) -> State:
+            accepted = state.rows.length % (heads + 1)
+            candidates = (state.rows.length[:, None] + jnp.arange(heads + 1)) % 7
+            drafts = Drafts(candidates[:, :heads], accepted * 0 + heads, jnp.zeros((self.rows, heads, 1)), None)
+            return advance(state, drafts, candidates, accepted, state.cache, state.heads, hidden, NEVER)
+
+        return self._repeated(step, state)
+
+
+def bare_products(network: Network, unrolled: DecodingParameters, rows: int, heads: int) -> Callable[[], Any]:
+    """The floor of a round: the products with the weights, one after the other, and nothing else.
+
+    Args:
+      network: of the model.
+      unrolled: parameters with a tree per layer: the chain is written out.
+      rows: prompts decoded together.
+      heads: 0 for a plain step.
+    """
+    config = network.config
+    width, mixed, mlp = config.width, config.query_heads * config.head_size, config.mlp_width
+
+    def block(weights: Any, x: Array) -> Array:
+        attention, feed_forward = weights["attention"], weights["mlp"]
+        # One shape for all: what lies between two products is left out, or stands for itself.
+        x = (x @ attention["qkv"]["kernel"].reshape(width, -1))[:, :mixed] @ attention["out"]["kernel"].reshape(
+            -1, width
+        )
+        x = x @ feed_forward["gate_up"]["kernel"].reshape(width, -1)
+        return (x[:, :mlp] * x[:, mlp:]) @ feed_forward["down"]["kernel"]
+
+    def step(parameters: DecodingParameters, x: Array) -> Array:
+        for weights in parameters.blocks:
+            x = block(weights, x)
+        found = jnp.max(network.logits(parameters, x))
+        state = x
+        for depth in range(heads):
+            weights = parameters.heads[depth % network.modules]
+            state = block(weights["block"], jnp.concatenate([state, x], axis=1) @ weights["projection"]["kernel"])
+            found += jnp.max(network.logits(parameters, state[-rows:]))
+        return jnp.ones_like(x) + 1e-9 * found
+
+    def run(parameters: DecodingParameters, x: Array) -> Array:
+        return jax.lax.fori_loop(0, ITERATIONS, lambda _, now: step(parameters, now), x)
+
+    x = jnp.ones((rows * (heads + 1), width), network.dtype)
+    compiled = network.jit(run).lower(unrolled, x).compile()
+    return lambda: compiled(unrolled, x)

@@ -1,0 +1,74 @@
+"""The speed model: what a round costs, what it brings, and so which number of heads is fastest.
+
+    seconds per round(K)   = verify(K+1) + draft(K) + bookkeeping(K)
+    tokens per round(K)    = 1 + cumulative_1 + … + cumulative_K
+    tokens per second(K)   = rows * tokens per round / seconds per round
+
+A round has to bring more tokens than it costs plain steps (``break_even``). Costs are measured, in
+``experiments/bench/decode.py``; acceptance is that of ``evaluation.acceptance``. Our choice.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundCosts:
+    """Measured seconds for one batch size.
+
+    Attributes:
+      rows: prompts decoded together.
+      verify: by tokens per pass of the backbone, logits and choice of tokens included.
+      draft: by number of heads; all of them together.
+      bookkeeping: by number of heads, 0 for plain decoding: appending, counting, moving the window, the loop.
+    """
+
+    rows: int
+    verify: Mapping[int, float]
+    draft: Mapping[int, float]
+    bookkeeping: Mapping[int, float]
+
+    def seconds(self, heads: int) -> float:
+        """Seconds of a round with ``heads`` drafts; between measured sizes by linear interpolation."""
+        drafting = _interpolate({0: 0.0, **self.draft}, heads)
+        return _interpolate(self.verify, heads + 1) + drafting + _interpolate(self.bookkeeping, heads)
+
+    def break_even(self, heads: int) -> float:
+        """Tokens per pass from which drafting pays: the cost of a round in plain steps."""
+        return self.seconds(heads) / self.seconds(0)
+
+    def tokens_per_second(self, heads: int, cumulative: Sequence[float]) -> float:
+        """Tokens per second of all rows together, prefill left out.
+
+        Args:
+          heads: drafts per round; 0 is plain decoding.
+          cumulative: cumulative acceptance of heads 1…``heads`` or more.
+        """
+        return self.rows * expected_tokens(heads, cumulative) / self.seconds(heads)
+
+
+def expected_tokens(heads: int, cumulative: Sequence[float]) -> float:
+    """Tokens that a round of ``heads`` drafts brings: the accepted ones, and the main head's own."""
+    return 1 + sum(cumulative[:heads])
+
+
+def best_heads(costs: RoundCosts, cumulative: Sequence[float]) -> int:
+    """The number of heads, 0 included, with the most tokens per second."""
+    return max(range(len(cumulative) + 1), key=lambda heads: costs.tokens_per_second(heads, cumulative))
+
+
+def unprofitable_batch(by_rows: Sequence[RoundCosts], cumulative: Sequence[float]) -> int | None:
+    """The smallest measured batch from which on plain decoding is fastest; None if drafting pays at all of them."""
+    paying = [costs.rows for costs in by_rows if best_heads(costs, cumulative)]
+    beyond = [costs.rows for costs in by_rows if costs.rows > max(paying, default=0)]
+    return min(beyond, default=None)
+
+
+def _interpolate(measured: Mapping[int, float], at: int) -> float:
+    places = sorted(measured)
+    if at > places[-1]:  # beyond the last, as the last two go on
+        slope = (measured[places[-1]] - measured[places[-2]]) / (places[-1] - places[-2]) if len(places) > 1 else 0.0
+        return measured[places[-1]] + slope * (at - places[-1])
+    return float(np.interp(at, places, [measured[place] for place in places]))
