@@ -158,9 +158,9 @@ def predict(
     numbers, cumulative, found = (0, *flags.heads), [], []
     for cost in costs:
         batch = min(cost.rows, len(ids))
-        taken = ids[: len(ids) // batch * batch]
+        taken = ids[: max(1, min(len(ids), flags.limit) // batch) * batch]
         full, first = (Options(0, tokens, sampling) for tokens in (flags.max_new_tokens, 1))
-        decode_prompts(decoder, taken, numbers, full, batch_size=batch, seed=0)  # warms up, having compiled
+        decode_prompts(decoder, taken[:batch], numbers, full, batch_size=batch, seed=0)  # compiles, and warms up
         decoded, prefilled = (
             decode_prompts(decoder, taken, numbers, options, batch_size=batch, seed=0) for options in (full, first)
         )
@@ -256,6 +256,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=9, help="rounds of measuring (default: 9)")
     parser.add_argument("--workdir", help="a trained run, measured instead of --sizes")
     parser.add_argument("--prompts", help='with --workdir: JSON lines with a field "prompt" to decode')
+    parser.add_argument("--limit", type=int, default=24, help="prompts, but at least one batch (default: 24)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of the prompts' decoding (default: 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled decoding (default: 1)")
     parser.add_argument("--json", help="write the rows here")

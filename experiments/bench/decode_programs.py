@@ -33,7 +33,7 @@ class Parts:
     def __init__(self, network: Network, parameters: DecodingParameters, rows: int, new_tokens: int):
         self.network, self.parameters, self.rows, self.new_tokens = network, parameters, rows, new_tokens
         rng = np.random.default_rng(0)
-        vocabulary = parameters.unembedding.shape[0]
+        vocabulary = parameters.unembedding.shape[1]
         self.prompts = jnp.asarray(rng.integers(0, vocabulary, (rows, PROMPT)), jnp.int32)
         self.keys = jax.random.split(jax.random.key(0), rows)
 

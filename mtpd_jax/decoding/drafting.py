@@ -79,7 +79,7 @@ def draft(
     """Drafts tokens for every row, refreshing the heads' caches over the window on the way."""
     if not options.num_heads:
         nothing = jnp.zeros((rows.length.shape[0], 0), jnp.int32)
-        vocabulary = parameters.unembedding.shape[0]
+        vocabulary = parameters.unembedding.shape[1]
         return Drafts(nothing, rows.length * 0, jnp.zeros((*nothing.shape, vocabulary)), None), heads
     if options.adaptive:
         return _draft_while_confident(network, parameters, rows, heads, keys, options)

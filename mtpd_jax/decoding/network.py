@@ -29,7 +29,7 @@ class DecodingParameters:
 
     Attributes:
       embedding: [V, D].
-      unembedding: [V, D].
+      unembedding: [D, V], the layout in which CPUs multiply few rows twice as fast.
       blocks: the backbone's: a tuple with one tree per layer, or one tree of arrays stacked along a leading axis,
         over which the layers are scanned.
       final_norm: the backbone's.
@@ -88,7 +88,7 @@ class Network:
             heads = jax.tree.map(lambda leaf: leaf[None], heads)
         return DecodingParameters(
             embedding=parameters["embedding"],
-            unembedding=unembedding_of(parameters),
+            unembedding=unembedding_of(parameters).T,
             blocks=_laid_out(parameters["backbone"]["blocks"], self.config.layers, self.scanned),
             final_norm=parameters["backbone"]["final_norm"],
             heads=_laid_out(heads, self.modules, self.scanned_heads),
@@ -155,7 +155,7 @@ class Network:
 
     def logits(self, parameters: DecodingParameters, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """The shared unembedding's logits, in float32."""
-        return jnp.einsum("...d,vd->...v", hidden, parameters.unembedding, preferred_element_type=jnp.float32)
+        return jnp.matmul(hidden, parameters.unembedding, preferred_element_type=jnp.float32)
 
     def jit(self, function: Callable[..., Any]) -> Any:
         """Jits a function whose products have the network's precision."""

@@ -89,11 +89,14 @@ def attend_to_cache(
 ) -> Float[Array, "B T G R H"]:
     """Softmax attention of a few queries over many slots, in the layout of the cache: no slot is moved or repeated."""
     batch, length, groups, per_group, size = query.shape
-    query_BGxRTxH = query.transpose(0, 2, 3, 1, 4).reshape(batch * groups, per_group * length, size)
+    query_BGxRTxH = (query * size**-0.5).transpose(0, 2, 3, 1, 4).reshape(batch * groups, per_group * length, size)
     scores_BGxRTxS = jnp.matmul(query_BGxRTxH, keys, preferred_element_type=jnp.float32)
-    scores_BxGxRxTxS = scores_BGxRTxS.reshape(batch, groups, per_group, length, -1) * size**-0.5
-    weights_BxGxRxTxS = jax.nn.softmax(jnp.where(mask[:, None, None], scores_BxGxRxTxS, _HIDDEN))
-    mixed_BGxRTxH = jnp.matmul(weights_BxGxRxTxS.reshape(scores_BGxRTxS.shape).astype(values.dtype), values)
+    scores_BxGxRxTxS = scores_BGxRTxS.reshape(batch, groups, per_group, length, -1)
+    scores_BGxRTxS = jnp.where(mask[:, None, None], scores_BxGxRxTxS, _HIDDEN).reshape(scores_BGxRTxS.shape)
+    weights_BGxRTxS = jnp.exp(scores_BGxRTxS - jnp.max(scores_BGxRTxS, axis=-1, keepdims=True))
+    # The sum divides the mixture, which is small, and not the weights.
+    mixed_BGxRTxH = jnp.matmul(weights_BGxRTxS.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed_BGxRTxH = (mixed_BGxRTxH / jnp.sum(weights_BGxRTxS, axis=-1, keepdims=True)).astype(values.dtype)
     return mixed_BGxRTxH.reshape(batch, groups, per_group, length, size).transpose(0, 3, 1, 2, 4)
 
 
