@@ -97,6 +97,8 @@ def run(
     prompt_texts = [] if prompts is None else _read_prompts(prompts, limit)
     trained = open_run(workdir)
     numbers = _head_numbers(heads, trained.config.heads.num_heads)
+    for number in numbers:
+        dataclasses.replace(options, num_heads=number).validate(trained.config.heads.num_heads)
     documents = {str(file): [file.read_text(encoding="utf-8", errors="replace")] for file in files}
     if split_name:
         source = open_source(trained.config.data)

@@ -92,7 +92,7 @@ def test_evaluate_writes_what_is_documented(call, workdir, tmp_path, text_file):
     assert list(by_heads) == ["0", "1", "2"]  # the baselines always run
     for heads, score in by_heads.items():
         assert score["prompts"] == 3 and score["identical"] is True
-        assert len(score["acceptance"]["conditional"]) == int(heads)
+        assert len(score["acceptance"]["conditional"]) == len(score["agreement"]) == int(heads)
         for name in ("tokens_per_pass", "tokens_per_pass_without_bonus", "tokens_per_second", "speedup_over_plain",
                      "speedup_over_one_head", *score["acceptance"]):  # fmt: skip
             values = score["acceptance"][name] if name in score["acceptance"] else [score[name]]
@@ -165,7 +165,9 @@ def test_a_folder_with_something_else_is_left_alone(call, tmp_path, monkeypatch)
         (["--workdir=/no/such/run", "--prompt=x"], ["/no/such/run", "holds no run"]),
         (["--workdir=RUN"], ["--prompt"]),
         (["--workdir=RUN", "--prompt="], ["prompt 1 is empty"]),
-        (["--workdir=RUN", "--prompt=x", "--heads=3"], ["heads = 3", "0 (plain decoding) to 2"]),
+        (["--workdir=RUN", "--prompt=x", "--heads=-1"], ["heads = -1", "0 (plain decoding) or more"]),
+        (["--workdir=RUN", "--prompt=x", "--max_new_tokens=32"], ["more than the model's context of 32"]),
+        (["--workdir=RUN", "--prompt=x", "--min_confidence=1.5"], ["min_confidence = 1.5"]),
         (["--workdir=RUN", "--prompt=x", "--max_new_tokens=0"], ["max_new_tokens = 0"]),
         (["--workdir=RUN", "--prompt=x", "--max_new_tokens=many"], ["many"]),
         (["--workdir=RUN", "--prompt=x", "--temperature=-1"], ["temperature = -1.0"]),
@@ -190,7 +192,7 @@ def test_generate_answers_mistakes(call, workdir, arguments, words):
         (["--text=/no/such/file"], ["/no/such/file"]),
         (["--prompts=/no/such/file"], ["/no/such/file"]),
         (["--prompts=FILE"], ["FILE", "field 'prompt'"]),
-        (["--split=validation", "--heads=0,9"], ["--heads=9"]),
+        (["--split=validation", "--heads=0,-1"], ["heads = -1"]),
         (["--split=validation", "--heads=a"], ["--heads"]),
         (["--split=validation", "--batch_size=0"], ["--batch_size=0"]),
     ],
@@ -214,6 +216,27 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
         shutil.copytree(workdir, copy)
         damage(copy)
         assert_one_line(call("generate", f"--workdir={copy}", "--prompt=x"), str(copy))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--heads=5"],
+        ["--heads=2", "--min_confidence=0.5"],
+        ["--heads=2", "--bit_exact"],
+        ["--heads=2", "--temperature=0.8", "--top_k=9", "--greedy_drafts"],
+    ],
+    ids=" ".join,
+)
+def test_decoding_flags(call, workdir, tmp_path, flags):
+    """Looped heads, adaptive drafting, one pass width, greedy drafts: from the command line to the figures."""
+    path = tmp_path / "g.json"
+    status, output, _ = call("generate", f"--workdir={workdir}", "--prompt=the cat", "--max_new_tokens=9", "--compare",
+                             f"--json={path}", *flags)  # fmt: skip
+    found = json.loads(path.read_text())
+    assert status == 0 and len(found["acceptance"]["conditional"]) == int(flags[0][-1])
+    assert found["identical"] is (None if "--temperature=0.8" in flags else True)
+    assert f"head {flags[0][-1]}: accepted, cumulative" in output
 
 
 def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):

@@ -26,7 +26,7 @@ import rich.table
 
 from configs import base
 from experiments.bench.common import curves, environment, interleaved, median_ratio
-from experiments.bench.decode_programs import ITERATIONS, Parts, bare_products
+from experiments.bench.decode_programs import Parts, bare_products, iterations
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.decoding.network import Network
@@ -39,6 +39,9 @@ from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, best_heads, unprofitable_batch
 from mtpd_jax.model.backbone import LanguageModel, build_model
 from mtpd_jax.training.restore import TrainedRun, open_run
+
+# What ``Network`` takes for ``scanned``.
+_LAYOUTS = {"chosen": None, "scanned": True, "unrolled": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,8 @@ def random_subject(size: str, vocabulary: int, heads: int) -> Subject:
 
 def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[list[dict[str, Any]], RoundCosts]:
     """Times all parts for one batch size, taking turns."""
-    network, unrolled = Network(subject.model), Network(subject.model, scanned=False)
+    network = Network(subject.model, _LAYOUTS[flags.layout])
+    unrolled = Network(subject.model, scanned=False)
     parameters, written_out = (jax.jit(each.parameters)(subject.parameters) for each in (network, unrolled))
     parts = Parts(network, parameters, rows, flags.new_tokens)
     programs: dict[tuple[str, int], Callable[[], Any]] = {}
@@ -90,7 +94,7 @@ def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[lis
     for width in flags.widths:
         programs["verify", width] = parts.verify(width)
     seconds = interleaved(programs, flags.repeats, f"{subject.name}, batch {rows}")
-    medians = {key: statistics.median(times) / ITERATIONS for key, times in seconds.items()}
+    medians = {key: statistics.median(times) / iterations(rows) for key, times in seconds.items()}
     found = [
         {
             "model": subject.name,
@@ -98,8 +102,8 @@ def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[lis
             "part": part,
             "heads" if part != "verify" else "width": count,
             "seconds": medians[part, count],
-            "seconds_min": min(times) / ITERATIONS,
-            "seconds_max": max(times) / ITERATIONS,
+            "seconds_min": min(times) / iterations(rows),
+            "seconds_max": max(times) / iterations(rows),
             "over_plain": median_ratio(times, seconds["round", 0]),
             "scanned": network.scanned,
         }
@@ -259,6 +263,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=24, help="prompts, but at least one batch (default: 24)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of the prompts' decoding (default: 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled decoding (default: 1)")
+    parser.add_argument("--layout", choices=tuple(_LAYOUTS), default="chosen", help="of the layers (default: chosen)")
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--plot", help="draw costs and speed-ups here (.png, .svg)")
     flags = parser.parse_args(arguments)

@@ -15,10 +15,16 @@ from mtpd_jax.decoding.speculative import State, advance, one_round, prefill
 from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array
 
-ITERATIONS = 24
+# Rounds per call: enough for the first one's cold caches not to count, fewer where a round takes long.
+_ITERATIONS = 24
 PROMPT = 64
 # No text ends by this.
 NEVER = -1
+
+
+def iterations(rows: int) -> int:
+    """Rounds per call for this many rows."""
+    return max(4, _ITERATIONS // rows)
 
 
 class Parts:
@@ -39,7 +45,7 @@ class Parts:
 
     def options(self, heads: int) -> Options:
         """Room for every iteration's tokens, whatever is accepted."""
-        return Options(heads, max(self.new_tokens, ITERATIONS * (heads + 1) + 1))
+        return Options(heads, max(self.new_tokens, iterations(self.rows) * (heads + 1) + 1))
 
     def _start(self, heads: int) -> State:
         lengths = jnp.full(self.rows, PROMPT, jnp.int32)
@@ -52,7 +58,7 @@ class Parts:
 
     def _repeated(self, step: Callable[[Any, Any], Any], state: Any) -> Callable[[], Any]:
         def run(parameters: DecodingParameters, state: Any) -> Any:
-            return jax.lax.fori_loop(0, ITERATIONS, lambda _, now: step(parameters, now), state)
+            return jax.lax.fori_loop(0, iterations(self.rows), lambda _, now: step(parameters, now), state)
 
         compiled = self.network.jit(run).lower(self.parameters, state).compile()
         return lambda: compiled(self.parameters, state)
@@ -135,7 +141,7 @@ def bare_products(network: Network, unrolled: DecodingParameters, rows: int, hea
         return jnp.ones_like(x) + 1e-9 * found
 
     def run(parameters: DecodingParameters, x: Array) -> Array:
-        return jax.lax.fori_loop(0, ITERATIONS, lambda _, now: step(parameters, now), x)
+        return jax.lax.fori_loop(0, iterations(rows), lambda _, now: step(parameters, now), x)
 
     x = jnp.ones((rows * (heads + 1), width), network.dtype)
     compiled = network.jit(run).lower(unrolled, x).compile()

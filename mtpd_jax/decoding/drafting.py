@@ -134,7 +134,7 @@ def _draft_while_confident(
             state=state,
             ahead=ahead,
             caches=caches.use(None),
-            outputs=jax.tree.map(lambda all, new: all.at[:, now.depth].set(new), now.outputs, output),
+            outputs=jax.tree.map(lambda made, new: made.at[:, now.depth].set(new), now.outputs, output),
             confidence=jnp.where(wanted, confidence, 0.0),
             count=now.count + wanted,
         )

@@ -19,7 +19,7 @@ from mtpd_jax.shapes import Array, Float, Hidden, Int
 
 # On CPUs, layers with more bytes than this are scanned. Weights that stay in the processor's cache are multiplied
 # fastest where they lie; from memory they come fastest as a stream, and a scan copies each layer's weights in one.
-# By measurement (experiments/bench/decode.py --layouts).
+# By measurement (experiments/bench/decode.py --layout).
 _CACHED_BYTES = 16e6
 
 

@@ -18,6 +18,7 @@ from mtpd_jax.evaluation.acceptance import (
     tokens_per_pass,
     tokens_per_pass_without_bonus,
 )
+from mtpd_jax.evaluation.agreement import agreement_of_heads
 from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
 from mtpd_jax.evaluation.scoring import batches, make_scorer, score_documents, windows
 from mtpd_jax.losses.objective import scoring_objective
@@ -153,3 +154,27 @@ def test_divergence_names_place_and_margin(scored):
     assert found.margin == pytest.approx(first - second, rel=1e-3)
     tied = jax.tree.map(jnp.zeros_like, parameters)
     assert first_divergence(Decoder(model, tied, 0), [5, 6, 7], plain, other).tie
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_agreement_beside_acceptance(scored, scanned):
+    """Per prompt and head, on what plain decoding wrote, against the training path; looped heads have one, too."""
+    _, model, parameters, _ = scored
+    decoder = Decoder(model, parameters, end_id=0, context=64, scanned=scanned)
+    prompts = [np.array([5, 6, 7]), np.array([9]), np.array([4, 4, 8, 30, 2])]
+    plain = decoder.run(prompts, Options(0, 12))
+    agreed, counted = np.zeros((2, 2))
+    for prompt, found in zip(prompts, plain, strict=True):
+        text = jnp.asarray([*prompt, *found.tokens])[None]
+        positions = jnp.arange(text.shape[1])[None]
+        hidden = model.apply({"params": parameters}, text, jnp.ones_like(text), positions)
+        states = jnp.concatenate([hidden.main[None], hidden.heads])[:, 0]
+        choice = np.asarray(states @ parameters["embedding"].T).argmax(-1)
+        for k in (1, 2):
+            for target in range(len(prompt) + 1, text.shape[1]):
+                if target - 1 - k >= 0:
+                    agreed[k - 1] += choice[k, target - 1 - k] == choice[0, target - 1]
+                    counted[k - 1] += 1
+    found = agreement_of_heads(decoder, prompts, plain, 4)
+    assert [rate.mean for rate in found[:2]] == pytest.approx((agreed / counted).tolist())
+    assert len(found) == 4 and counted.min() > 0
