@@ -14,7 +14,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,8 +25,8 @@ import rich.console
 import rich.table
 
 from configs import base
-from experiments.bench.common import curves, environment, interleaved, median_ratio
-from experiments.bench.decode_programs import Parts, bare_products, iterations
+from experiments.bench.common import curves, environment, interleaved
+from experiments.bench.decode_programs import Parts, Program, bare_products, iterations
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.decoding.network import Network
@@ -83,7 +83,7 @@ def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[lis
     unrolled = Network(subject.model, scanned=False)
     parameters, written_out = (jax.jit(each.parameters)(subject.parameters) for each in (network, unrolled))
     parts = Parts(network, parameters, rows, flags.new_tokens)
-    programs: dict[tuple[str, int], Callable[[], Any]] = {}
+    programs: dict[tuple[str, int], Program] = {}
     for heads in (0, *flags.heads):
         programs["round", heads] = parts.round(heads)
         programs["bookkeeping", heads] = parts.bookkeeping(heads)
@@ -93,8 +93,17 @@ def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[lis
             programs["draft", heads] = parts.draft(heads)
     for width in flags.widths:
         programs["verify", width] = parts.verify(width)
-    seconds = interleaved(programs, flags.repeats, f"{subject.name}, batch {rows}")
-    medians = {key: statistics.median(times) / iterations(rows) for key, times in seconds.items()}
+    times = {(key, count): lambda program=program, count=count: program(count)
+             for key, program in programs.items() for count in (0, iterations(rows))}  # fmt: skip
+    taken = interleaved(times, flags.repeats, f"{subject.name}, batch {rows}")
+    seconds = {
+        key: [
+            (whole - start) / iterations(rows)
+            for whole, start in zip(taken[key, iterations(rows)], taken[key, 0], strict=True)
+        ]
+        for key in programs
+    }
+    medians = {key: statistics.median(each) for key, each in seconds.items()}
     found = [
         {
             "model": subject.name,
@@ -102,12 +111,12 @@ def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[lis
             "part": part,
             "heads" if part != "verify" else "width": count,
             "seconds": medians[part, count],
-            "seconds_min": min(times) / iterations(rows),
-            "seconds_max": max(times) / iterations(rows),
-            "over_plain": median_ratio(times, seconds["round", 0]),
+            "seconds_min": min(each),
+            "seconds_max": max(each),
+            "over_plain": medians[part, count] / medians["round", 0],
             "scanned": network.scanned,
         }
-        for (part, count), times in seconds.items()
+        for (part, count), each in seconds.items()
     ]
     by_part = {
         part: {count: value for (name, count), value in medians.items() if name == part}

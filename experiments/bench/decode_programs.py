@@ -27,6 +27,20 @@ def iterations(rows: int) -> int:
     return max(4, _ITERATIONS // rows)
 
 
+# Runs its part this many times in a loop. The loop's beginning (it copies what it changes) is the time of no times.
+Program = Callable[[int], Any]
+
+
+def repeated(network: Network, step: Callable[[Any, Any], Any], parameters: DecodingParameters, state: Any) -> Program:
+    """Compiles a loop around ``step(parameters, state) -> state``."""
+
+    def run(parameters: DecodingParameters, state: Any, times: Array) -> Any:
+        return jax.lax.fori_loop(0, times, lambda _, now: step(parameters, now), state)
+
+    compiled = network.jit(run).lower(parameters, state, jnp.int32(0)).compile()
+    return lambda times: compiled(parameters, state, jnp.int32(times))
+
+
 class Parts:
     """Programs for one model and one batch size; each returns something that depends on all of its work.
 
@@ -56,14 +70,10 @@ class Parts:
         )
         return start(self.parameters, self.prompts)
 
-    def _repeated(self, step: Callable[[Any, Any], Any], state: Any) -> Callable[[], Any]:
-        def run(parameters: DecodingParameters, state: Any) -> Any:
-            return jax.lax.fori_loop(0, iterations(self.rows), lambda _, now: step(parameters, now), state)
+    def _repeated(self, step: Callable[[Any, Any], Any], state: Any) -> Program:
+        return repeated(self.network, step, self.parameters, state)
 
-        compiled = self.network.jit(run).lower(self.parameters, state).compile()
-        return lambda: compiled(self.parameters, state)
-
-    def round(self, heads: int) -> Callable[[], Any]:
+    def round(self, heads: int) -> Program:
         """Whole rounds; plain steps with 0 heads."""
 
         def step(parameters: DecodingParameters, state: State) -> State:
@@ -71,7 +81,7 @@ class Parts:
 
         return self._repeated(step, self._start(heads))
 
-    def verify(self, width: int) -> Callable[[], Any]:
+    def verify(self, width: int) -> Program:
         """Passes of the backbone over ``width`` tokens, with logits and the choice of tokens."""
         start = jnp.full(self.rows, PROMPT, jnp.int32)
 
@@ -83,7 +93,7 @@ class Parts:
         cache = self.network.empty_cache(self.rows, slots)
         return self._repeated(step, (self.prompts[:, :width], cache))
 
-    def draft(self, heads: int) -> Callable[[], Any]:
+    def draft(self, heads: int) -> Program:
         """Drafting by all heads; the last draft becomes the token that the next drafts begin from."""
 
         def step(parameters: DecodingParameters, state: State) -> State:
@@ -93,7 +103,7 @@ class Parts:
 
         return self._repeated(step, self._start(heads))
 
-    def bookkeeping(self, heads: int) -> Callable[[], Any]:
+    def bookkeeping(self, heads: int) -> Program:
         """Appending, counting and moving the window, with made-up drafts, and the loop itself."""
         state = self._start(heads)
         width = self.network.config.width
@@ -108,7 +118,7 @@ class Parts:
         return self._repeated(step, state)
 
 
-def bare_products(network: Network, unrolled: DecodingParameters, rows: int, heads: int) -> Callable[[], Any]:
+def bare_products(network: Network, unrolled: DecodingParameters, rows: int, heads: int) -> Program:
     """The floor of a round: the products with the weights, one after the other, and nothing else.
 
     Args:
@@ -140,9 +150,4 @@ def bare_products(network: Network, unrolled: DecodingParameters, rows: int, hea
             found += jnp.max(network.logits(parameters, state[-rows:]))
         return jnp.ones_like(x) + 1e-9 * found
 
-    def run(parameters: DecodingParameters, x: Array) -> Array:
-        return jax.lax.fori_loop(0, iterations(rows), lambda _, now: step(parameters, now), x)
-
-    x = jnp.ones((rows * (heads + 1), width), network.dtype)
-    compiled = network.jit(run).lower(unrolled, x).compile()
-    return lambda: compiled(unrolled, x)
+    return repeated(network, step, unrolled, jnp.ones((rows * (heads + 1), width), network.dtype))

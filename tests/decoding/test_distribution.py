@@ -122,7 +122,7 @@ def test_speculation_samples_the_plain_distribution(options):
     assert accepted > SAMPLES / 10 and rejected > SAMPLES / 50
     assert rows.accepted[:, -1].sum() > 0 or options.adaptive  # whole blocks, and so bonus tokens
     inside = (rows.tokens == END) & (rows.proposer > 0) & (rows.proposer < options.num_heads)
-    assert options.num_heads == 1 or inside.sum() > 0  # an end token inside a block of drafts
+    assert inside.sum() > 0 or options.num_heads == 1 or options.sampling.top_p  # an end token inside a block
     assert p_value(counts, exact) > LEVEL
 
 

@@ -1,5 +1,6 @@
 """Scores of text, acceptance rates and intervals against hand-written forms."""
 
+import dataclasses
 import math
 
 import jax
@@ -22,6 +23,7 @@ from mtpd_jax.evaluation.agreement import agreement_of_heads
 from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
 from mtpd_jax.evaluation.scoring import batches, make_scorer, score_documents, windows
 from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.sharding import make_mesh
 from tests.builders import model_and_parameters, tiny_config
 
@@ -153,7 +155,22 @@ def test_divergence_names_place_and_margin(scored):
     first, second = np.sort(np.asarray(parameters["embedding"] @ hidden))[::-1][:2]
     assert found.margin == pytest.approx(first - second, rel=1e-3)
     tied = jax.tree.map(jnp.zeros_like, parameters)
-    assert first_divergence(Decoder(model, tied, 0), [5, 6, 7], plain, other).tie
+    assert first_divergence(Decoder(model, tied, 0, 64), [5, 6, 7], plain, other).tie
+    assert found.rounding == 0
+
+
+def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
+    """The margin is float32's on the rounded weights; twice the distance between both dtypes' logits is a tie."""
+    _, model, parameters, _ = scored
+    coarse = LanguageModel(dataclasses.replace(model.config, dtype="bfloat16"), model.heads_config)
+    decoder = Decoder(coarse, parameters, end_id=0, context=64)
+    plain = decoder.run([np.array([5, 6, 7])], Options(0, 6))[0]
+    other = continuation([299, *plain.tokens[1:]], 1, (), ())
+    found = first_divergence(decoder, [5, 6, 7], plain, other)
+    exact, rounded = (decoder.logits_at([5, 6, 7], dtype) for dtype in ("float32", "bfloat16"))
+    assert found.margin == pytest.approx(float(np.diff(np.sort(exact)[-2:])[0]))
+    assert found.rounding == pytest.approx(np.abs(exact - rounded).max()) and found.rounding > 1e-4
+    assert found.tie == (found.margin < 2 * found.rounding)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
