@@ -103,7 +103,7 @@ def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[lis
         ]
         for key in programs
     }
-    medians = {key: statistics.median(each) for key, each in seconds.items()}
+    medians = {key: max(0.0, statistics.median(each)) for key, each in seconds.items()}  # less than nothing: noise
     found = [
         {
             "model": subject.name,
