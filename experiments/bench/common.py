@@ -79,7 +79,9 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
+    for number, panel in enumerate(panels):
+        if not number or panel["lines"].keys() != panels[0]["lines"].keys():
+            axes.flat[number].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
