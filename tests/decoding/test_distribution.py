@@ -89,15 +89,15 @@ CASES = [
     Options(1, 4, Sampling(0.5)),
     Options(2, 5, Sampling(1.0)),
     Options(2, 5, Sampling(2.0, top_k=2)),
-    Options(2, 5, Sampling(1.0, top_p=0.8)),
+    Options(2, 5, Sampling(2.0, top_p=0.9)),
     Options(2, 5, Sampling(1.0), min_confidence=0.6),
     Options(4, 7, Sampling(2.0)),
 ]
 MORE_CASES = [
     *(Options(k, k + 3, Sampling(temperature)) for k in (1, 2, 4) for temperature in (0.5, 1.0, 2.0)),
     Options(4, 7, Sampling(2.0, top_k=2)),
-    Options(4, 7, Sampling(1.0, top_p=0.8)),
-    Options(4, 7, Sampling(1.0, greedy_drafts=True)),
+    Options(4, 7, Sampling(2.0, top_p=0.9)),
+    Options(2, 5, Sampling(2.0, greedy_drafts=True)),
     Options(4, 7, Sampling(1.0), min_confidence=0.3),
     Options(6, 9, Sampling(0.5)),  # looped
 ]
@@ -122,7 +122,7 @@ def test_speculation_samples_the_plain_distribution(options):
     assert accepted > SAMPLES / 10 and rejected > SAMPLES / 50
     assert rows.accepted[:, -1].sum() > 0 or options.adaptive  # whole blocks, and so bonus tokens
     inside = (rows.tokens == END) & (rows.proposer > 0) & (rows.proposer < options.num_heads)
-    assert inside.sum() > 0 or options.num_heads == 1 or options.sampling.top_p  # an end token inside a block
+    assert inside.sum() > 0 or options.num_heads == 1  # an end token inside a block
     assert p_value(counts, exact) > LEVEL
 
 
