@@ -94,7 +94,7 @@ def run(
     options = Options(0, max_new_tokens, sampling or Sampling(), min_confidence)
     options.validate(modules=0)
     files = expand(text, "--text")
-    prompt_texts = [] if prompts is None else _read_prompts(prompts, limit)
+    prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
     trained = open_run(workdir)
     numbers = _head_numbers(heads, trained.config.heads.num_heads)
     for number in numbers:
@@ -155,7 +155,12 @@ def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
     return sorted({0, *([1] if most else []), *heads})
 
 
-def _read_prompts(path: str, limit: int | None) -> list[str]:
+def read_prompts(path: str, limit: int | None = None) -> list[str]:
+    """The prompts of a file of JSON lines, at most ``limit`` of them.
+
+    Raises:
+      ValueError: there is no such file, it holds no prompt, or a line has none.
+    """
     (file,) = expand([path], "--prompts")[:1]
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:

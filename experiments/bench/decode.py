@@ -10,7 +10,6 @@ tokens per second that both predict, and those measured, for every number of hea
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import statistics
 import sys
@@ -32,6 +31,7 @@ from mtpd_jax.config import Config
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.decoding import decode_prompts
 from mtpd_jax.evaluation.generation import decoder_of
@@ -198,9 +198,14 @@ def predict(
     return found, cumulative
 
 
+def kind_of(temperature: float) -> str:
+    """How decoding at this temperature is called."""
+    return "greedy" if temperature == 0 else f"temperature {temperature:g}"
+
+
 def prediction_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """Predicted beside measured tokens per second."""
-    kind = "greedy" if rows[0]["temperature"] == 0 else f"temperature {rows[0]['temperature']:g}"
+    kind = kind_of(rows[0]["temperature"])
     table = rich.table.Table(title=f"tokens per second, {kind}, prefill left out", box=rich.box.SIMPLE_HEAD)
     for column in ("batch", "heads", "tokens/pass", "predicted", "measured", "x plain, predicted", "x plain, measured"):
         table.add_column(column, justify="right")
@@ -240,7 +245,7 @@ def draw(path: str, rows: Sequence[dict[str, Any]], predictions: Sequence[dict[s
         chosen = [row for row in predictions if row["temperature"] == temperature]
         panels.append(
             {
-                "title": "greedy" if temperature == 0 else f"temperature {temperature:g}",
+                "title": kind_of(temperature),
                 "x": "heads",
                 "y": "speed-up over plain",
                 "lines": {
@@ -282,6 +287,7 @@ def main(arguments: list[str]) -> int:
     if (flags.workdir is None) != (flags.prompts is None):
         raise ValueError("--workdir and --prompts belong together")
     frontdoor.check_json_path(flags.json)
+    prompts = read_prompts(flags.prompts) if flags.prompts else []
     trained = open_run(flags.workdir) if flags.workdir else None
     if trained:
         subjects = [Subject(pathlib.Path(flags.workdir).name, trained.model, trained.parameters)]
@@ -297,7 +303,6 @@ def main(arguments: list[str]) -> int:
         console.print(rounds_table(subject.name, found))
         console.print(verify_table(subject.name, found, flags.widths))
         if trained:
-            prompts = [json.loads(line)["prompt"] for line in pathlib.Path(flags.prompts).read_text().splitlines()]
             costs = [cost for _, cost in measured]
             for sampling in (GREEDY, Sampling(flags.temperature)):
                 beside, cumulative = predict(trained, costs, prompts, sampling, flags)
@@ -305,7 +310,7 @@ def main(arguments: list[str]) -> int:
                 console.print(prediction_table(beside))
                 best = {cost.rows: best_heads(cost, cumulative) for cost in costs}
                 stops = unprofitable_batch(costs, cumulative)
-                kind = "greedy" if sampling.greedy else f"temperature {sampling.temperature:g}"
+                kind = kind_of(sampling.temperature)
                 console.print(f"{kind}: fastest number of heads by batch: {best}; drafting stops paying at {stops}")
                 summary[kind] = {"best_heads": best, "unprofitable_batch": stops}
     if flags.json:

@@ -22,8 +22,9 @@ class KVCache:
     overwritten before a query that may see it runs.
 
     Attributes:
-      keys: [B, G, H, S], or with a leading axis for the blocks of a stack; the layout of the product with queries.
-      values: [B, G, S, H], likewise.
+      keys: [B·G, H, S], or with a leading axis for the blocks of a stack. With one axis for rows and heads, and in the
+        layout of the product with the queries, XLA multiplies the slots where they lie; else it copies them first.
+      values: [B·G, S, H], likewise.
       block: which block of a stack is in use; None for a single block.
     """
 

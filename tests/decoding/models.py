@@ -10,7 +10,7 @@ import optax
 
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.losses.objective import training_objective
-from mtpd_jax.model.backbone import LanguageModel, build_model, unembedding_of
+from mtpd_jax.model.backbone import build_model, unembedding_of
 from mtpd_jax.training.step import gradients_of_batch
 from tests.builders import random_parameters, tiny_config, with_micro_batches
 
@@ -25,7 +25,7 @@ def with_vocabulary(config, vocabulary):
 
 
 @functools.cache
-def small_vocabulary(kind="cascade", trained=True, num_heads=4, dtype="float32"):
+def small_vocabulary(kind="cascade", trained=True, num_heads=4):
     """A model of seven tokens, trained until its heads agree with it more often than not.
 
     Training is on a noisy chain, t -> 3t + 1 modulo 7.
@@ -36,7 +36,7 @@ def small_vocabulary(kind="cascade", trained=True, num_heads=4, dtype="float32")
     parameters = random_parameters(model, seed=2, scale=0.4)
     if trained:
         parameters = _train(model, training_objective(config), parameters)
-    return LanguageModel(dataclasses.replace(model.config, dtype=dtype), model.heads_config), parameters
+    return model, parameters
 
 
 def _train(model, objective, parameters):
