@@ -47,11 +47,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.heads.kind = "cascade"  # cascade: K modules | recurrent: one module applied K times
     config.heads.pass_normed = True  # a head hands its normed state to the next one (False: the state before its norm)
 
+    config.init = ml_collections.ConfigDict()
+    config.init.workdir = ""  # loop: the trained run that is extended to heads.num_heads; all that it has stays frozen
+    config.init.num_heads = config_dict.placeholder(int)  # loop: that run's heads; None: read from it, and recorded
+
     config.objective = ml_collections.ConfigDict()
-    config.objective.mode = "joint"  # MTP-D: backbone and heads together
+    config.objective.mode = (
+        "joint"  # joint: backbone and heads together, from nothing | loop: more heads on a trained run
+    )
     config.objective.alpha = config_dict.placeholder(
         object
-    )  # CE weight, a number or one per head; None: 0.3 / num_heads
+    )  # CE weight, a number or one per trained head; None: 0.3 / trained heads
     config.objective.beta = config_dict.placeholder(
         object
     )  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP

@@ -61,6 +61,12 @@ class HeadsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InitConfig:
+    workdir: str
+    num_heads: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     mode: str
     alpha: PerHead
@@ -73,7 +79,7 @@ class ObjectiveConfig:
     chunk_rows: int | None
 
     def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns (alpha, beta), one number per head.
+        """Returns (alpha, beta), one number per head that is trained.
 
         None stands for the defaults: alpha = 0.3 / heads being trained (DeepSeek-V3's lambda spread over the heads;
         our choice), beta = 1 with one head and 0.5 with more (MTP-D §4).
@@ -163,6 +169,7 @@ class Config:
     tokenizer: TokenizerConfig
     model: ModelConfig
     heads: HeadsConfig
+    init: InitConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
@@ -170,6 +177,16 @@ class Config:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     evaluation: EvaluationConfig
+
+    @property
+    def frozen_heads(self) -> int | None:
+        """Heads that stay as they are, and with them backbone, embedding and unembedding; None: all is trained."""
+        return self.init.num_heads if self.objective.mode == "loop" else None
+
+    @property
+    def trained_heads(self) -> int:
+        """Heads that the objective trains."""
+        return self.heads.num_heads - (self.frozen_heads or 0)
 
     @classmethod
     def build(cls, tree: Mapping[str, Any]) -> "Config":
@@ -197,7 +214,10 @@ class Config:
             _check_numbers(getattr(self, section.name), section.name)
         _validate_data(self.data, self.tokenizer)
         _validate_model(self.model, self.heads)
-        _validate_objective(self.objective, self.heads)
+        _validate_init(self.init, self.objective, self.heads)
+        # How many heads a loop trains is known once the run that it extends has been looked at.
+        known = self.objective.mode == "joint" or self.init.num_heads is not None
+        _validate_objective(self.objective, self.trained_heads if known else None)
         _validate_training(self)
 
 
@@ -299,8 +319,29 @@ def _validate_model(model: ModelConfig, heads: HeadsConfig) -> None:
     _require(heads.kind in kinds, "heads.kind", heads.kind, "one of " + ", ".join(kinds))
 
 
-def _validate_objective(objective: ObjectiveConfig, heads: HeadsConfig) -> None:
-    _require(objective.mode == "joint", "objective.mode", objective.mode, "joint")
+def _validate_init(init: InitConfig, objective: ObjectiveConfig, heads: HeadsConfig) -> None:
+    modes = ("joint", "loop")
+    _require(objective.mode in modes, "objective.mode", objective.mode, "one of " + ", ".join(modes))
+    if objective.mode == "joint":
+        _require(not init.workdir, "init.workdir", init.workdir, "nothing with objective.mode = 'joint'")
+        _require(init.num_heads is None, "init.num_heads", init.num_heads, "None with objective.mode = 'joint'")
+        return
+    _require(init.workdir != "", "init.workdir", init.workdir, "the workdir of the run to extend")
+    _require(heads.kind == "cascade", "heads.kind", heads.kind, "cascade: a recurrent head runs to any depth as it is")
+    if init.num_heads is not None:
+        _require(init.num_heads > 0, "init.num_heads", init.num_heads, "at least one head to begin from")
+        _require(
+            heads.num_heads > init.num_heads,
+            "heads.num_heads",
+            heads.num_heads,
+            f"more than the {init.num_heads} heads of {init.workdir}, which is to be extended",
+        )
+    _require(
+        objective.detach_teacher, "objective.detach_teacher", objective.detach_teacher, "True: the teacher is frozen"
+    )
+
+
+def _validate_objective(objective: ObjectiveConfig, trained_heads: int | None) -> None:
     kinds = ("forward", "reverse", "js", "tv", "lk", "lk_hybrid")
     _require(objective.kl in kinds, "objective.kl", objective.kl, "one of " + ", ".join(kinds))
     _require(
@@ -311,9 +352,9 @@ def _validate_objective(objective: ObjectiveConfig, heads: HeadsConfig) -> None:
     )
     for name in ("alpha", "beta"):
         value = getattr(objective, name)
-        if isinstance(value, tuple):
-            expected = f"one number or {heads.num_heads} (heads.num_heads), each zero or more"
-            _require(len(value) == heads.num_heads, f"objective.{name}", value, expected)
+        if isinstance(value, tuple) and trained_heads is not None:
+            expected = f"one number or {trained_heads} (the heads that are trained), each zero or more"
+            _require(len(value) == trained_heads, f"objective.{name}", value, expected)
             _require(all(0 <= number < float("inf") for number in value), f"objective.{name}", value, expected)
 
 

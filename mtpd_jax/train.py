@@ -24,9 +24,10 @@ from mtpd_jax.evaluation.scoring import make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective, training_objective
 from mtpd_jax.model.backbone import LanguageModel, build_model, count_parameters
 from mtpd_jax.sharding import check_divisible, make_mesh
-from mtpd_jax.training.checkpoint import Checkpointer
+from mtpd_jax.training.checkpoint import Checkpointer, latest_step
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.loop import Evaluate, Loop
+from mtpd_jax.training.looping import source_of, source_parameters, with_source
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mtpd_jax.training.progress import Progress
@@ -45,7 +46,7 @@ class TrainResult:
       finished: whether that is all of them.
       signal: the signal that ended the call early, or None.
       tokens: non-padding tokens trained on, over all calls.
-      parameters: number of parameters.
+      parameters: number of parameters, frozen ones included.
       seconds: wall time of the training loop, compilation and evaluation included, over all calls.
     """
 
@@ -72,25 +73,32 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
     config = config if isinstance(config, Config) else Config.build(config.to_dict())
     config.validate()
     place = open_workdir(workdir)
+    config = with_source(config, place)
     place.check(config)
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.training)
     source = open_source(config.data)
+    start = None
+    if config.objective.mode == "loop" and latest_step(place) is None:
+        start = source_parameters(config, mesh)
     tokenizer = _prepare(config, place, source)
     if jax.process_count() > 1:  # none goes on before the workdir is there
         multihost_utils.sync_global_devices("workdir ready")
     model, optimizer = build_model(config), make_optimizer(config)
     abstract = abstract_state(model, optimizer, config, mesh)
-    steps, parameters = config.training.steps, count_parameters(abstract.parameters)
+    steps, trained = config.training.steps, count_parameters(abstract.parameters)
+    parameters = trained + count_parameters(abstract.frozen)
     with (
         Checkpointer(place, config.checkpoint.keep) as checkpointer,
         TrainingData(config, source, tokenizer) as data,
         StopRequest() as stop,
     ):
         done, tokens, seconds = 0, 0, 0.0
-        news = f"training {parameters:,} parameters for {steps} steps on {_describe(mesh)}"
+        news = f"training {trained:,} parameters for {steps} steps on {_describe(mesh)}"
+        if config.frozen_heads is not None:
+            news += f": heads {config.frozen_heads + 1} to {config.heads.num_heads} on top of {config.init.workdir}"
         if checkpointer.latest_step() is None:
-            state = initial_state(model, optimizer, config, mesh)
+            state = initial_state(model, optimizer, config, mesh, start)
         else:
             state, record = checkpointer.restore(abstract)
             done, tokens, seconds = int(state.step), record["tokens"], record["seconds"]
@@ -139,6 +147,8 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
     new = not place.tokenizer_file.exists()
     if not new:
         tokenizer = place.read_tokenizer(config)
+    elif config.objective.mode == "loop":
+        tokenizer = source_of(config).read_tokenizer(config)
     elif config.tokenizer.path:
         tokenizer = Tokenizer.load(config.tokenizer.path, config.tokenizer.end_token)
     else:

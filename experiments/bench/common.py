@@ -20,7 +20,7 @@ import rich.progress
 
 def environment() -> dict[str, Any]:
     """The device and the versions that figures belong to."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
     return {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
@@ -63,14 +63,18 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
 
     Args:
       path: of the image; the ending says which format.
-      panels: ``title``, ``x``, ``y`` (axis labels), ``lines`` (label -> [(x, y)]) and optionally ``log`` (axes).
+      panels: ``title``, ``x``, ``y`` (axis labels), ``lines`` (label -> [(x, y)] or, with an interval around y,
+        [(x, y, low, high)]) and optionally ``log`` (axes).
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
         for label, points in panel["lines"].items():
-            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+            x, y, *interval = zip(*sorted(points), strict=True)
+            (line,) = axis.plot(x, y, marker="o", markersize=3, label=label)
+            if interval:
+                axis.fill_between(x, *interval, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
         if "x" in panel.get("log", ""):
             axis.set_xscale("log", base=2)

@@ -45,11 +45,26 @@ def agreement_of_heads(
 ) -> tuple[Interval, ...]:
     """Per head, the share of written tokens for which its choice is the main head's, and the interval over prompts.
 
+    For the arguments see ``count_agreement``.
+    """
+    agreed, counted = count_agreement(decoder, prompts, continuations, depths)
+    return tuple(ratio([agreed[depth].tolist()], [counted[depth].tolist()]) for depth in range(depths))
+
+
+def count_agreement(
+    decoder: Decoder, prompts: Sequence[np.ndarray], continuations: Sequence[Continuation], depths: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Counts, per head and prompt, the tokens on which a head's choice is the main head's, and all that are counted.
+
     Every token is counted that a draft could have stood for: all but the first, which comes from prefill.
 
     Args:
+      decoder: of the model that wrote the texts.
       prompts, continuations: the texts, written by plain decoding.
       depths: heads; more than the model has are looped, as in decoding.
+
+    Returns:
+      Both [heads, prompts].
     """
     network, parameters = decoder.network(Options(depths, 1))
     choices = network.jit(lambda parameters, tokens: choices_of_all_heads(network, parameters, tokens, depths))
@@ -63,4 +78,4 @@ def agreement_of_heads(
             targets = np.arange(max(len(prompt), depth) + 1, len(text))
             agreed[depth - 1, number] = np.sum(found[depth, targets - 1 - depth] == found[0, targets - 1])
             counted[depth - 1, number] = len(targets)
-    return tuple(ratio([agreed[depth].tolist()], [counted[depth].tolist()]) for depth in range(depths))
+    return agreed, counted

@@ -7,7 +7,7 @@ every term's factor before the first chunk runs, which is why the caller counts 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ from mtpd_jax.losses.terms import Distillation, LossSums, chunk_loss, zero_sums
 from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.shapes import Array, Bool, Float, Int
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
+
+# What the unembedding, and with it the main head's states, get a gradient from: all terms; the main head's cross entropy
+# only; nothing, and then no gradient of theirs is formed.
+Trunk = Literal["trained", "detached", "frozen"]
 
 # A chunk of a small vocabulary: so many logits; of a large one on an accelerator so many rows of them (P x J), for the
 # products to outweigh the reading of the unembedding, and on a CPU in proportion to D.
@@ -78,7 +82,7 @@ def fused_loss(
     kl_scale: Float[Array, " K"],
     *,
     distillation: Distillation | None,
-    detach_trunk: bool = False,
+    trunk: Trunk = "trained",
     chunk_rows: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], LossSums]:
@@ -91,7 +95,7 @@ def fused_loss(
       mask: [K+1, B, T]; which heads are supervised where. Chunks in which nothing is supervised are not computed.
       ce_scale, kl_scale: [K+1] and [K]; coefficient / weight of each term, the weight counted over the whole step.
       distillation: how heads are compared with the main head; None for cross entropy alone.
-      detach_trunk: the unembedding gets a gradient from the main head's cross entropy only.
+      trunk: what the unembedding gets a gradient from; frozen, the main head's states get none either.
       chunk_rows: rows (of B x T on a device) whose logits are alive at once; None: chosen from the shapes.
       mesh: with one, B is split over ``BATCH_AXES`` and V over ``VOCABULARY_AXIS``; every device works on its own
         rows and tokens, and the unembedding's gradient is summed over devices once.
@@ -100,7 +104,7 @@ def fused_loss(
       The total, and the sums behind it, which carry no gradient.
     """
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    problem = _Problem(distillation, detach_trunk, chunk_rows, mesh, platform == "cpu")
+    problem = _Problem(distillation, trunk, chunk_rows, mesh, platform == "cpu")
     return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale)
 
 
@@ -109,7 +113,7 @@ class _Problem:
     """What is known before any array is; see ``fused_loss``."""
 
     distillation: Distillation | None
-    detach_trunk: bool
+    trunk: Trunk
     chunk_rows: int | None
     mesh: Mesh | None
     on_cpu: bool
@@ -121,15 +125,19 @@ def _loss(problem: _Problem, *arrays: Array) -> tuple[Array, LossSums]:
     return total, sums
 
 
-def _forward(problem: _Problem, *arrays: Array) -> tuple[tuple[Array, LossSums], tuple[Array, Array]]:
+def _forward(problem: _Problem, *arrays: Array) -> tuple[tuple[Array, LossSums], tuple[Array, Array | None]]:
     total, sums, gradients = _over_mesh(problem, True, arrays)
     return (total, sums), gradients
 
 
-def _backward(problem: _Problem, gradients: tuple[Array, Array], cotangents: tuple[Array, LossSums]) -> tuple[Any, ...]:
+def _backward(
+    problem: _Problem, gradients: tuple[Array, Array | None], cotangents: tuple[Array, LossSums]
+) -> tuple[Any, ...]:
     hidden_gradient, unembedding_gradient = gradients
     scale, _ = cotangents
-    return (scale * hidden_gradient).astype(hidden_gradient.dtype), scale * unembedding_gradient, None, None, None, None
+    by_hidden = (scale * hidden_gradient).astype(hidden_gradient.dtype)
+    by_unembedding = None if problem.trunk == "frozen" else scale * unembedding_gradient
+    return by_hidden, by_unembedding, None, None, None, None
 
 
 _loss.defvjp(_forward, _backward)
@@ -152,7 +160,8 @@ def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...
     def run_and_reduce(*local: Array) -> Any:
         total, sums, gradients = _over_chunks(problem, vocabulary, with_gradients, *local)
         if gradients is not None:
-            gradients = gradients[0], jax.lax.psum(gradients[1], BATCH_AXES)
+            by_hidden, by_matrix = gradients
+            gradients = by_hidden, None if by_matrix is None else jax.lax.psum(by_matrix, BATCH_AXES)
         return *jax.lax.psum((total, sums), BATCH_AXES), gradients
 
     states, tokens, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec(VOCABULARY_AXIS), PartitionSpec()
@@ -175,9 +184,11 @@ def _over_chunks(
     mask: Array,
     ce_scale: Array,
     kl_scale: Array,
-) -> tuple[Array, LossSums, tuple[Array, Array] | None]:
+) -> tuple[Array, LossSums, tuple[Array, Array | None] | None]:
     """The chunks of one device's rows, one after the other: total, sums, gradients by hidden states and unembedding."""
     heads, width, rows = hidden.shape[0], hidden.shape[-1], targets.size
+    frozen = problem.trunk == "frozen"
+    first = int(frozen)  # of the rows of J whose states get a gradient
     tiling = choose_tiling(rows, heads, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
     size, group = tiling.chunk_rows, tiling.group_rows
     padding = -rows % size
@@ -210,7 +221,8 @@ def _over_chunks(
                 logits, teacher, targets, mask, ce_scale, kl_scale, problem.distillation, vocabulary
             )
             if with_gradients:
-                gradient = jax.lax.dynamic_update_index_in_dim(gradient, part.astype(hidden.dtype), place, 0)
+                part = part[first:].astype(hidden.dtype)
+                gradient = jax.lax.dynamic_update_index_in_dim(gradient, part, place, 0)
             return jax.tree.map(jnp.add, sums, found), gradient
 
         sums, gradient = jax.lax.fori_loop(0, size // group, one_group, (sums, gradient))
@@ -218,10 +230,11 @@ def _over_chunks(
             gradient_RxV = gradient.reshape(-1, gradient.shape[-1])
             states = jnp.einsum("rv,vd->rd", gradient_RxV, matrix, preferred_element_type=jnp.float32)
             states = jax.lax.psum(states, vocabulary.axis) if vocabulary.axis else states
-            states = jnp.moveaxis(states.astype(hidden.dtype).reshape(hidden_QxJxPxD.shape), 0, 1)
-            states = states.reshape(heads, size, width)
+            states = states.astype(hidden.dtype).reshape(*gradient.shape[:-1], width)
+            states = jnp.moveaxis(states, 0, 1).reshape(heads - first, size, width)
             by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, states, start, 1)
-            counted = slice(0, 1) if problem.detach_trunk else slice(None)
+        if with_gradients and not frozen:
+            counted = slice(0, 1) if problem.trunk == "detached" else slice(None)
             by_matrix = _add_product(
                 by_matrix, gradient[:, counted], hidden_QxJxPxD[:, counted], tiling.vocabulary_block
             )
@@ -230,13 +243,15 @@ def _over_chunks(
     carry = zero_sums(heads - 1), None, None, None
     if with_gradients:
         # The chunk's gradient by the logits is carried along only to be written over: a CPU would clear a new one.
-        chunk = jnp.zeros((size // group, heads, group, matrix.shape[0]), hidden.dtype)
-        carry = carry[0], jnp.zeros_like(hidden_JxRxD), jnp.zeros(matrix.shape, jnp.float32), chunk
+        chunk = jnp.zeros((size // group, heads - first, group, matrix.shape[0]), hidden.dtype)
+        by_matrix = None if frozen else jnp.zeros(matrix.shape, jnp.float32)
+        carry = carry[0], jnp.zeros_like(hidden_JxRxD[first:]), by_matrix, chunk
     sums, by_hidden, by_matrix, _ = jax.lax.fori_loop(0, jnp.sum(supervised), one_chunk, carry)
     total = jnp.dot(sums.ce, ce_scale) + jnp.dot(sums.kl, kl_scale)
     if by_hidden is None:
         return total, sums, None
-    return total, sums, (by_hidden[:, :rows].reshape(hidden.shape), by_matrix)
+    by_hidden = jnp.pad(by_hidden[:, :rows], ((first, 0), (0, 0), (0, 0)))
+    return total, sums, (by_hidden.reshape(hidden.shape), by_matrix)
 
 
 def _add_product(total: Array, gradient: Array, hidden: Array, block: int) -> Array:

@@ -1,5 +1,6 @@
 """The language model: embedding, a scanned decoder-only backbone, and the heads on top of its final state."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ from flax import struct
 
 from mtpd_jax.config import Config, HeadsConfig, ModelConfig
 from mtpd_jax.model.heads import Heads
-from mtpd_jax.model.layers import ACTIVATION_AXES, Block, Rotation, causal_mask, compute_dtype, norm, partitioned
+from mtpd_jax.model.layers import ACTIVATION_AXES, Block, Rotation, apply, causal_mask, compute_dtype, norm, partitioned
 from mtpd_jax.model.shift import shift
 from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
 
@@ -21,10 +22,12 @@ class HiddenStates:
     Attributes:
       main: [B, T, D]; h^0, the backbone's state after its final norm.
       heads: [K, B, T, D]; h^1…h^K, each after its head's own norm; row k-1 at position i predicts t_{i+k+1}.
+      carried: [B, T, D]; what a head K+1 would be given as its state.
     """
 
     main: Hidden
     heads: HeadsHidden
+    carried: Hidden
 
 
 class Backbone(nn.Module):
@@ -53,6 +56,18 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, "*axes T"], config: Mod
     Unscaled, a tied embedding (whose rows have unit norm, for the logits' sake) drowns in the residual stream.
     """
     return jnp.asarray(table, compute_dtype(config))[tokens] * (config.width**0.5 if config.scale_embedding else 1.0)
+
+
+def embed_ahead(
+    table: Float[Array, "V D"], tokens: Tokens, segment_ids: SegmentIds, first: int, last: int, config: ModelConfig
+) -> Float[Array, "K B T D"]:
+    """What heads first…last read: for head k at position i, Emb(t_{i+k}).
+
+    Where that lies beyond the document the value is arbitrary: such a position has no target, and no position that has
+    one can attend to it.
+    """
+    ahead_KxBxT = jnp.stack([shift(tokens, segment_ids, k)[0] for k in range(first, last + 1)])
+    return embed(table, ahead_KxBxT, config)
 
 
 class LanguageModel(nn.Module):
@@ -87,15 +102,50 @@ class LanguageModel(nn.Module):
             main = self.backbone(embedded, rotation, mask_BxTxT)
         num_heads = self.heads_config.num_heads
         if not num_heads:
-            return HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype))
-        # Head k embeds t_{i+k}. Where that lies beyond the document the value is arbitrary: such a position has no
-        # target, and no position that has one can attend to it.
-        ahead_KxBxT = jnp.stack([shift(tokens, segment_ids, k)[0] for k in range(1, num_heads + 1)])
-        ahead_KxBxTxD, state = embed(self.embedding, ahead_KxBxT, self.config), main
+            return HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main)
+        ahead_KxBxTxD, state = embed_ahead(self.embedding, tokens, segment_ids, 1, num_heads, self.config), main
         if detach_trunk:
             ahead_KxBxTxD, state = jax.lax.stop_gradient((ahead_KxBxTxD, state))
         with jax.named_scope("heads"):
-            return HiddenStates(main, self.heads(state, ahead_KxBxTxD, rotation, mask_BxTxT))
+            carried, heads_KxBxTxD = self.heads(state, ahead_KxBxTxD, rotation, mask_BxTxT)
+        return HiddenStates(main, heads_KxBxTxD, carried)
+
+
+def further_heads(
+    model: LanguageModel,
+    frozen_heads: int,
+    trained: Any,
+    frozen: Any,
+    tokens: Tokens,
+    segment_ids: SegmentIds,
+    positions: Positions,
+) -> HiddenStates:
+    """Runs a model in two parts: what is frozen, and the heads after it. Looped extension trains so (MTP-D §3.3).
+
+    Differentiated by ``trained``, the first part has no backward pass at all: nothing in it depends on ``trained``.
+
+    Args:
+      model: the whole model, K heads.
+      frozen_heads: m, the heads that are frozen with the trunk.
+      trained, frozen: the two parts of its parameters (see ``training.partition``).
+      tokens, segment_ids, positions: [B, T]; segment 0 is padding.
+
+    Returns:
+      The main head's states, and those of heads m+1…K.
+    """
+
+    def with_heads(number: int) -> HeadsConfig:
+        return dataclasses.replace(model.heads_config, num_heads=number)
+
+    num_heads = model.heads_config.num_heads
+    first = LanguageModel(model.config, with_heads(frozen_heads))
+    hidden = apply(first, frozen, tokens, segment_ids, positions)
+    ahead = embed_ahead(frozen["embedding"], tokens, segment_ids, frozen_heads + 1, num_heads, model.config)
+    heads = Heads(model.config, with_heads(num_heads - frozen_heads))
+    with jax.named_scope("further_heads"):
+        rotation, mask = Rotation.of(positions, model.config), causal_mask(segment_ids)
+        carried, further = apply(heads, trained["heads"], hidden.carried, ahead, rotation, mask)
+    return HiddenStates(hidden.main, further, carried)
 
 
 def build_model(config: Config) -> LanguageModel:

@@ -75,8 +75,8 @@ class Heads(nn.Module):
     @nn.compact
     def __call__(
         self, state: Hidden, embedded: Float[Array, "K B T D"], rotation: Rotation, mask: AttentionMask
-    ) -> HeadsHidden:
-        """Returns h^1…h^K, [K, B, T, D], for a whole packed row (no cache)."""
+    ) -> tuple[Hidden, HeadsHidden]:
+        """Returns, for a whole packed row (no cache), the state for a head K+1, and h^1…h^K, [K, B, T, D]."""
         tied = self.heads.kind == "recurrent"
         head = nn.remat(Head, prevent_cse=False) if self.config.remat else Head
         scanned = nn.scan(
@@ -88,5 +88,5 @@ class Heads(nn.Module):
             length=self.heads.num_heads,
             metadata_params={} if tied else {nn.PARTITION_NAME: "heads"},
         )(self.config, self.heads.pass_normed, name="head")
-        _, (normed_KxBxTxD, _) = scanned(state, embedded, None, rotation, mask, None)
-        return normed_KxBxTxD
+        state, (normed_KxBxTxD, _) = scanned(state, embedded, None, rotation, mask, None)
+        return state, normed_KxBxTxD

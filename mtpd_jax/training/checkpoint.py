@@ -7,6 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from mtpd_jax.config import Config
+from mtpd_jax.training.partition import merge
 from mtpd_jax.training.state import TrainState
 from mtpd_jax.training.workdir import Workdir
 
@@ -75,16 +76,17 @@ class Checkpointer:
         return restored["state"], restored["progress"]
 
     def restore_parameters(self, abstract: TrainState) -> Any:
-        """Restores only the parameters that are evaluated: the average if there is one.
+        """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
 
         Raises:
           ValueError: there is no checkpoint, it cannot be read, or its shapes are others.
         """
         name = "parameters" if abstract.average is None else "average"
-        wanted = {name: getattr(abstract, name)}
+        wanted = {name: getattr(abstract, name), "frozen": abstract.frozen}
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
         state = ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True)
-        return self._restore(ocp.args.Composite(state=state))["state"][name]
+        restored = self._restore(ocp.args.Composite(state=state))["state"]
+        return merge(restored[name], restored["frozen"])
 
     def _restore(self, items: ocp.args.Composite) -> Any:
         step = self.latest_step()
@@ -98,6 +100,14 @@ class Checkpointer:
                 f"{self._path / str(step)}: not a readable checkpoint of this run ({reason[:200]}); "
                 "delete that folder to go on from the one before"
             ) from error
+
+
+def latest_step(workdir: Workdir) -> int | None:
+    """The newest complete checkpoint's step, or None; creates nothing."""
+    if not workdir.checkpoints.exists():
+        return None
+    with Checkpointer(workdir) as checkpointer:
+        return checkpointer.latest_step()
 
 
 def restored_parameters(workdir: Workdir, abstract: TrainState) -> Any:

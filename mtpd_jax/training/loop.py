@@ -180,9 +180,9 @@ class Loop:
         )
 
     def _terms(self, result: StepResult) -> dict[str, Any]:
-        objective = self._config.objective
-        with_kl = any(objective.coefficients(self._config.heads.num_heads)[1])
-        return loss_terms(result.sums, result.weights, with_kl)
+        config = self._config
+        with_kl = any(config.objective.coefficients(config.trained_heads)[1])
+        return loss_terms(result.sums, result.weights, with_kl, 1 + (config.frozen_heads or 0))
 
     def _run_evaluation(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)

@@ -34,15 +34,16 @@ def model_flops_per_token(config: Config) -> float:
     """FLOPs of one training token, counting what the model needs and not what an implementation recomputes.
 
     6 per matrix weight used, K+1 times for the unembedding, and 12 · T · N · H per block for causal attention counted
-    whole, as PaLM (arXiv 2204.02311, appendix B) does.
+    whole, as PaLM (arXiv 2204.02311, appendix B) does. A third of it is the forward pass, which is all that frozen
+    parts have; frozen heads make no logits. A head whose weights are used at every depth counts at every depth.
     """
-    model, heads = config.model, config.heads.num_heads
+    model, frozen, trained = config.model, config.frozen_heads, config.trained_heads
     attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
-    block = attention + 3 * model.width * model.mlp_width
-    projection = 2 * model.width**2
-    weights = (model.layers + heads) * block + heads * projection + (heads + 1) * model.vocabulary_size * model.width
-    scores = 12 * config.training.sequence_length * model.query_heads * model.head_size
-    return 6.0 * weights + (model.layers + heads) * scores
+    scores = 2 * config.training.sequence_length * model.query_heads * model.head_size
+    block = attention + 3 * model.width * model.mlp_width + scores
+    head, unembedding = block + 2 * model.width**2, model.vocabulary_size * model.width
+    trunk = model.layers * block + (frozen or 0) * head + unembedding
+    return (6.0 if frozen is None else 2.0) * trunk + 6.0 * trained * (head + unembedding)
 
 
 def utilisation(config: Config, tokens_per_second: float) -> float | None:

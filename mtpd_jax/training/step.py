@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.losses.objective import Objective
 from mtpd_jax.losses.terms import LossSums, zero_sums
-from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.backbone import LanguageModel, further_heads, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Array, Float, Int
 from mtpd_jax.sharding import batch_sharding, replicated, within
@@ -38,24 +38,38 @@ class StepResult:
 
 
 def loss_of_rows(
-    model: LanguageModel, objective: Objective, parameters: Any, rows: Batch, weights: Array, mesh: Mesh | None
+    model: LanguageModel,
+    objective: Objective,
+    parameters: Any,
+    frozen: Any,
+    rows: Batch,
+    weights: Array,
+    mesh: Mesh | None,
 ) -> tuple[Float[Array, ""], LossSums]:
     """Runs model and objective on [B, T] rows; returns their share of the loss and the sums behind it."""
-    hidden = apply(
-        model, parameters, rows.tokens, rows.segment_ids, rows.positions, detach_trunk=objective.detach_trunk
-    )
-    return objective.loss(hidden, unembedding_of(parameters), rows.tokens, rows.segment_ids, weights, mesh)
+    inputs = rows.tokens, rows.segment_ids, rows.positions
+    if frozen is None:
+        hidden = apply(model, parameters, *inputs, detach_trunk=objective.trunk == "detached")
+    else:
+        hidden = further_heads(model, objective.first_head - 1, parameters, frozen, *inputs)
+    unembedding = unembedding_of(parameters if frozen is None else frozen)
+    return objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, mesh)
 
 
 def gradients_of_batch(
-    model: LanguageModel, objective: Objective, parameters: Any, batch: Batch, mesh: Mesh | None = None
+    model: LanguageModel,
+    objective: Objective,
+    parameters: Any,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    frozen: Any = None,
 ) -> tuple[Float[Array, ""], LossSums, Float[Array, " J"], Any]:
-    """Loss, sums, weights and gradients of a whole [micro-batch, B, T] batch."""
+    """Loss, sums, weights and gradients, by the trained parameters, of a whole [micro-batch, B, T] batch."""
     weights = objective.count(batch.segment_ids)
 
     def of_rows(rows: Batch) -> tuple[tuple[Array, LossSums], Any]:
         def loss(parameters: Any) -> tuple[Array, LossSums]:
-            return loss_of_rows(model, objective, parameters, rows, weights, mesh)
+            return loss_of_rows(model, objective, parameters, frozen, rows, weights, mesh)
 
         return jax.value_and_grad(loss, has_aux=True)(parameters)
 
@@ -86,7 +100,9 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
-        loss, sums, weights, gradients = gradients_of_batch(model, objective, state.parameters, batch, mesh)
+        loss, sums, weights, gradients = gradients_of_batch(
+            model, objective, state.parameters, batch, mesh, state.frozen
+        )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         average = state.average
@@ -94,7 +110,7 @@ def make_step(
             average = optax.incremental_update(parameters, average, 1 - ema_decay)
         tokens = jnp.sum(batch.segment_ids != 0)
         result = StepResult(loss, sums, weights, optax.global_norm(gradients), tokens)
-        return TrainState(state.step + 1, parameters, optimizer_state, average), result
+        return TrainState(state.step + 1, parameters, optimizer_state, average, state.frozen), result
 
     return jax.jit(
         within(mesh, step),

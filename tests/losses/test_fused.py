@@ -205,13 +205,25 @@ def test_teacher_gets_no_gradient_from_the_divergence():
 def test_detached_trunk_leaves_the_unembedding_to_the_main_head():
     hidden, unembedding, targets, mask, ce_scale, kl_scale = problem()
 
-    def gradient(ce_scale, kl_scale, detach_trunk):
+    def gradient(ce_scale, kl_scale, trunk):
         arguments = hidden, unembedding, targets, mask, ce_scale, kl_scale
-        return value_and_gradients(arguments, detach_trunk=detach_trunk, chunk_rows=7)[1][1]
+        return value_and_gradients(arguments, trunk=trunk, chunk_rows=7)[1][1]
 
-    alone = gradient(ce_scale * jnp.array([1.0, 0, 0]), kl_scale * 0, False)
-    np.testing.assert_allclose(gradient(ce_scale, kl_scale, True), alone, atol=1e-7)
-    assert np.abs(np.asarray(gradient(ce_scale, kl_scale, False) - alone)).max() > 1e-4
+    alone = gradient(ce_scale * jnp.array([1.0, 0, 0]), kl_scale * 0, "trained")
+    np.testing.assert_allclose(gradient(ce_scale, kl_scale, "detached"), alone, atol=1e-7)
+    assert np.abs(np.asarray(gradient(ce_scale, kl_scale, "trained") - alone)).max() > 1e-4
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2, 1)], ids=str)
+def test_a_frozen_trunk_has_no_gradient_and_the_heads_have_theirs(shape):
+    arguments = problem()
+    mesh = shape and make_mesh(MeshConfig(*shape))
+    value, (by_hidden, by_matrix) = value_and_gradients(arguments, trunk="frozen", chunk_rows=7, mesh=mesh)
+    expected, (wanted, _) = value_and_gradients(arguments, chunk_rows=7)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    assert_trees_close(by_hidden[1:], wanted[1:], 1e-6)
+    assert np.any(np.asarray(wanted[0]) != 0)
+    assert not np.any(np.asarray(by_hidden[0])) and not np.any(np.asarray(by_matrix))
 
 
 def test_sums_are_reported_without_gradient():

@@ -16,8 +16,14 @@ def test_rows_are_aligned_by_target():
     segment_ids = np.array([[1, 1, 1, 1, 2, 2, 2, 0]])
     tokens = np.arange(10, 18)[None]
     states = np.arange(3)[:, None, None, None] * 100 + np.arange(8)[None, None, :, None] + 0.0
-    hidden = HiddenStates(jnp.asarray(states[0], jnp.float32), jnp.asarray(states[1:], jnp.float32))
+    hidden = HiddenStates(
+        jnp.asarray(states[0], jnp.float32), jnp.asarray(states[1:], jnp.float32), jnp.zeros((1, 8, 1))
+    )
     rows = align(hidden, jnp.asarray(tokens), jnp.asarray(segment_ids))
+    # With the first head left out, the others' rows are the same.
+    later = align(hidden.replace(heads=hidden.heads[1:]), jnp.asarray(tokens), jnp.asarray(segment_ids), first_head=2)
+    for name in ("hidden", "mask"):
+        np.testing.assert_array_equal(getattr(later, name), np.delete(getattr(rows, name), 1, axis=0))
     for j in range(8):
         for k in range(3):
             inside = j - k >= 0 and j + 1 < 8
@@ -35,7 +41,7 @@ def test_weights_count_supervised_tokens(config):
     # A document of n tokens has n-1-k targets for head k.
     expected = [8 * sum(max(0, n - 1 - k) for n in (11, 4, 9, 1)) for k in range(3)]
     assert weights.tolist() == expected
-    assert supervision_mask(jnp.zeros((2, 8), int), 2).sum() == 0
+    assert supervision_mask(jnp.zeros((2, 8), int), 1, 2).sum() == 0
 
 
 def independent_ce_step(model, parameters, batch, alpha):

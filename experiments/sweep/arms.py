@@ -1,0 +1,96 @@
+"""The rows of one variant, one per seed, read as figures."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.sweep.runner import Row
+from experiments.sweep.statistics import Counts, difference
+from mtpd_jax.evaluation.acceptance import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A variant's finished runs; every figure is taken from the counts in their rows.
+
+    Attributes:
+      name: of the variant.
+      rows: one per seed, in the order of seeds.
+    """
+
+    name: str
+    rows: Sequence[Row]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the rows."""
+        return [row["seed"] for row in self.rows]
+
+    @property
+    def heads(self) -> int:
+        """Heads that the model has."""
+        return len(self.rows[0]["text"]["heads"])
+
+    def mean(self, field: str) -> float:
+        """A number of the rows, such as ``seconds``: its mean over seeds."""
+        return float(np.mean([row[field] for row in self.rows]))
+
+    def main_ce(self) -> Counts:
+        """Cross entropy of the main head on the held-out texts, nats per token."""
+        return Counts.ratio(self._text("nats"), self._text("weight"))
+
+    def agreement(self, head: int) -> Counts:
+        """Teacher-forced agreement with the main head on the held-out texts."""
+        return Counts.ratio(*([row["text"]["heads"][head - 1][name] for row in self.rows] for name in _AGREED))
+
+    def agreement_on_output(self, mode: str, head: int) -> Counts:
+        """Teacher-forced agreement on what plain decoding wrote."""
+        found = [row["decoding"][mode] for row in self.rows]
+        return Counts.ratio(*([part[name][head - 1] for part in found] for name in ("agreed", "counted")))
+
+    def conditional(self, mode: str, heads: int, head: int) -> Counts:
+        """Conditional acceptance of a head when decoding with ``heads`` of them."""
+        found = self._decoded(mode, heads)
+        return Counts.ratio(*([part[name][head - 1] for part in found] for name in ("accepted", "tried")))
+
+    def cumulative(self, mode: str, heads: int, head: int) -> Counts:
+        """Cumulative acceptance of heads 1 to ``head``."""
+        factors = [self.conditional(mode, heads, k) for k in range(1, head + 1)]
+        product = factors[0]
+        for factor in factors[1:]:
+            product = product * factor
+        return product
+
+    def tokens_per_pass(self, mode: str, heads: int) -> Counts:
+        """Tokens per verification pass, the bonus token included, the one from prefill not."""
+        found = self._decoded(mode, heads)
+        return Counts.ratio([[count - 1 for count in part["tokens"]] for part in found], [p["passes"] for p in found])
+
+    def speed_over(self, mode: str, heads: int, baseline: int) -> Counts:
+        """Tokens per second over those of another number of heads of the same model; 0 is plain decoding."""
+        fast, slow = self._decoded(mode, heads), self._decoded(mode, baseline)
+        return Counts.ratio([p["tokens"] for p in fast], [p["seconds"] for p in fast]) * Counts.ratio(
+            [p["seconds"] for p in slow], [p["tokens"] for p in slow]
+        )
+
+    def decodes(self, heads: int) -> bool:
+        """Whether decoding with that many heads was measured."""
+        return str(heads) in self.rows[0]["decoding"]["greedy"]
+
+    def _decoded(self, mode: str, heads: int) -> list[dict[str, Any]]:
+        return [row["decoding"][mode][str(heads)] for row in self.rows]
+
+    def _text(self, name: str) -> list[list[float]]:
+        return [row["text"][name] for row in self.rows]
+
+
+_AGREED = ("agreed", "weight")
+
+
+def gain(arm: Arm, base: Arm, figure: Callable[[Arm], Counts]) -> tuple[Interval, list[float]]:
+    """How much larger an arm's figure is than the base's, over the seeds that both have; and the same per seed."""
+    seeds = [seed for seed in arm.seeds if seed in base.seeds]
+    paired = [Arm(one.name, [row for row in one.rows if row["seed"] in seeds]) for one in (arm, base)]
+    return difference(figure(paired[0]), figure(paired[1]))

@@ -1,0 +1,124 @@
+"""A sweep's results as a document: Markdown tables, the same in the terminal, and a figure beside them."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.markdown
+
+from experiments.bench.common import curves
+from experiments.sweep.arms import Arm
+from experiments.sweep.runs import code_version
+from mtpd_jax.evaluation.acceptance import Interval
+from mtpd_jax.evaluation.report import number
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table with what has to be said of it.
+
+    Attributes:
+      title: above it.
+      columns: their names.
+      rows: one cell per column.
+      note: below it.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        body = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        return f"## {self.title}\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What an experiment found.
+
+    Attributes:
+      title, text: heading, and what stands below it.
+      tables: in order.
+      panels: of the figure; see ``bench.common.curves``.
+    """
+
+    title: str
+    text: str
+    tables: Sequence[Table]
+    panels: Sequence[Mapping[str, Any]]
+
+
+def share(interval: Interval) -> str:
+    """A share in per cent with its interval: 67.3 (65.1 to 69.4)."""
+    return with_interval(interval, 100, 1)
+
+
+def points(interval: Interval) -> str:
+    """A difference of shares in points, with its sign and interval."""
+    return with_interval(interval, 100, 1, signed=True)
+
+
+def with_interval(interval: Interval, factor: float = 1.0, digits: int = 2, signed: bool = False) -> str:
+    """A figure and its interval in brackets."""
+
+    def text(value: float | None) -> str:
+        shown = number(None if value is None else factor * value, digits)
+        return f"+{shown}" if signed and value is not None and value >= 0 else shown
+
+    if interval.low is None or interval.mean is None:
+        return text(interval.mean)
+    return f"{text(interval.mean)} ({text(interval.low)} to {text(interval.high)})"
+
+
+def per_seed(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:
+    """One signed number per seed."""
+    return ", ".join(f"{factor * value:+.{digits}f}" for value in values)
+
+
+def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: str) -> None:
+    """Prints the report and writes it to ``path``, with the figure as a .png of the same name.
+
+    Args:
+      report: what was found.
+      arms: what it was found from; the provenance table is made of their rows.
+      path: the Markdown file.
+      command: that makes it.
+    """
+    parts = [f"# {report.title}", f"`{command}` wrote this page from `{path.stem}.jsonl` beside it.", report.text]
+    parts += [table.markdown() for table in report.tables]
+    if report.panels:
+        curves(str(path.with_suffix(".png")), [dict(panel) for panel in report.panels])
+        parts.append(f"![{report.title}]({path.stem}.png)")
+    parts.append(_provenance(arms).markdown())
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
+    path.write_text(text)
+    rich.console.Console().print(rich.markdown.Markdown(text))
+
+
+def _provenance(arms: Mapping[str, Arm]) -> Table:
+    """Seeds, steps, tokens and time of every variant, and versions below."""
+    rows = [
+        [
+            name, " ".join(map(str, arm.seeds)), f"{arm.mean('steps'):,.0f}", f"{arm.mean('tokens'):,.0f}",
+            f"{arm.mean('parameters'):,.0f}", f"{arm.mean('seconds') / 60:.1f}",
+        ]
+        for name, arm in arms.items()
+    ]  # fmt: skip
+    found = [row for arm in arms.values() for row in arm.rows]
+    codes = sorted({row["code"] for row in found})
+    machines = sorted({_machine(row["environment"]) for row in found})
+    now = "" if codes == [code_version()] else f" (now: {code_version()})"
+    note = f"Code version {', '.join(codes)}{now}. {'; '.join(machines)}."
+    return Table("Runs", ["variant", "seeds", "steps", "tokens", "parameters", "minutes per run"], rows, note)
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    device = f"{environment['devices']} x {environment['device']}, {environment['cpu_cores']} CPU cores"
+    return f"{device}, Python {environment['python']}, {packages}"

@@ -1,0 +1,125 @@
+"""Running a sweep: every run once, resumed where it stopped, its row appended when it is finished."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import rich.console
+
+from experiments.bench.common import environment
+from experiments.sweep.measure import measure
+from experiments.sweep.runs import Run, code_version
+from mtpd_jax import train
+
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
+
+Row = dict[str, Any]
+
+
+def read_rows(path: pathlib.Path) -> list[Row]:
+    """The rows of a JSON-lines file; a last line that a killed process left unfinished is not one.
+
+    Raises:
+      ValueError: another line is no JSON.
+    """
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+    try:
+        return [json.loads(line) for line in whole]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not a file of JSON lines ({error}); restore it from the last commit") from error
+
+
+def append_row(path: pathlib.Path, row: Row) -> None:
+    """Adds a row behind the whole ones, on disk before this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Sweep:
+    """The runs of one experiment at one scale, and their rows in ``<results>/<scale>/<name>.jsonl``.
+
+    A run counts as finished when its row, known by configuration, seed and code version, stands in this experiment's
+    file. Where it stands in another experiment's at the same scale, it is taken over from there.
+    """
+
+    def __init__(self, name: str, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path = RESULTS):
+        """``root`` is the folder that runs are trained in, ``results`` that of the rows."""
+        self._runs, self._root = runs, root
+        self._path = results / runs[0].scale.name / f"{name}.jsonl"
+        self._code = code_version()
+        self._console = rich.console.Console(stderr=True, highlight=False)
+
+    def run(self) -> None:
+        """Trains and measures what is not finished.
+
+        Raises:
+          ValueError: a config that cannot be run; raised before anything is.
+          SystemExit: asked to stop; started again, the sweep goes on where it was.
+        """
+        for run in self._runs:
+            run.config(self._root)
+        open_runs = [run for run in self._runs if not self._finished(run)]
+        self._say(f"{len(self._runs) - len(open_runs)} of {len(self._runs)} runs are finished; rows: {self._path}")
+        begin = time.monotonic()
+        for number, run in enumerate(open_runs):
+            per_run = (time.monotonic() - begin) / number if number else 0.0
+            left = f", about {per_run * (len(open_runs) - number) / 60:.0f} min left" if number else ""
+            self._say(f"[{number + 1}/{len(open_runs)}] {run.variant.name}, seed {run.seed}{left}")
+            seconds = self._train(run)
+            measured = {"seconds": seconds, **measure(str(run.workdir(self._root)), run.heads(), run.scale)}
+            row = {**self._name(run), "variant": run.variant.name, **measured, "environment": environment()}
+            append_row(self._path, row)
+            jax.clear_caches()  # programs of one run are of no use to the next
+
+    def _train(self, run: Run) -> float:
+        """Trains a run, and first what it starts from; one process at a time, because sweeps share runs.
+
+        Returns:
+          Seconds of training, compilation and evaluation included, over all calls.
+        """
+        if run.start is not None:
+            self._train(run.start)
+        workdir = run.workdir(self._root)
+        with _locked(workdir.with_suffix(".lock")):
+            result = train.run(run.config(self._root), str(workdir))
+        if not result.finished:
+            raise SystemExit(128 + (result.signal or 0))
+        return result.seconds
+
+    def _finished(self, run: Run) -> bool:
+        name = self._name(run)
+        # This experiment's own file first.
+        for path in (self._path, *sorted(self._path.parent.glob("*.jsonl"))):
+            for row in read_rows(path):
+                if all(row.get(field) == value for field, value in name.items()):
+                    if path != self._path:
+                        append_row(self._path, {**row, "variant": run.variant.name})
+                    return True
+        return False
+
+    def _name(self, run: Run) -> Row:
+        return {"config": run.key(), "seed": run.seed, "code": self._code}
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

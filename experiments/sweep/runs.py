@@ -1,0 +1,105 @@
+"""What a sweep runs: variants as config diffs, and the keys by which their runs and rows are known."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import mtpd_jax
+from experiments.sweep.scale import Scale
+from mtpd_jax.config import Config
+
+# They decide where and how often a run writes, not what it learns.
+_LEFT_OUT = ("mesh", "checkpoint", "logging", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One arm of an experiment.
+
+    Attributes:
+      name: its name in tables and in ``--only``.
+      diff: ``section.field`` -> value, over the scale's base config.
+      start: the variant whose heads are extended; None: trained from nothing.
+      decode: numbers of heads to decode with, beside none, one, and all that it has.
+    """
+
+    name: str
+    diff: Mapping[str, Any]
+    start: "Variant | None" = None
+    decode: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A variant with a seed at a scale."""
+
+    variant: Variant
+    seed: int
+    scale: Scale
+
+    @property
+    def start(self) -> "Run | None":
+        """The run that this one starts from."""
+        return None if self.variant.start is None else Run(self.variant.start, self.seed, self.scale)
+
+    def config(self, root: pathlib.Path) -> Config:
+        """The config to train with; ``root`` is the folder that all runs lie in.
+
+        Raises:
+          ValueError: a diff names no field, or its value is out of range.
+        """
+        tree = self.scale.base()
+        diff = {"training.seed": self.seed, **self.variant.diff}
+        if self.start is not None:
+            diff |= {"objective.mode": "loop", "init.workdir": str(self.start.workdir(root))}
+        tree.update_from_flattened_dict(diff)
+        return Config.build(tree.to_dict())
+
+    def training_key(self) -> str:
+        """A hash of everything that decides what is learned, but for the seed."""
+        tree = self.config(pathlib.Path()).to_dict()
+        del tree["training"]["seed"], tree["init"]
+        trained = {name: fields for name, fields in tree.items() if name not in _LEFT_OUT}
+        return _digest([trained, None if self.start is None else self.start.training_key()])
+
+    def key(self) -> str:
+        """A hash of what is learned and how it is measured: with seed and code version, the name of a row."""
+        scale = self.scale
+        return _digest([self.training_key(), self.heads(), scale.texts, scale.prompt_tokens, scale.new_tokens])
+
+    def heads(self) -> list[int]:
+        """Numbers of heads to decode with."""
+        most = self.config(pathlib.Path()).heads.num_heads
+        return sorted({0, most, *([1] if most else []), *self.variant.decode})
+
+    def workdir(self, root: pathlib.Path) -> pathlib.Path:
+        """Where it is trained. Variants of several experiments that learn the same share it."""
+        return root / f"{self.training_key()}-seed{self.seed}"
+
+
+def code_version() -> str:
+    """A hash of the code that decides results: of its syntax, so that comments, docstrings and layout are free."""
+    package, here = pathlib.Path(mtpd_jax.__path__[0]), pathlib.Path(__file__).parent
+    files = [path for path in package.rglob("*.py") if path.parent != package]
+    files += [package / name for name in ("config.py", "sharding.py", "shapes.py")] + [here / "measure.py"]
+    return _digest([ast.unparse(_without_docstrings(ast.parse(path.read_text()))) for path in sorted(files)])
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and ast.get_docstring(_documented(node)) is not None:
+            node.body = body[1:] or [ast.Pass()]  # pyright: ignore[reportAttributeAccessIssue]
+    return tree
+
+
+def _documented(node: ast.AST) -> Any:
+    return node if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else ast.Module([], [])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,37 @@
+"""How large the experiments are: the same variants, as diffs from the base config of a scale."""
+
+import dataclasses
+from collections.abc import Callable
+
+import ml_collections
+
+from configs import cpu, gpu, mtpd_2b
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A size of experiment.
+
+    Attributes:
+      name: as ``--scale`` takes it.
+      base: makes the config that variants are diffs from.
+      loop_steps: optimizer steps of one looped extension.
+      texts: held-out texts that every run is scored and prompted with.
+      prompt_tokens: tokens of a text that are its prompt.
+      new_tokens: tokens decoded after it.
+    """
+
+    name: str
+    base: Callable[[], ml_collections.ConfigDict]
+    loop_steps: int
+    texts: int = 40
+    prompt_tokens: int = 64
+    new_tokens: int = 128
+
+
+SCALES = {
+    "cpu": Scale("cpu", cpu.get_config, loop_steps=150),
+    "gpu": Scale("gpu", gpu.get_config, loop_steps=375, texts=128),
+    # 350B tokens in joint training, 70B in looped extension from 4 to 16 heads (MTP-D §4).
+    "paper": Scale("paper", mtpd_2b.get_config, loop_steps=8_350, texts=512),
+}

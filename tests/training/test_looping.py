@@ -1,0 +1,234 @@
+"""Looped extension: what is copied, what is frozen, what it costs, and what it refuses."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mtpd_jax import generate, train
+from mtpd_jax.config import MeshConfig
+from mtpd_jax.losses.objective import training_objective
+from mtpd_jax.model.backbone import build_model, further_heads
+from mtpd_jax.model.layers import apply
+from mtpd_jax.sharding import make_mesh, within
+from mtpd_jax.training.checkpoint import restored_parameters
+from mtpd_jax.training.metrics import model_flops_per_token
+from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.partition import extend_heads, merge, split
+from mtpd_jax.training.state import abstract_state, initial_state
+from mtpd_jax.training.step import gradients_of_batch
+from mtpd_jax.training.workdir import open_workdir
+from tests.builders import assert_trees_close, model_and_parameters, packed_batch, replace, tiny_config
+from tests.training.test_run import assert_bitwise, lines, restored, stop_after
+
+
+def looped_config(heads=5, frozen=2, **overrides):
+    return tiny_config(
+        objective__mode="loop", init__workdir="elsewhere", init__num_heads=frozen, heads__num_heads=heads, **overrides
+    )
+
+
+@pytest.fixture(scope="module")
+def base_config(text_file):
+    return tiny_config(data__source="text", data__paths=(text_file,), optimizer__ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def base(base_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("loops") / "base"
+    train.run(base_config, str(workdir))
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def loop_config(base, base_config):
+    return replace(base_config, objective__mode="loop", init__workdir=str(base), heads__num_heads=5)
+
+
+@pytest.fixture(scope="module")
+def extended(loop_config, tmp_path_factory):
+    """Two heads extended to five."""
+    workdir = tmp_path_factory.mktemp("loops") / "extended"
+    assert train.run(loop_config, str(workdir)).finished
+    return workdir
+
+
+def evaluated(workdir):
+    config = open_workdir(str(workdir)).read_config()
+    mesh = make_mesh(config.mesh)
+    abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
+    return jax.device_get(restored_parameters(open_workdir(str(workdir)), abstract))
+
+
+@pytest.mark.parametrize(("heads", "wanted"), [(1, 8), (4, 8), (3, 7)])
+def test_new_heads_are_copies_in_turn(heads, wanted):
+    _, parameters = model_and_parameters(tiny_config(heads__num_heads=heads))
+    copied = extend_heads(parameters, wanted)
+    for old, new in zip(jax.tree.leaves(parameters["heads"]), jax.tree.leaves(copied["heads"]), strict=True):
+        assert new.shape[0] == wanted
+        for j in range(1, wanted + 1):
+            np.testing.assert_array_equal(new[j - 1], old[(j - 1) % heads])
+    assert_bitwise({**copied, "heads": 0}, {**parameters, "heads": 0})
+
+
+def test_split_and_merge_are_inverse():
+    _, parameters = model_and_parameters(tiny_config(heads__num_heads=5))
+    trained, frozen = split(parameters, 2)
+    assert set(trained) == {"heads"} and jax.tree.leaves(trained)[0].shape[0] == 3
+    assert_bitwise(merge(trained, frozen), parameters)
+    assert split(parameters, None) == (parameters, None) and merge(parameters, None) is parameters
+
+
+@pytest.mark.parametrize("pass_normed", [True, False])
+def test_two_parts_are_the_whole_model(pass_normed):
+    config = looped_config(heads__pass_normed=pass_normed)
+    model, parameters = model_and_parameters(config)
+    rows = jax.tree.map(lambda array: array[0], packed_batch(config))
+    inputs = rows.tokens, rows.segment_ids, rows.positions
+    whole = apply(model, parameters, *inputs)
+    parts = further_heads(model, 2, *split(parameters, 2), *inputs)
+    assert_trees_close((parts.main, parts.heads, parts.carried), (whole.main, whole.heads[2:], whole.carried), 1e-6)
+
+
+def gradients(config, parameters, frozen, batch, mesh=None):
+    model, objective = build_model(config), training_objective(config)
+
+    def compute(parameters, frozen):
+        return gradients_of_batch(model, objective, parameters, batch, mesh, frozen)
+
+    return jax.jit(within(mesh, compute) if mesh else compute)(parameters, frozen)
+
+
+@pytest.mark.parametrize("kl", ["forward", "lk"])
+@pytest.mark.parametrize("shape", [None, (2, 2, 2, 1)], ids=str)
+def test_new_heads_have_the_gradient_of_joint_training(shape, kl):
+    """The same terms in a joint objective whose other coefficients are zero; there, all heads are differentiated."""
+    config = looped_config(objective__kl=kl, objective__alpha=(0.1, 0.2, 0.3), objective__beta=(0.5, 0.6, 0.7))
+    joint = tiny_config(
+        heads__num_heads=5, objective__kl=kl, objective__alpha=(0.0, 0.0, 0.1, 0.2, 0.3),
+        objective__beta=(0.0, 0.0, 0.5, 0.6, 0.7),
+    )  # fmt: skip
+    _, parameters = model_and_parameters(config)
+    batch = packed_batch(config)
+    mesh = shape and make_mesh(MeshConfig(*shape))
+    loss, sums, weights, found = gradients(config, *split(parameters, 2), batch, mesh)
+    whole = gradients(joint, parameters, None, batch)
+    assert_trees_close(found["heads"], jax.tree.map(lambda stacked: stacked[2:], whole[3]["heads"]), 1e-5)
+    assert_trees_close((sums.ce[1:], sums.kl, weights[1:]), (whole[1].ce[3:], whole[1].kl[2:], whole[2][3:]), 1e-5)
+    main = float(whole[1].ce[0] / whole[2][0])  # constant, and so no part of what is minimised
+    assert float(loss) == pytest.approx(float(whole[0]) - main, rel=1e-4)
+
+
+def test_the_backward_pass_does_not_enter_what_is_frozen():
+    """FLOPs of the compiled gradients; one layer and one head of each kind, because a loop's body is counted once."""
+    large = {"model__layers": 1, "model__width": 64, "model__mlp_width": 256, "model__vocabulary_size": 512}
+    loop = looped_config(heads=2, frozen=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
+    joint = tiny_config(heads__num_heads=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
+
+    def flops(config):
+        _, parameters = model_and_parameters(config)
+        batch = packed_batch(config)
+        model, objective = build_model(config), training_objective(config)
+
+        def compute(trained, frozen):
+            return gradients_of_batch(model, objective, trained, batch, None, frozen)[3]
+
+        compiled = jax.jit(compute).lower(*split(parameters, config.frozen_heads)).compile()
+        return compiled.cost_analysis()["flops"] / batch.tokens.size
+
+    # What the model needs: 6 per weight that is trained, 2 per weight that is not.
+    for config in (joint, loop):
+        assert 0.9 < flops(config) / model_flops_per_token(config) < 1.2
+    everything_trained = dataclasses.replace(loop, objective=joint.objective, init=joint.init)
+    assert model_flops_per_token(loop) < 0.6 * model_flops_per_token(everything_trained)
+
+
+def test_a_run_changes_new_heads_only(base, extended, loop_config):
+    before, after = evaluated(base), evaluated(extended)
+    copied = extend_heads(before, 5)
+    assert_bitwise({**after, "heads": 0}, {**before, "heads": 0})
+    for found, start in zip(jax.tree.leaves(after["heads"]), jax.tree.leaves(copied["heads"]), strict=True):
+        np.testing.assert_array_equal(found[:2], start[:2])
+        assert all(np.any(found[head] != start[head]) for head in range(2, 5))
+    config = open_workdir(str(extended)).read_config()
+    state, _ = restored(extended, config)
+    new_heads = sum(leaf[2:].size for leaf in jax.tree.leaves(copied["heads"]))
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * new_heads  # Adam's two, of nothing else
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.average)) == new_heads
+    training, evaluation = lines(extended)[0], lines(extended)[-1]
+    assert "head_3/kl" in training and "head_1/kl" not in training
+    assert "eval/head_1/kl" in evaluation and "eval/head_5/kl" in evaluation
+    assert (extended / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
+
+
+def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, loop_config, tmp_path, monkeypatch):
+    """5 to 7 heads, stopped on the way, gone on with after the run that it began from is gone: the same bits."""
+    source = shutil.copytree(extended, tmp_path / "source")
+    config = replace(loop_config, init__workdir=str(source), heads__num_heads=7)
+    assert train.run(config, str(tmp_path / "whole")).finished
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        assert train.run(config, str(stopped)).step == 10
+    shutil.rmtree(source)
+    assert train.run(config, str(stopped)).finished
+    resolved = open_workdir(str(stopped)).read_config()
+    assert resolved.init.num_heads == 5
+    assert_bitwise(restored(stopped, resolved)[0], restored(tmp_path / "whole", resolved)[0])
+    assert_bitwise(evaluated(tmp_path / "whole")["embedding"], evaluated(extended)["embedding"])
+
+
+def test_an_extended_run_decodes_as_plainly(extended):
+    found = generate.run(str(extended), ["the cat sat"], max_new_tokens=12, compare=True)[0]
+    assert found.identical
+    assert len(found.acceptance.conditional) == 5
+
+
+def test_a_new_state_is_the_copy(base, loop_config):
+    """Before the first step, the state is that of the training-free loop."""
+    config = replace(loop_config, init__num_heads=2)
+    mesh = make_mesh(config.mesh)
+    state = initial_state(build_model(config), make_optimizer(config), config, mesh, evaluated(base))
+    assert_bitwise(jax.device_get(state.evaluated), extend_heads(evaluated(base), 5))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"heads__num_heads": 2}, ["heads.num_heads = 2", "more than the 2 heads"]),
+        ({"init__num_heads": 3}, ["init.num_heads = 3", "has 2"]),
+        ({"model__width": 48}, ["model.width = 48", "has 32"]),
+        ({"heads__pass_normed": False}, ["heads.pass_normed = False", "has True"]),
+        ({"init__workdir": "/nowhere"}, ["/nowhere", "holds no run"]),
+        ({"heads__kind": "recurrent"}, ["heads.kind", "cascade"]),
+        ({"objective__detach_teacher": False}, ["objective.detach_teacher"]),
+        ({"init__workdir": ""}, ["init.workdir", "the run to extend"]),
+        ({"objective__mode": "joint"}, ["init.workdir", "objective.mode = 'joint'"]),
+        ({"objective__alpha": (0.1, 0.1)}, ["objective.alpha", "3 (the heads that are trained)"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_created(loop_config, tmp_path, overrides, words):
+    tree = loop_config.to_dict()
+    for name, value in overrides.items():
+        section, field = name.split("__")
+        tree[section][field] = value
+    with pytest.raises(ValueError) as raised:
+        train.run(type(loop_config).build(tree), str(tmp_path / "new"))
+    assert all(word in str(raised.value) for word in words), raised.value
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_without_a_checkpoint_cannot_be_extended(base, loop_config, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(base / name, empty / name)
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        train.run(replace(loop_config, init__workdir=str(empty)), str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    assert json.loads((empty / "config.json").read_text())["heads"]["num_heads"] == 2
