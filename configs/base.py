@@ -52,9 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init.num_heads = config_dict.placeholder(int)  # loop: that run's heads; None: read from it, and recorded
 
     config.objective = ml_collections.ConfigDict()
-    config.objective.mode = (
-        "joint"  # joint: backbone and heads together, from nothing | loop: more heads on a trained run
-    )
+    config.objective.mode = "joint"  # joint: backbone and heads together | loop: more heads for a trained run
     config.objective.alpha = config_dict.placeholder(
         object
     )  # CE weight, a number or one per trained head; None: 0.3 / trained heads

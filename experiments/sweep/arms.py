@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.sweep.runner import Row
-from experiments.sweep.statistics import Counts, difference
+from experiments.sweep.statistics import Counts, difference, mean_of
 from mtpd_jax.evaluation.acceptance import Interval
 
 
@@ -43,17 +43,18 @@ class Arm:
 
     def agreement(self, head: int) -> Counts:
         """Teacher-forced agreement with the main head on the held-out texts."""
-        return Counts.ratio(*([row["text"]["heads"][head - 1][name] for row in self.rows] for name in _AGREED))
+        found = [row["text"]["heads"][head - 1] for row in self.rows]
+        return Counts.ratio([part["agreed"] for part in found], [part["weight"] for part in found])
 
     def agreement_on_output(self, mode: str, head: int) -> Counts:
         """Teacher-forced agreement on what plain decoding wrote."""
         found = [row["decoding"][mode] for row in self.rows]
-        return Counts.ratio(*([part[name][head - 1] for part in found] for name in ("agreed", "counted")))
+        return Counts.ratio([part["agreed"][head - 1] for part in found], [part["counted"][head - 1] for part in found])
 
     def conditional(self, mode: str, heads: int, head: int) -> Counts:
         """Conditional acceptance of a head when decoding with ``heads`` of them."""
         found = self._decoded(mode, heads)
-        return Counts.ratio(*([part[name][head - 1] for part in found] for name in ("accepted", "tried")))
+        return Counts.ratio([part["accepted"][head - 1] for part in found], [part["tried"][head - 1] for part in found])
 
     def cumulative(self, mode: str, heads: int, head: int) -> Counts:
         """Cumulative acceptance of heads 1 to ``head``."""
@@ -86,11 +87,20 @@ class Arm:
         return [row["text"][name] for row in self.rows]
 
 
-_AGREED = ("agreed", "weight")
-
-
 def gain(arm: Arm, base: Arm, figure: Callable[[Arm], Counts]) -> tuple[Interval, list[float]]:
     """How much larger an arm's figure is than the base's, over the seeds that both have; and the same per seed."""
-    seeds = [seed for seed in arm.seeds if seed in base.seeds]
-    paired = [Arm(one.name, [row for row in one.rows if row["seed"] in seeds]) for one in (arm, base)]
-    return difference(figure(paired[0]), figure(paired[1]))
+    arm, base = in_common(arm, base)
+    return difference(figure(arm), figure(base))
+
+
+def times(arm: Arm, base: Arm, figure: Callable[[Arm], Counts]) -> Interval:
+    """How many times the base's figure an arm's is, over the seeds that both have."""
+    arm, base = in_common(arm, base)
+    return mean_of(figure(arm) * figure(base).inverse())
+
+
+def in_common(arm: Arm, base: Arm) -> tuple[Arm, Arm]:
+    """Both with the seeds only that both have."""
+    seeds = set(arm.seeds) & set(base.seeds)
+    first, second = (Arm(one.name, [row for row in one.rows if row["seed"] in seeds]) for one in (arm, base))
+    return first, second

@@ -1,6 +1,7 @@
 """The command line of an experiment: run what is missing, then write tables and figure from the rows."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -96,7 +97,7 @@ def main(experiment: Experiment, description: str | None) -> int:
             raise ValueError("--workdir is missing: where to write the configs")
         write_configs(experiment.name, experiment.variants(scale), scale, root)
         return 0
-    if root is not None and jax.config.jax_compilation_cache_dir is None:  # runs share most of their programs
+    if root is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # runs share most of their programs
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     run(experiment, scale, root, flags.only, flags.seeds)
     return 0

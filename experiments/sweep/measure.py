@@ -83,7 +83,7 @@ def _curve(workdir: str) -> list[dict[str, Any]]:
     lines = map(json.loads, (open_workdir(workdir).path / "metrics.jsonl").read_text().splitlines())
     wanted = ("main/ce", "agreement")
     return [
-        {name: value for name, value in line.items() if name == "step" or name.endswith(wanted) and "eval/" in name}
+        {name: value for name, value in line.items() if name == "step" or (name.endswith(wanted) and "eval/" in name)}
         for line in lines
         if "eval/main/ce" in line
     ]

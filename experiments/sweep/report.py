@@ -76,6 +76,22 @@ def with_interval(interval: Interval, factor: float = 1.0, digits: int = 2, sign
     return f"{text(interval.mean)} ({text(interval.low)} to {text(interval.high)})"
 
 
+def verdict(gained: Interval) -> str:
+    """Whether a claimed gain is there: its interval lies above zero, below it, or does not decide."""
+    if gained.low is None or gained.high is None:
+        return "undecided"
+    return "yes" if gained.low > 0 else "no" if gained.high < 0 else "undecided"
+
+
+def line(points: Mapping[Any, Interval], factor: float = 1.0) -> list[tuple[float, ...]]:
+    """A line of a figure with its interval, from x -> figure; what is not defined is left out."""
+    return [
+        (x, *(factor * end for end in (found.mean, found.low, found.high)))
+        for x, found in points.items()
+        if found.mean is not None and found.low is not None and found.high is not None
+    ]
+
+
 def per_seed(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:
     """One signed number per seed."""
     return ", ".join(f"{factor * value:+.{digits}f}" for value in values)

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-
-import ml_collections
+from typing import Any
 
 from configs import cpu, gpu, mtpd_2b
+from mtpd_jax.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Scale:
 
     Attributes:
       name: as ``--scale`` takes it.
-      base: makes the config that variants are diffs from.
+      base: makes the config tree that variants are diffs from.
       loop_steps: optimizer steps of one looped extension.
       texts: held-out texts that every run is scored and prompted with.
       prompt_tokens: tokens of a text that are its prompt.
@@ -22,11 +22,16 @@ class Scale:
     """
 
     name: str
-    base: Callable[[], ml_collections.ConfigDict]
+    base: Callable[[], Any]
     loop_steps: int
     texts: int = 40
     prompt_tokens: int = 64
     new_tokens: int = 128
+
+    @property
+    def config(self) -> Config:
+        """The base config."""
+        return Config.build(self.base().to_dict())
 
 
 SCALES = {

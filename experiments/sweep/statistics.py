@@ -32,6 +32,10 @@ class Counts:
             np.concatenate([self.numerators, other.numerators]), np.concatenate([self.denominators, other.denominators])
         )
 
+    def inverse(self) -> "Counts":
+        """One over the figure."""
+        return Counts(self.denominators, self.numerators)
+
     def of_seeds(self) -> np.ndarray:
         """The figure of every seed, [S]."""
         return self._figures(self.numerators.sum(-1), self.denominators.sum(-1))
@@ -57,7 +61,7 @@ class Counts:
             return np.prod(numerators, axis=0) / np.prod(denominators, axis=0)
 
 
-def figure(counts: Counts) -> Interval:
+def mean_of(counts: Counts) -> Interval:
     """The mean over seeds, and its 95 % interval over seeds and texts."""
     return _interval(counts.of_seeds(), counts.resampled(*_draws(counts)))
 

@@ -18,8 +18,8 @@ from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.shapes import Array, Bool, Float, Int
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
 
-# What the unembedding, and with it the main head's states, get a gradient from: all terms; the main head's cross entropy
-# only; nothing, and then no gradient of theirs is formed.
+# What the unembedding, and with it the main head's states, get a gradient from: all terms; the main head's cross
+# entropy only; nothing, and then no gradient of theirs is formed.
 Trunk = Literal["trained", "detached", "frozen"]
 
 # A chunk of a small vocabulary: so many logits; of a large one on an accelerator so many rows of them (P x J), for the
@@ -136,7 +136,8 @@ def _backward(
     hidden_gradient, unembedding_gradient = gradients
     scale, _ = cotangents
     by_hidden = (scale * hidden_gradient).astype(hidden_gradient.dtype)
-    by_unembedding = None if problem.trunk == "frozen" else scale * unembedding_gradient
+    # A frozen unembedding has none; elsewhere it is there.
+    by_unembedding = None if problem.trunk == "frozen" else scale * unembedding_gradient  # pyright: ignore[reportOperatorIssue]
     return by_hidden, by_unembedding, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Looped extension (MTP-D §3.3): a run that starts from another one's parameters and trains more heads on top of them."""
+"""Looped extension (MTP-D §3.3): a run that starts from another one's parameters and trains more heads on top."""
 
 import dataclasses
 from typing import Any

@@ -1,0 +1,136 @@
+"""What a training step costs by number of heads: joint training, looped extension, and one recurrent head, in turn.
+
+``python -m experiments.bench.training --scale=cpu --json=FILE``: seconds, memory and FLOPs of the compiled step, and
+the FLOPs that the model needs, for the model of an experiments' scale.
+"""
+
+import statistics
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import rich.box
+import rich.console
+import rich.table
+
+from experiments.bench.common import environment, interleaved, median_ratio
+from experiments.sweep.scale import SCALES, Scale
+from mtpd_jax import frontdoor
+from mtpd_jax.config import Config
+from mtpd_jax.data.pipeline import Batch, put_on_devices
+from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.losses.objective import training_objective
+from mtpd_jax.model.backbone import build_model
+from mtpd_jax.sharding import batch_sharding, make_mesh
+from mtpd_jax.training.metrics import model_flops_per_token
+from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.state import abstract_state, state_shardings
+from mtpd_jax.training.step import make_step
+
+
+def cases(scale: Scale, heads: list[int]) -> dict[str, Config]:
+    """Configs by name: joint training with each number of heads, each doubled in a loop, the largest recurrent."""
+    changes: dict[str, dict[str, Any]] = {f"joint {count}": {"heads.num_heads": count} for count in heads}
+    for count in heads:
+        if count and 2 * count in heads:
+            changes[f"loop {count} to {2 * count}"] = {
+                "heads.num_heads": 2 * count, "objective.mode": "loop", "init.workdir": "-", "init.num_heads": count,
+            }  # fmt: skip
+    if max(heads) > 1:
+        changes[f"recurrent {max(heads)}"] = {"heads.num_heads": max(heads), "heads.kind": "recurrent"}
+    configs = {}
+    for name, change in changes.items():
+        tree = scale.base()
+        tree.update_from_flattened_dict(change)
+        configs[name] = Config.build(tree.to_dict())
+    return configs
+
+
+class CompiledStep:
+    """A step for random data, run again and again on its own state."""
+
+    def __init__(self, config: Config):
+        model, optimizer, mesh = build_model(config), make_optimizer(config), make_mesh(config.mesh)
+        abstract = abstract_state(model, optimizer, config, mesh)
+        training = config.training
+        shape = (training.micro_batches, training.batch_size // training.micro_batches, training.sequence_length)
+        tokens = np.random.default_rng(0).integers(1, config.model.vocabulary_size, shape).astype(np.int32)
+        positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+        self._batch = put_on_devices(Batch(tokens, np.ones(shape, np.int32), positions), batch_sharding(mesh))
+        step: Any = make_step(model, training_objective(config), optimizer, mesh, state_shardings(abstract))
+        self.compiled = step.lower(abstract, self._batch).compile()
+        # The step's time does not depend on the values: small ones, so that nothing overflows.
+        self._state = jax.tree.map(
+            lambda leaf: jax.device_put(np.full(leaf.shape, 0.01).astype(leaf.dtype), leaf.sharding), abstract
+        )
+        self.tokens = tokens.size
+
+    def __call__(self) -> Any:
+        self._state, result = self.compiled(self._state, self._batch)
+        return result
+
+
+def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]]:
+    """One flat row per case."""
+    configs = cases(scale, heads)
+    steps = {name: CompiledStep(config) for name, config in configs.items()}
+    seconds = interleaved(dict(steps), repeats, "training steps")
+    base = next(iter(steps))
+    rows = []
+    for name, step in steps.items():
+        memory = step.compiled.memory_analysis()
+        rows.append({
+            "case": name,
+            "heads": configs[name].heads.num_heads,
+            "frozen_heads": configs[name].frozen_heads,
+            "tokens": step.tokens,
+            "seconds": statistics.median(seconds[name]),
+            "seconds_min": min(seconds[name]),
+            "seconds_max": max(seconds[name]),
+            "over_first": median_ratio(seconds[name], seconds[base]),
+            "temp_bytes": memory.temp_size_in_bytes,
+            "state_bytes": memory.argument_size_in_bytes,
+            "model_flops": model_flops_per_token(configs[name]) * step.tokens,
+        })  # fmt: skip
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> rich.table.Table:
+    """One line per case."""
+    table = rich.table.Table(title=f"a training step of {rows[0]['tokens']:,} tokens", box=rich.box.SIMPLE_HEAD)
+    columns = ("case", "ms (range)", "tokens/s", f"x {rows[0]['case']}", "FLOPs x", "temp MB", "state MB")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["case"],
+            " ".join([number(1e3 * row["seconds"], 0),
+                      f"({1e3 * row['seconds_min']:.0f}-{1e3 * row['seconds_max']:.0f})"]),
+            number(row["tokens"] / row["seconds"], 0), number(row["over_first"]),
+            number(row["model_flops"] / rows[0]["model_flops"]), number(row["temp_bytes"] / 1e6, 0),
+            number(row["state_bytes"] / 1e6, 0),
+        )  # fmt: skip
+    return table
+
+
+def main(arguments: list[str]) -> int:
+    """Parses flags, measures, prints the table, and writes JSON."""
+    parser = frontdoor.Parser(prog="python -m experiments.bench.training", description=__doc__)
+    parser.add_argument("--scale", required=True, choices=SCALES, help="whose model, batch and length")
+    parser.add_argument("--heads", type=frontdoor.integers, default=[0, 1, 2, 4, 8, 16], help="(default: 0 to 16)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of measuring (default: 9)")
+    parser.add_argument("--json", help="write the rows here")
+    flags = parser.parse_args(arguments)
+    if min(flags.heads) < 0 or flags.repeats < 1:
+        raise ValueError(f"--heads={flags.heads} --repeats={flags.repeats}: expected heads from 0, repeats from 1 up")
+    frontdoor.check_json_path(flags.json)
+    rows = measure(SCALES[flags.scale], sorted(flags.heads), flags.repeats)
+    rich.console.Console().print(table_of(rows))
+    if flags.json:
+        write_json(flags.json, {"environment": environment(), "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(lambda: main(sys.argv[1:]))
