@@ -63,7 +63,7 @@ def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
     """Every variant, its difference from MTP-D, and the paper's claims."""
     text = (
         f"MTP-D as it stands has N = {scale.config.objective.top_n}, beta 0.5, forward KL at temperature 1, a "
-        "detached teacher. Real decoding is at temperature 1. Intervals in brackets: 95 %, paired bootstrap over seeds, "
+        "detached teacher. Decoding is at temperature 1. Intervals in brackets: 95 %, paired bootstrap over seeds, "
         "if there are several, and then held-out texts; with one seed they do not know how another would differ."
     )
     tables = [_values(arms)]

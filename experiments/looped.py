@@ -61,7 +61,7 @@ def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
         "brackets: 95 %, paired bootstrap over seeds and then held-out texts."
     )
     tables = [_trained_against_free(arms), _steps(arms), _pilot(arms), _rivals(arms), _speed(arms)]
-    return Report("Looped extension", text, [table for table in tables if table.rows], _panels(arms))
+    return Report("Looped extension", text, tables, _panels(arms))
 
 
 def _trained_against_free(arms: Mapping[str, Arm]) -> Table:

@@ -44,8 +44,8 @@ class Report:
 
     Attributes:
       title, text: heading, and what stands below it.
-      tables: in order.
-      panels: of the figure; see ``bench.common.curves``.
+      tables: in order; those without rows, for want of runs, are left out.
+      panels: of the figure, likewise; see ``bench.common.curves``.
     """
 
     title: str
@@ -107,9 +107,13 @@ def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: 
       command: that makes it.
     """
     parts = [f"# {report.title}", f"`{command}` wrote this page from `{path.stem}.jsonl` beside it.", report.text]
-    parts += [table.markdown() for table in report.tables]
-    if report.panels:
-        curves(str(path.with_suffix(".png")), [dict(panel) for panel in report.panels])
+    parts += [table.markdown() for table in report.tables if table.rows]
+    drawn = [
+        {**panel, "lines": {name: each for name, each in panel["lines"].items() if each}} for panel in report.panels
+    ]
+    drawn = [panel for panel in drawn if panel["lines"]]
+    if drawn:
+        curves(str(path.with_suffix(".png")), drawn)
         parts.append(f"![{report.title}]({path.stem}.png)")
     parts.append(_provenance(arms).markdown())
     text = "\n\n".join(part.strip() for part in parts) + "\n"

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mtpd_jax
@@ -82,11 +82,16 @@ class Run:
 
 
 def code_version() -> str:
-    """A hash of the code that decides results: of its syntax, so that comments, docstrings and layout are free."""
+    """A hash of the code that decides results: the library without its front doors, and the measuring."""
     package, here = pathlib.Path(mtpd_jax.__path__[0]), pathlib.Path(__file__).parent
     files = [path for path in package.rglob("*.py") if path.parent != package]
     files += [package / name for name in ("config.py", "sharding.py", "shapes.py")] + [here / "measure.py"]
-    return _digest([ast.unparse(_without_docstrings(ast.parse(path.read_text()))) for path in sorted(files)])
+    return version_of(sorted(files))
+
+
+def version_of(files: Sequence[pathlib.Path]) -> str:
+    """A hash of the syntax of files of Python, so that comments, docstrings and layout are free."""
+    return _digest([ast.unparse(_without_docstrings(ast.parse(path.read_text()))) for path in files])
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -1,0 +1,187 @@
+"""Sweeps: finished runs are skipped, stopped ones resumed, and the table at the end is the same."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from experiments.distillation import mtp, mtp_d
+from experiments.sweep import runs as runs_module
+from experiments.sweep.experiment import Experiment, run
+from experiments.sweep.report import Report, Table, share
+from experiments.sweep.runner import Sweep, append_row, read_rows
+from experiments.sweep.runs import Run, Variant, version_of
+from experiments.sweep.scale import Scale
+from experiments.sweep.statistics import mean_of
+from mtpd_jax import train
+from tests.builders import tiny_config
+from tests.training.test_run import stop_after
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def tiny_scale(text_file):
+    def base():
+        from configs import base
+
+        tree = base.get_config()
+        config = tiny_config(
+            data__source="text", data__paths=(text_file,), data__validation_fraction=0.4, mesh__data=1,
+            training__sequence_length=64, training__steps=12, checkpoint__every_steps=5, evaluation__every_steps=6,
+        )  # fmt: skip
+        for section, fields in config.to_dict().items():
+            tree[section].update(fields)
+        return tree
+
+    return Scale("tiny", base, loop_steps=6, texts=3, prompt_tokens=8, new_tokens=8)
+
+
+def variants(scale):
+    two = mtp_d(2)
+    loop = {"heads.num_heads": 3, "training.steps": scale.loop_steps}
+    return [mtp(2), two, Variant("loop", loop, start=two)]
+
+
+def report(arms, scale):
+    rows = [
+        [name, *(share(mean_of(figure)) for figure in (arm.agreement(1), arm.cumulative("sampled", arm.heads, 2)))]
+        for name, arm in arms.items()
+    ]
+    return Report("tiny", "", [Table("tiny", ["variant", "agreement", "cumulative"], rows)], [])
+
+
+EXPERIMENT = Experiment("tiny", variants, report, seeds=(0,))
+
+
+def untimed(path):
+    """The rows without what a clock gave, and the table."""
+    rows = read_rows(path)
+    for row in rows:
+        del row["seconds"]
+        for mode in row["decoding"].values():
+            for part in mode.values():
+                if isinstance(part, dict):
+                    del part["seconds"]
+    return rows, path.with_suffix(".md").read_text().split("## Runs")[0]
+
+
+@pytest.fixture(scope="module")
+def whole(text_file, tmp_path_factory):
+    """The sweep without interruption: its folder, and its file of rows."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder)
+    return folder, folder / "tiny" / "tiny.jsonl"
+
+
+def test_a_finished_sweep_trains_nothing(whole, text_file, monkeypatch):
+    folder, path = whole
+    before = path.read_text()
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
+    run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder)
+    assert path.read_text() == before
+    assert [row["variant"] for row in read_rows(path)] == ["mtp_2", "mtp_d_2", "loop"]
+
+
+def test_a_stopped_sweep_ends_with_the_same_table(whole, text_file, tmp_path, monkeypatch):
+    """Asked to stop in the second run, after its first checkpoint; then started again."""
+    scale = tiny_scale(text_file)
+    run(EXPERIMENT, scale, tmp_path / "runs", only=["mtp_2"], results=tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(SystemExit) as ended:
+            run(EXPERIMENT, scale, tmp_path / "runs", results=tmp_path)
+    assert ended.value.code == 128 + signal.SIGTERM
+    path = tmp_path / "tiny" / "tiny.jsonl"
+    assert len(read_rows(path)) == 1
+    run(EXPERIMENT, scale, tmp_path / "runs", results=tmp_path)
+    assert untimed(path) == untimed(whole[1])
+
+
+def test_another_experiment_takes_rows_over(whole, text_file, monkeypatch):
+    folder, path = whole
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
+    other = Experiment("other", lambda scale: [mtp_d(2)], report, seeds=(0,))
+    run(other, tiny_scale(text_file), folder / "runs", results=folder)
+    (row,) = read_rows(path.with_name("other.jsonl"))
+    assert row == read_rows(path)[1]
+
+
+def test_other_code_runs_anew_and_the_newest_row_counts(whole, text_file, tmp_path, monkeypatch):
+    scale = tiny_scale(text_file)
+    first = Run(mtp(2), 0, scale)
+    sweep = Sweep("tiny", [first], tmp_path, whole[0])
+    assert sweep._finished(first)
+    monkeypatch.setattr("experiments.sweep.runner.code_version", lambda: "changed")
+    assert not Sweep("tiny", [first], tmp_path, whole[0])._finished(first)
+
+
+def test_an_unfinished_last_line_is_written_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"seed": 0})
+    with path.open("a") as file:
+        file.write('{"seed": 1, "text')
+    assert read_rows(path) == [{"seed": 0}]
+    append_row(path, {"seed": 2})
+    assert read_rows(path) == [{"seed": 0}, {"seed": 2}]
+    path.write_text('{"seed": 0\n{"seed": 1}\n')
+    with pytest.raises(ValueError, match="not a file of JSON lines"):
+        read_rows(path)
+
+
+def test_keys_know_what_matters(text_file):
+    scale = tiny_scale(text_file)
+    base = Run(mtp_d(2), 0, scale)
+
+    def keys(variant, seed=0):
+        other = Run(variant, seed, scale)
+        return other.training_key() == base.training_key(), other.key() == base.key()
+
+    assert keys(Variant("renamed", {"heads.num_heads": 2}), seed=1) == (True, True)
+    assert keys(Variant("", {"heads.num_heads": 2, "logging.every_steps": 3, "mesh.data": 2})) == (True, True)
+    assert keys(Variant("", {"heads.num_heads": 2}, decode=(8,))) == (True, False)
+    assert keys(mtp(2)) == (False, False)
+    loops = [Variant("", {"heads.num_heads": 4}, start=start) for start in (mtp_d(2), mtp(2))]
+    assert len({Run(loop, 0, scale).training_key() for loop in loops} | {base.training_key()}) == 3
+    assert base.heads() == [0, 1, 2] and Run(loops[0], 0, scale).heads() == [0, 1, 4]
+
+
+def test_the_code_version_is_that_of_the_syntax(tmp_path):
+    """Comments, docstrings and layout are free; anything that runs is not."""
+    file = tmp_path / "code.py"
+
+    def version(text):
+        file.write_text(text)
+        return version_of([file])
+
+    first = version('def f(x):\n    """Adds."""\n    return x + 1\n')
+    assert version('# why\ndef f(x):\n    """Adds one."""\n\n    return (x +\n        1)\n') == first
+    assert version("def f(x):\n    return x + 2\n") != first
+    assert runs_module.code_version() == runs_module.code_version()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_same_table(whole, text_file, tmp_path):
+    """SIGKILL in the middle of the second run, in a process of its own."""
+    program = (
+        "import pathlib\nimport tests.conftest\nfrom experiments.sweep.experiment import run\n"
+        "from tests.experiments.test_sweep import EXPERIMENT, tiny_scale\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        f"run(EXPERIMENT, tiny_scale({text_file!r}), folder / 'runs', results=folder)\n"
+    )
+    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 300
+    while not list((second / "checkpoints").glob("5*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    path = tmp_path / "tiny" / "tiny.jsonl"
+    assert len(read_rows(path)) == 1
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert untimed(path) == untimed(whole[1])
+    assert json.loads((second / "config.json").read_text())["training"]["steps"] == 12
