@@ -108,10 +108,8 @@ def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: 
     """
     parts = [f"# {report.title}", f"`{command}` wrote this page from `{path.stem}.jsonl` beside it.", report.text]
     parts += [table.markdown() for table in report.tables if table.rows]
-    drawn = [
-        {**panel, "lines": {name: each for name, each in panel["lines"].items() if each}} for panel in report.panels
-    ]
-    drawn = [panel for panel in drawn if panel["lines"]]
+    lines = [{name: points for name, points in panel["lines"].items() if points} for panel in report.panels]
+    drawn = [{**panel, "lines": found} for panel, found in zip(report.panels, lines, strict=True) if found]
     if drawn:
         curves(str(path.with_suffix(".png")), drawn)
         parts.append(f"![{report.title}]({path.stem}.png)")
