@@ -4,6 +4,8 @@
 what a training step of each costs, measured in turn (``experiments.bench.training``).
 """
 
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ from experiments.distillation import mtp_d
 from experiments.sweep.arms import Arm, gain
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, per_seed, share, with_interval
+from experiments.sweep.runner import RESULTS
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import mean_of
@@ -31,7 +34,12 @@ def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
         "seeds and then held-out texts."
     )
     by_heads = {arm.heads: arm for arm in arms.values()}
-    return Report("How many heads", text, [_table(by_heads), _step_costs(by_heads)], _panels(by_heads))
+    tables = [
+        _table(by_heads),
+        _training_costs(by_heads),
+        _step_costs(RESULTS / "bench" / f"training_{scale.name}.json"),
+    ]
+    return Report("How many heads", text, tables, _panels(by_heads))
 
 
 def _table(by_heads: Mapping[int, Arm]) -> Table:
@@ -56,7 +64,7 @@ def _table(by_heads: Mapping[int, Arm]) -> Table:
     return Table("The main head, and what decoding gains", columns, rows)
 
 
-def _step_costs(by_heads: Mapping[int, Arm]) -> Table:
+def _training_costs(by_heads: Mapping[int, Arm]) -> Table:
     plain = by_heads.get(0)
     rows = [
         [
@@ -67,11 +75,28 @@ def _step_costs(by_heads: Mapping[int, Arm]) -> Table:
         for heads, arm in sorted(by_heads.items())
     ]  # fmt: skip
     columns = ["K", "parameters", "of them in heads", "model FLOPs of the run", "times K = 0"]
+    return Table("What the runs cost", columns, rows)
+
+
+def _step_costs(measured: pathlib.Path) -> Table:
+    """Throughput and memory of a step, from the benchmark's JSON; no rows where it has not been run."""
+    found = json.loads(measured.read_text())["rows"] if measured.exists() else []
+    rows = [
+        [
+            row["case"], f"{row['tokens'] / row['seconds']:,.0f}", f"{row['over_first']:.2f}",
+            f"{row['model_flops'] / found[0]['model_flops']:.2f}", f"{row['temp_bytes'] / 1e6:,.0f}",
+            f"{row['state_bytes'] / 1e6:,.0f}",
+        ]
+        for row in found
+    ]  # fmt: skip
+    first = found[0]["case"] if found else ""
+    columns = ["heads", "tokens per second", f"time, times {first}", f"model FLOPs, times {first}", "temporary MB",
+               "state MB"]  # fmt: skip
     note = (
-        "Seconds and memory of a step, side by side in one process: `python -m experiments.bench.training` "
-        "([cpu](../bench/training_cpu.json))."
+        "Medians of steps taken in turn, in one process: `python -m experiments.bench.training` "
+        f"([{measured.name}](../bench/{measured.name}))."
     )
-    return Table("What training costs", columns, rows, note)
+    return Table("What a training step costs", columns, rows, note)
 
 
 def _panels(by_heads: Mapping[int, Arm]) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ import rich.console
 import rich.table
 
 from configs import quickstart
+from experiments.sweep.measure import held_out_texts
 from mtpd_jax import evaluate, frontdoor, generate, train
 from mtpd_jax.config import Config
-from mtpd_jax.data.sources import open_source, split
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore
 from mtpd_jax.evaluation.generation import show
@@ -27,19 +27,6 @@ PROMPTS = 10
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
 SCORED_DOCUMENTS = 12
-
-
-def held_out_prompts(workdir: str) -> list[str]:
-    """Takes a piece from inside each of the first held-out files: code rather than the licence at the top."""
-    trained = open_run(workdir)
-    source = open_source(trained.config.data)
-    prompts = []
-    for text in split(source, trained.config.data.validation_fraction, validation=True):
-        ids = trained.tokenizer.encode(text)
-        if len(ids) >= 4 * PROMPT_TOKENS and len(prompts) < PROMPTS:
-            middle = len(ids) // 2
-            prompts.append(trained.tokenizer.decode(ids[middle : middle + PROMPT_TOKENS]))
-    return prompts
 
 
 def summarise(scores: dict[str, DecodingScore]) -> dict[str, Any]:
@@ -123,7 +110,8 @@ def run(workdir: str) -> dict[str, Any]:
     if not result.finished:
         raise SystemExit(128 + (result.signal or 0))
     place = open_workdir(workdir).path
-    prompts = held_out_prompts(workdir)
+    trained = open_run(workdir)
+    prompts = [trained.tokenizer.decode(text) for text in held_out_texts(trained, PROMPTS, PROMPT_TOKENS)]
     prompt_file = place / "prompts.jsonl"
     prompt_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     console.print("scoring held-out files")
@@ -139,7 +127,7 @@ def run(workdir: str) -> dict[str, Any]:
         parts[name] = report.decoding[str(prompt_file)].heads
         console.print(decoding_table(name, parts[name]))
     generation = generate.run(workdir, prompts[:1], max_new_tokens=NEW_TOKENS, compare=True)[0]
-    show(console, prompts[0], generation, open_run(workdir).tokenizer.decode)
+    show(console, prompts[0], generation, trained.tokenizer.decode)
     greedy, sampled = (summarise(part) for part in parts.values())
     score = dataclasses.asdict(text["validation"])
     summary = {

@@ -1,0 +1,30 @@
+"""The benchmark of training steps: what it compares, and that it runs."""
+
+import json
+
+import pytest
+
+from experiments.bench import training
+from experiments.sweep.scale import SCALES
+from tests.experiments.test_sweep import tiny_scale
+
+
+def test_every_scale_has_its_cases():
+    for scale in SCALES.values():
+        configs = training.cases(scale, [0, 1, 2, 4])
+        names = ["joint 0", "joint 1", "joint 2", "joint 4", "loop 1 to 2", "loop 2 to 4", "recurrent 4"]
+        assert list(configs) == names
+        assert configs["loop 2 to 4"].trained_heads == 2 and configs["joint 4"].trained_heads == 4
+
+
+@pytest.mark.slow
+def test_it_measures_steps(text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(training.SCALES, "cpu", tiny_scale(text_file))
+    assert training.main(["--scale=cpu", "--heads=0,1,2", "--repeats=2", f"--json={tmp_path / 'rows.json'}"]) == 0
+    rows = {row["case"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert rows["joint 0"]["over_first"] == 1 and rows["joint 2"]["seconds_min"] <= rows["joint 2"]["seconds"]
+    assert rows["joint 0"]["model_flops"] < rows["loop 1 to 2"]["model_flops"] < rows["joint 2"]["model_flops"]
+    # The recurrent head has fewer parameters and as much to compute.
+    assert rows["recurrent 2"]["state_bytes"] < rows["joint 2"]["state_bytes"]
+    assert rows["recurrent 2"]["model_flops"] == rows["joint 2"]["model_flops"]
+    assert "loop 1 to 2" in capsys.readouterr().out
