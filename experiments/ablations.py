@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from experiments.distillation import mtp, mtp_d
-from experiments.sweep.arms import Arm, gain
+from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, points, share, verdict, with_interval
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import Counts, mean_of
 from mtpd_jax import frontdoor
-from mtpd_jax.evaluation.acceptance import Interval
 
 HEADS = 4
 BASE = mtp_d(HEADS)
@@ -66,11 +65,9 @@ def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
         "detached teacher. Decoding is at temperature 1. Intervals in brackets: 95 %, paired bootstrap over seeds, "
         "if there are several, and then held-out texts; with one seed they do not know how another would differ."
     )
-    tables = [_values(arms)]
-    if BASE.name in arms:
-        base = arms[BASE.name]
-        others = {name: arm for name, arm in arms.items() if name != BASE.name}
-        tables += [_differences(others, base), _claims(others, base, scale)]
+    found = {name: paired(arms, name, BASE.name) for name in arms if name != BASE.name}
+    pairs = {name: pair for name, pair in found.items() if pair is not None}
+    tables = [_values(arms), _differences(pairs), _claims(pairs, scale)]
     return Report("Ablations of the objective", text, tables, _panels(arms, scale))
 
 
@@ -78,52 +75,46 @@ def _values(arms: Mapping[str, Arm]) -> Table:
     rows = []
     for name, arm in arms.items():
         shares = [share(mean_of(figure(arm))) for figure in FIGURES.values()]
-        rows.append(
-            [name, *shares, *(with_interval(mean_of(figure(arm))) for figure in (tokens_per_pass, Arm.main_ce))]
-        )
+        others = [with_interval(mean_of(figure(arm))) for figure in (tokens_per_pass, Arm.main_ce)]
+        rows.append([name, *shares, *others])
     columns = ["variant", *(f"{name}, %" for name in FIGURES), "tokens per pass", "main CE, nats"]
     note = f"{CE_ONLY.name} is the cross entropy alone. Agreement is teacher-forced, on held-out texts."
     return Table("Variants", columns, rows, note)
 
 
-def _differences(arms: Mapping[str, Arm], base: Arm) -> Table:
+def _differences(pairs: Mapping[str, tuple[Arm, Arm]]) -> Table:
     rows = []
-    for name, arm in arms.items():
+    for name, (arm, base) in pairs.items():
         shares = [points(gain(arm, base, figure)[0]) for figure in FIGURES.values()]
-        others = [
-            with_interval(gain(arm, base, figure)[0], digits=3, signed=True)
-            for figure in (tokens_per_pass, Arm.main_ce)
-        ]
-        rows.append([name, *shares, *others])
+        gains = [gain(arm, base, figure)[0] for figure in (tokens_per_pass, Arm.main_ce)]
+        rows.append([name, *shares, *(with_interval(gained, digits=3, signed=True) for gained in gains)])
     columns = ["variant", *(f"{name}, points" for name in FIGURES), "tokens per pass", "main CE, nats"]
     return Table(f"Difference from {BASE.name}", columns, rows)
 
 
-def _claims(arms: Mapping[str, Arm], base: Arm, scale: Scale) -> Table:
-    """The paper's claims, each as a gain that has to be above zero."""
+def _claims(pairs: Mapping[str, tuple[Arm, Arm]], scale: Scale) -> Table:
+    """The paper's claims: what a change costs the main head (in nats), or takes from acceptance (in points)."""
     smallest = f"n_{_other_sizes(scale)[0]}"
-
-    def lost_by(name: str, figure: Figure) -> Interval:
-        return gain(base, arms[name], figure)[0]
-
-    def costs(name: str) -> Interval:
-        return gain(arms[name], base, Arm.main_ce)[0]
-
-    acceptance = FIGURES["cumulative acceptance, head 4"]
-    claims = [
-        ("no_detach", "without the detached teacher the main head is worse", "CE, nats", costs),
-        (smallest, "too small an N lowers acceptance", "cumulative, head 4", lambda name: lost_by(name, acceptance)),
-        ("beta_1.5", "beta = 1.5 raises the main head's loss", "CE, nats", costs),
-        (CE_ONLY.name, "cross entropy alone lowers acceptance", "cumulative, head 4",
-         lambda name: lost_by(name, acceptance)),
-        ("reverse", "forward KL beats reverse", "cumulative, head 4", lambda name: lost_by(name, acceptance)),
-    ]  # fmt: skip
+    dearer = {
+        "no_detach": "without the detached teacher the main head is worse",
+        "beta_1.5": "beta = 1.5 raises the main head's loss",
+    }
+    worse = {
+        smallest: "too small an N lowers acceptance",
+        CE_ONLY.name: "cross entropy alone lowers acceptance",
+        "reverse": "forward KL beats reverse",
+    }
     rows = []
-    for name, claim, unit, found in claims:
-        if name in arms:
-            interval = found(name)
-            value = with_interval(interval, digits=3, signed=True) if "CE" in unit else f"{points(interval)} points"
-            rows.append([claim, f"{value} ({unit})", verdict(interval)])
+    for name, claim in {**dearer, **worse}.items():
+        if name in pairs:
+            arm, base = pairs[name]
+            if name in dearer:
+                found, seeds = gain(arm, base, Arm.main_ce)
+                value = f"{with_interval(found, digits=3, signed=True)} nats"
+            else:
+                found, seeds = gain(base, arm, FIGURES["cumulative acceptance, head 4"])
+                value = f"{points(found)} points of cumulative acceptance, head 4"
+            rows.append([claim, value, verdict(found, len(seeds))])
     return Table("The paper's claims", ["claim (MTP-D)", "ours", "holds here"], rows)
 
 

@@ -5,6 +5,7 @@ times as many steps, teacher-forced and in real decoding. Not in the paper, whic
 """
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from experiments.distillation import mtp, mtp_d
@@ -15,6 +16,7 @@ from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import Counts, difference, mean_of
 from mtpd_jax import frontdoor
+from mtpd_jax.config import ModelConfig
 
 HEADS = 4
 
@@ -30,9 +32,9 @@ def variants(scale: Scale) -> list[Variant]:
     config = scale.config
     model, steps = config.model, config.training.steps
     changes: dict[str, Mapping[str, Any]] = {
-        "small": _sized(model.width // 2, max(1, model.layers // 2)),
+        "small": _sized(model, Fraction(1, 2)),
         "": {},
-        "large": _sized(model.width * 3 // 2, model.layers * 3 // 2),
+        "large": _sized(model, Fraction(3, 2)),
         "long": {"training.steps": 3 * steps},
     }
     return [
@@ -42,13 +44,16 @@ def variants(scale: Scale) -> list[Variant]:
     ]
 
 
-def _sized(width: int, layers: int) -> dict[str, Any]:
-    """A width and a depth; heads of 64, one for keys and values, as far as the width allows."""
-    query_heads = max(1, width // 64)
+def _sized(model: ModelConfig, factor: Fraction) -> dict[str, Any]:
+    """All but the vocabulary and the size of an attention head times a factor; kv heads as far as they divide."""
+    query_heads, most = int(model.query_heads * factor), max(1, int(model.kv_heads * factor))
     return {
-        "model.width": width, "model.layers": layers, "model.mlp_width": 3 * width, "model.query_heads": query_heads,
-        "model.kv_heads": 1,
-    }  # fmt: skip
+        "model.width": int(model.width * factor),
+        "model.layers": int(model.layers * factor),
+        "model.mlp_width": int(model.mlp_width * factor),
+        "model.query_heads": query_heads,
+        "model.kv_heads": max(heads for heads in range(1, most + 1) if query_heads % heads == 0),
+    }
 
 
 def report(arms: Mapping[str, Arm], scale: Scale) -> Report:

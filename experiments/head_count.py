@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.distillation import mtp_d
-from experiments.sweep.arms import Arm, gain
+from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, per_seed, share, with_interval
 from experiments.sweep.runner import RESULTS
@@ -34,18 +34,20 @@ def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
         "seeds and then held-out texts."
     )
     by_heads = {arm.heads: arm for arm in arms.values()}
+    against = {heads: paired(arms, arm.name, "ntp") for heads, arm in by_heads.items() if heads}
     tables = [
-        _table(by_heads),
+        _table(by_heads, against),
         _training_costs(by_heads),
         _step_costs(RESULTS / "bench" / f"training_{scale.name}.json"),
     ]
     return Report("How many heads", text, tables, _panels(by_heads))
 
 
-def _table(by_heads: Mapping[int, Arm]) -> Table:
+def _table(by_heads: Mapping[int, Arm], against: Mapping[int, tuple[Arm, Arm] | None]) -> Table:
     rows = []
     for heads, arm in sorted(by_heads.items()):
-        cost, seeds = gain(arm, by_heads[0], Arm.main_ce) if 0 in by_heads and heads else (None, [])
+        pair = against.get(heads)
+        cost, seeds = (None, []) if pair is None else gain(*pair, Arm.main_ce)
         decoded = ["–"] * 4
         if heads:
             decoded = [

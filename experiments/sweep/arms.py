@@ -1,7 +1,7 @@
 """The rows of one variant, one per seed, read as figures."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ class Arm:
     def heads(self) -> int:
         """Heads that the model has."""
         return len(self.rows[0]["text"]["heads"])
+
+    def of(self, seeds: Collection[int]) -> "Arm":
+        """The same with some of its seeds."""
+        return Arm(self.name, [row for row in self.rows if row["seed"] in seeds])
 
     def mean(self, field: str) -> float:
         """A number of the rows, such as ``seconds``: its mean over seeds."""
@@ -76,6 +80,10 @@ class Arm:
             [p["seconds"] for p in slow], [p["tokens"] for p in slow]
         )
 
+    def distinct_4grams(self, mode: str) -> float:
+        """Share of 4-grams of plain decoding's output that are the first of their kind in it."""
+        return float(np.mean([part["distinct_4grams"] for part in self._decoded(mode, 0)]))
+
     def decodes(self, heads: int) -> bool:
         """Whether decoding with that many heads was measured."""
         return str(heads) in self.rows[0]["decoding"]["greedy"]
@@ -87,20 +95,30 @@ class Arm:
         return [row["text"][name] for row in self.rows]
 
 
+def paired(arms: Mapping[str, Arm], name: str, base: str) -> tuple[Arm, Arm] | None:
+    """Two variants with the seeds only that both have, or None if there is none.
+
+    Raises:
+      ValueError: they were measured on other texts (another Python, other packages), so that nothing is comparable.
+    """
+    if name not in arms or base not in arms:
+        return None
+    seeds = set(arms[name].seeds) & set(arms[base].seeds)
+    if not seeds:
+        return None
+    first, second = arms[name].of(seeds), arms[base].of(seeds)
+    if len({str(row["text"]["bytes"]) for arm in (first, second) for row in arm.rows}) > 1:
+        raise ValueError(f"{name} and {base} were measured on other texts: delete the rows of one, and run it again")
+    return first, second
+
+
 def gain(arm: Arm, base: Arm, figure: Callable[[Arm], Counts]) -> tuple[Interval, list[float]]:
-    """How much larger an arm's figure is than the base's, over the seeds that both have; and the same per seed."""
-    arm, base = in_common(arm, base)
+    """How much larger an arm's figure is than the base's, the two being paired; and the same per seed."""
     return difference(figure(arm), figure(base))
 
 
-def times(arm: Arm, base: Arm, figure: Callable[[Arm], Counts]) -> Interval:
-    """How many times the base's figure an arm's is, over the seeds that both have."""
-    arm, base = in_common(arm, base)
-    return mean_of(figure(arm) * figure(base).inverse())
-
-
-def in_common(arm: Arm, base: Arm) -> tuple[Arm, Arm]:
-    """Both with the seeds only that both have."""
-    seeds = set(arm.seeds) & set(base.seeds)
-    first, second = (Arm(one.name, [row for row in one.rows if row["seed"] in seeds]) for one in (arm, base))
-    return first, second
+def times(
+    arm: Arm, base: Arm, figure: Callable[[Arm], Counts], of_base: Callable[[Arm], Counts] | None = None
+) -> Interval:
+    """How many times the base's figure an arm's is, the two being paired; ``of_base`` if the base's is another one."""
+    return mean_of(figure(arm) * (of_base or figure)(base).inverse())

@@ -14,6 +14,7 @@ from experiments.sweep.runner import RESULTS, Row, Sweep, read_rows
 from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import SCALES, Scale
 from mtpd_jax import frontdoor
+from mtpd_jax.training.loop import DivergedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +64,26 @@ def run(
 
     Raises:
       ValueError: an unknown variant, or no row to report.
+      DivergedError: runs whose loss became infinite, once all else is done.
     """
     variants = experiment.variants(scale)
     unknown = sorted(set(only) - {variant.name for variant in variants})
     if unknown:
         raise ValueError(f"--only={unknown[0]}: expected some of {', '.join(variant.name for variant in variants)}")
+    diverged = []
     if root is not None:
         chosen = [variant for variant in variants if not only or variant.name in only]
         # A seed is finished with all variants before the next begins: every comparison grows by whole pairs.
         runs = [Run(variant, seed, scale) for seed in seeds or experiment.seeds for variant in chosen]
-        Sweep(experiment.name, runs, root, results).run()
+        diverged = Sweep(experiment.name, runs, root, results).run()
     path = results / scale.name / f"{experiment.name}.jsonl"
     arms = arms_of(read_rows(path), variants, scale)
     if not arms:
         raise ValueError(f"{path}: holds no row of this experiment; run it with --workdir")
     command = f"python -m experiments.{experiment.name} --scale={scale.name} --workdir=DIR"
     write(experiment.report(arms, scale), arms, path.with_suffix(".md"), command)
+    if diverged:
+        raise DivergedError("; ".join(diverged))
 
 
 def main(experiment: Experiment, description: str | None) -> int:
@@ -92,6 +97,10 @@ def main(experiment: Experiment, description: str | None) -> int:
     parser.add_argument("--seeds", type=frontdoor.integers, default=[], help="to run, separated by commas")
     flags = parser.parse_args()
     scale, root = SCALES[flags.scale], pathlib.Path(flags.workdir).resolve() if flags.workdir else None
+    if "://" in (flags.workdir or ""):
+        raise ValueError(f"--workdir={flags.workdir}: expected a local folder")
+    if (flags.only or flags.seeds) and (root is None or scale.name == "paper"):
+        raise ValueError("--only and --seeds choose what is run: they need --workdir, and a scale that is run here")
     if scale.name == "paper":
         if root is None:
             raise ValueError("--workdir is missing: where to write the configs")

@@ -1,6 +1,7 @@
 """The experiments for a pod: a config file per variant, and the commands in their order."""
 
 import pathlib
+import shlex
 from collections.abc import Sequence
 
 import rich.console
@@ -20,16 +21,16 @@ def write_configs(name: str, variants: Sequence[Variant], scale: Scale, root: pa
     commands = []
     for variant in variants:
         run = Run(variant, 0, scale)
-        run.config(root)
-        diff = dict(variant.diff) | ({"objective.mode": "loop"} if variant.start else {})
+        seed = run.config(root).training.seed
+        diff = dict(variant.diff) | ({"objective.mode": "loop", "training.seed": seed} if variant.start else {})
         lines = "".join(f"    config.{field} = {value!r}\n" for field, value in diff.items())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{variant.name}.py").write_text(
             f'"""{name}: {variant.name}."""\n\nfrom configs import {base}\n\n\n'
             f"def get_config():\n    config = {base}.get_config()\n{lines}    return config\n"
         )
-        flags = [f"--config={folder / variant.name}.py", f"--workdir=$RUNS/{variant.name}"]
-        flags += [f"--config.init.workdir=$RUNS/{variant.start.name}"] if variant.start else []
+        flags = [shlex.quote(f"--config={folder / variant.name}.py"), f'--workdir="$RUNS/{variant.name}"']
+        flags += [f'--config.init.workdir="$RUNS/{variant.start.name}"'] if variant.start else []
         commands.append("python -m mtpd_jax.train " + " ".join(flags))
     script = folder / "launch.sh"
     script.write_text("set -e\n: ${RUNS:?a folder or a bucket (gs://...) for the runs}\n" + "\n".join(commands) + "\n")

@@ -1,6 +1,7 @@
 """A sweep's results as a document: Markdown tables, the same in the terminal, and a figure beside them."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,11 +77,14 @@ def with_interval(interval: Interval, factor: float = 1.0, digits: int = 2, sign
     return f"{text(interval.mean)} ({text(interval.low)} to {text(interval.high)})"
 
 
-def verdict(gained: Interval) -> str:
-    """Whether a claimed gain is there: its interval lies above zero, below it, or does not decide."""
-    if gained.low is None or gained.high is None:
+def verdict(gained: Interval, seeds: int) -> str:
+    """Whether a claimed gain is there: its interval lies above zero, below it, or does not decide.
+
+    With one seed the interval knows nothing of how much another would differ, and the verdict says so.
+    """
+    if gained.low is None or gained.high is None or gained.low <= 0 <= gained.high:
         return "undecided"
-    return "yes" if gained.low > 0 else "no" if gained.high < 0 else "undecided"
+    return ("yes" if gained.low > 0 else "no") + (" (one seed)" if seeds == 1 else "")
 
 
 def line(points: Mapping[Any, Interval], factor: float = 1.0) -> list[tuple[float, ...]]:
@@ -94,7 +98,7 @@ def line(points: Mapping[Any, Interval], factor: float = 1.0) -> list[tuple[floa
 
 def per_seed(values: Sequence[float], factor: float = 100, digits: int = 1) -> str:
     """One signed number per seed."""
-    return ", ".join(f"{factor * value:+.{digits}f}" for value in values)
+    return ", ".join("–" if math.isnan(value) else f"{factor * value:+.{digits}f}" for value in values)
 
 
 def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: str) -> None:
@@ -124,16 +128,22 @@ def _provenance(arms: Mapping[str, Arm]) -> Table:
     rows = [
         [
             name, " ".join(map(str, arm.seeds)), f"{arm.mean('steps'):,.0f}", f"{arm.mean('tokens'):,.0f}",
-            f"{arm.mean('parameters'):,.0f}", f"{arm.mean('seconds') / 60:.1f}",
+            f"{arm.mean('parameters'):,.0f}", f"{arm.mean('seconds') / 60:.1f}", str(len(arm.rows[0]["text"]["bytes"])),
+            " ".join(sorted({row["code"] for row in arm.rows})),
         ]
         for name, arm in arms.items()
     ]  # fmt: skip
     found = [row for arm in arms.values() for row in arm.rows]
-    codes = sorted({row["code"] for row in found})
     machines = sorted({_machine(row["environment"]) for row in found})
-    now = "" if codes == [code_version()] else f" (now: {code_version()})"
-    note = f"Code version {', '.join(codes)}{now}. {'; '.join(machines)}."
-    return Table("Runs", ["variant", "seeds", "steps", "tokens", "parameters", "minutes per run"], rows, note)
+    greedy = [part for row in found for part in row["decoding"]["greedy"].values() if isinstance(part, dict)]
+    different, ties = (sum(part[name] for part in greedy) for name in ("different", "ties"))
+    decoded = sum(len(part["tokens"]) for part in greedy)
+    note = (
+        f"Greedy texts that differ from plain decoding's: {different + ties} of {decoded}, {ties} of them by a tie. "
+        f"The code version now is {code_version()}. {'; '.join(machines)}."
+    )
+    columns = ["variant", "seeds", "steps", "tokens", "parameters", "minutes per run", "texts", "code version"]
+    return Table("Runs", columns, rows, note)
 
 
 def _machine(environment: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from experiments.bench.common import environment
 from experiments.sweep.measure import measure
 from experiments.sweep.runs import Run, code_version
 from mtpd_jax import train
+from mtpd_jax.training.loop import DivergedError
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
@@ -37,9 +38,10 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 
 def append_row(path: pathlib.Path, row: Row) -> None:
-    """Adds a row behind the whole ones, on disk before this returns."""
+    """Adds a row behind the whole ones, on disk before this returns; one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
         file.truncate(whole)
@@ -57,13 +59,16 @@ class Sweep:
 
     def __init__(self, name: str, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path = RESULTS):
         """``root`` is the folder that runs are trained in, ``results`` that of the rows."""
-        self._runs, self._root = runs, root
+        self._runs, self._root = list(dict.fromkeys(runs)), root
         self._path = results / runs[0].scale.name / f"{name}.jsonl"
         self._code = code_version()
         self._console = rich.console.Console(stderr=True, highlight=False)
 
-    def run(self) -> None:
+    def run(self) -> list[str]:
         """Trains and measures what is not finished.
+
+        Returns:
+          What went wrong with runs whose loss became infinite; the others are done all the same.
 
         Raises:
           ValueError: a config that cannot be run; raised before anything is.
@@ -73,16 +78,24 @@ class Sweep:
             run.config(self._root)
         open_runs = [run for run in self._runs if not self._finished(run)]
         self._say(f"{len(self._runs) - len(open_runs)} of {len(self._runs)} runs are finished; rows: {self._path}")
-        begin = time.monotonic()
+        begin, diverged = time.monotonic(), []
         for number, run in enumerate(open_runs):
             per_run = (time.monotonic() - begin) / number if number else 0.0
             left = f", about {per_run * (len(open_runs) - number) / 60:.0f} min left" if number else ""
             self._say(f"[{number + 1}/{len(open_runs)}] {run.variant.name}, seed {run.seed}{left}")
-            seconds = self._train(run)
+            if self._finished(run):  # by another process meanwhile
+                continue
+            try:
+                seconds = self._train(run)
+            except DivergedError as error:
+                diverged.append(f"{run.variant.name}, seed {run.seed}: {error}")
+                self._say(diverged[-1])
+                continue
             measured = {"seconds": seconds, **measure(str(run.workdir(self._root)), run.heads(), run.scale)}
             row = {**self._name(run), "variant": run.variant.name, **measured, "environment": environment()}
             append_row(self._path, row)
             jax.clear_caches()  # programs of one run are of no use to the next
+        return diverged
 
     def _train(self, run: Run) -> float:
         """Trains a run, and first what it starts from; one process at a time, because sweeps share runs.

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -11,6 +12,16 @@ from typing import Any
 import mtpd_jax
 from experiments.sweep.scale import Scale
 from mtpd_jax.config import Config
+
+# Of mtpd_jax.
+_DECIDING = (
+    *("config.py", "sharding.py", "shapes.py", "data/*.py", "model/*.py", "losses/*.py", "decoding/*.py"),
+    *(f"training/{name}.py" for name in ("loop", "optimizer", "partition", "state", "step")),
+    "evaluation/*.py",
+)
+
+# More than any experiment has.
+_SEEDS = 1000
 
 # They decide where and how often a run writes, not what it learns.
 _LEFT_OUT = ("mesh", "checkpoint", "logging", "evaluation")
@@ -28,7 +39,7 @@ class Variant:
     """
 
     name: str
-    diff: Mapping[str, Any]
+    diff: Mapping[str, Any] = dataclasses.field(hash=False)
     start: "Variant | None" = None
     decode: tuple[int, ...] = ()
 
@@ -46,6 +57,11 @@ class Run:
         """The run that this one starts from."""
         return None if self.variant.start is None else Run(self.variant.start, self.seed, self.scale)
 
+    @property
+    def extensions(self) -> int:
+        """How many times heads were added, this run included."""
+        return 0 if self.start is None else 1 + self.start.extensions
+
     def config(self, root: pathlib.Path) -> Config:
         """The config to train with; ``root`` is the folder that all runs lie in.
 
@@ -53,14 +69,15 @@ class Run:
           ValueError: a diff names no field, or its value is out of range.
         """
         tree = self.scale.base()
-        diff = {"training.seed": self.seed, **self.variant.diff}
+        # An extension reads the data in another order than what it starts from, and so not the same batches again.
+        diff = {"training.seed": self.seed + _SEEDS * self.extensions, **self.variant.diff}
         if self.start is not None:
             diff |= {"objective.mode": "loop", "init.workdir": str(self.start.workdir(root))}
         tree.update_from_flattened_dict(diff)
         return Config.build(tree.to_dict())
 
     def training_key(self) -> str:
-        """A hash of everything that decides what is learned, but for the seed."""
+        """A hash of every field of the configuration that decides what is learned, but for the seed."""
         tree = self.config(pathlib.Path()).to_dict()
         del tree["training"]["seed"], tree["init"]
         trained = {name: fields for name, fields in tree.items() if name not in _LEFT_OUT}
@@ -77,16 +94,16 @@ class Run:
         return sorted({0, most, *([1] if most else []), *self.variant.decode})
 
     def workdir(self, root: pathlib.Path) -> pathlib.Path:
-        """Where it is trained. Variants of several experiments that learn the same share it."""
-        return root / f"{self.training_key()}-seed{self.seed}"
+        """Where this version of the code trains it. Variants of several experiments that learn the same share it."""
+        return root / f"{self.training_key()}-{code_version()}-seed{self.seed}"
 
 
+@functools.cache
 def code_version() -> str:
-    """A hash of the code that decides results: the library without its front doors, and the measuring."""
-    package, here = pathlib.Path(mtpd_jax.__path__[0]), pathlib.Path(__file__).parent
-    files = [path for path in package.rglob("*.py") if path.parent != package]
-    files += [package / name for name in ("config.py", "sharding.py", "shapes.py")] + [here / "measure.py"]
-    return version_of(sorted(files))
+    """A hash of the code that decides results; what only checks, stores and reports is left out."""
+    package, measuring = pathlib.Path(mtpd_jax.__path__[0]), pathlib.Path(__file__).with_name("measure.py")
+    files = [path for name in _DECIDING for path in sorted(package.glob(name))]
+    return version_of([*files, measuring])
 
 
 def version_of(files: Sequence[pathlib.Path]) -> str:

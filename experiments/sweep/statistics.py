@@ -1,4 +1,4 @@
-"""Figures of several runs, and how sure we are of them: a paired bootstrap, seeds first and texts within them."""
+"""Figures of several runs, and how sure we are of them: a paired bootstrap, seeds first and then texts."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,28 +37,25 @@ class Counts:
         return Counts(self.denominators, self.numerators)
 
     def of_seeds(self) -> np.ndarray:
-        """The figure of every seed, [S]."""
-        return self._figures(self.numerators.sum(-1), self.denominators.sum(-1))
+        """The figure of every seed, [S]; NaN where it is not defined."""
+        return _figures(self.numerators.sum(-1), self.denominators.sum(-1))
 
     def resampled(self, seeds: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """The figure in every resample, [R].
+        """The figures of the seeds drawn in every resample, [R, S].
 
         Args:
           seeds: [R, S]; the seeds drawn.
-          texts: [R, S, P]; the texts drawn for each of them.
+          texts: [R, P]; the texts drawn, the same for every seed, as all runs are measured on the same texts.
         """
-        rows = seeds[:, :, None]
-        sums = [values[:, rows, texts].sum(-1) for values in (self.numerators, self.denominators)]
-        figures = self._figures(*sums)
-        kept = np.isfinite(figures)
-        # A seed for which the figure is not defined (a head that was never tried) says nothing of it.
-        with np.errstate(invalid="ignore"):
-            return np.where(kept, figures, 0).sum(-1) / kept.sum(-1)
+        rows, columns = seeds[:, :, None], texts[:, None, :]
+        return _figures(*(values[:, rows, columns].sum(-1) for values in (self.numerators, self.denominators)))
 
-    @staticmethod
-    def _figures(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.prod(numerators, axis=0) / np.prod(denominators, axis=0)
+
+def _figures(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """Products over the first axis; zero where one factor is, though nothing was left to be counted for the next."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        products = np.prod(numerators, axis=0) / np.prod(denominators, axis=0)
+    return np.where(np.any((numerators == 0) & (denominators > 0), axis=0), 0.0, products)
 
 
 def mean_of(counts: Counts) -> Interval:
@@ -68,6 +65,8 @@ def mean_of(counts: Counts) -> Interval:
 
 def difference(left: Counts, right: Counts) -> tuple[Interval, list[float]]:
     """How much larger the left figure is, and the same per seed. Both are resampled with the same seeds and texts.
+
+    A seed in which one of the two is not defined counts in neither.
 
     Raises:
       ValueError: the two do not have the same seeds and texts.
@@ -82,12 +81,13 @@ def difference(left: Counts, right: Counts) -> tuple[Interval, list[float]]:
 def _draws(counts: Counts) -> tuple[np.ndarray, np.ndarray]:
     _, seeds, texts = counts.numerators.shape
     rng = np.random.default_rng(0)
-    return rng.integers(seeds, size=(_RESAMPLES, seeds)), rng.integers(texts, size=(_RESAMPLES, seeds, texts))
+    return rng.integers(seeds, size=(_RESAMPLES, seeds)), rng.integers(texts, size=(_RESAMPLES, texts))
 
 
 def _interval(of_seeds: np.ndarray, resampled: np.ndarray) -> Interval:
-    of_seeds, resampled = of_seeds[np.isfinite(of_seeds)], resampled[np.isfinite(resampled)]
+    """From the figures of seeds, [S], and of resamples, [R, S]; those that are not defined say nothing."""
+    of_seeds, resampled = of_seeds[np.isfinite(of_seeds)], resampled[np.isfinite(resampled).any(-1)]
     if not of_seeds.size:
         return Interval(None, None, None)
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    low, high = np.percentile(np.nanmean(np.where(np.isfinite(resampled), resampled, np.nan), axis=-1), [2.5, 97.5])
     return Interval(float(of_seeds.mean()), float(low), float(high))

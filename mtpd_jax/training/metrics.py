@@ -35,7 +35,8 @@ def model_flops_per_token(config: Config) -> float:
 
     6 per matrix weight used, K+1 times for the unembedding, and 12 · T · N · H per block for causal attention counted
     whole, as PaLM (arXiv 2204.02311, appendix B) does. A third of it is the forward pass, which is all that frozen
-    parts have; frozen heads make no logits. A head whose weights are used at every depth counts at every depth.
+    parts have, another third the gradient by the weights, which a frozen unembedding has not; frozen heads make no
+    logits. A head whose weights are used at every depth counts at every depth.
     """
     model, frozen, trained = config.model, config.frozen_heads, config.trained_heads
     attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
@@ -43,7 +44,9 @@ def model_flops_per_token(config: Config) -> float:
     block = attention + 3 * model.width * model.mlp_width + scores
     head, unembedding = block + 2 * model.width**2, model.vocabulary_size * model.width
     trunk = model.layers * block + (frozen or 0) * head + unembedding
-    return (6.0 if frozen is None else 2.0) * trunk + 6.0 * trained * (head + unembedding)
+    if frozen is None:
+        return 6.0 * trunk + 6.0 * trained * (head + unembedding)
+    return 2.0 * trunk + trained * (6.0 * head + 4.0 * unembedding)
 
 
 def utilisation(config: Config, tokens_per_second: float) -> float | None:

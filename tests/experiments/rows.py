@@ -1,5 +1,7 @@
 """Rows of runs that never ran, for what is computed from rows."""
 
+import pathlib
+
 import numpy as np
 
 from experiments.sweep.runs import Run
@@ -12,7 +14,7 @@ ENVIRONMENT = {
 
 def made_up_row(run: Run, quality: float = 0.7) -> dict:
     """A row in which every head agrees, and is accepted, with a probability of ``quality``."""
-    heads = run.config(run.workdir(__import__("pathlib").Path())).heads.num_heads
+    heads = run.config(pathlib.Path()).heads.num_heads
     rng = np.random.default_rng([run.seed, heads])
     most = max(run.heads())
 
@@ -20,8 +22,9 @@ def made_up_row(run: Run, quality: float = 0.7) -> dict:
         return rng.binomial(total, quality, TEXTS).tolist()
 
     def decoded(number):
-        tried = [[max(1, int(30 * quality**k))] * TEXTS for k in range(number)]
-        part = {"tokens": [65] * TEXTS, "passes": [64 // (1 + number // 2)] * TEXTS, "seconds": [0.1] * TEXTS}
+        tried = [[int(30 * quality**k)] * TEXTS for k in range(number)]  # the last heads: never
+        part = {"tokens": [65] * TEXTS, "passes": [64 // (1 + number // 2)] * TEXTS, "seconds": [0.1] * TEXTS,
+                "distinct_4grams": 0.5, "ties": 0, "different": 0}  # fmt: skip
         return part | {"tried": tried, "accepted": [counts(row[0]) for row in tried]}
 
     return {

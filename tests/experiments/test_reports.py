@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 
@@ -73,10 +74,22 @@ def test_a_gain_is_that_of_the_rows(tmp_path):
     assert row[6] == per_seed(expected)
 
 
+def test_arms_that_cannot_be_paired_are_left_out_or_refused(tmp_path):
+    experiment = distillation.EXPERIMENT
+    apart = rows_of(experiment, seeds=[0], names=["mtp_4"]) + rows_of(experiment, seeds=[1], names=["mtp_d_4"])
+    arms = arms_of(apart, experiment.variants(CPU), CPU)
+    assert not experiment.report(arms, CPU).tables[0].rows
+    rows = rows_of(experiment)
+    rows[1]["text"]["bytes"] = [299, *rows[1]["text"]["bytes"][1:]]
+    with pytest.raises(ValueError, match="other texts"):
+        experiment.report(arms_of(rows, experiment.variants(CPU), CPU), CPU)
+
+
 def test_verdicts():
-    assert verdict(Interval(0.1, 0.05, 0.2)) == "yes"
-    assert verdict(Interval(-0.1, -0.2, -0.05)) == "no"
-    assert verdict(Interval(0.1, -0.05, 0.2)) == "undecided" == verdict(Interval(None, None, None))
+    assert verdict(Interval(0.1, 0.05, 0.2), 3) == "yes"
+    assert verdict(Interval(-0.1, -0.2, -0.05), 1) == "no (one seed)"
+    assert verdict(Interval(0.1, -0.05, 0.2), 3) == "undecided" == verdict(Interval(None, None, None), 3)
+    assert per_seed([0.1, float("nan")]) == "+10.0, –"
     assert points(Interval(0.1, -0.05, 0.2)) == "+10.0 (-5.0 to +20.0)"
     assert share(Interval(None, None, None)) == "–"
 
@@ -111,7 +124,7 @@ def test_the_paper_scale_writes_configs_and_their_order(name, tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", ["x", "--scale=paper", f"--workdir={tmp_path}"])
     assert command_line.main(MODULES[name], "") == 0
     script = (tmp_path / name / "launch.sh").read_text()
-    commands = [line.split()[3:] for line in script.splitlines() if line.startswith("python")]
+    commands = [shlex.split(line)[3:] for line in script.splitlines() if line.startswith("python")]
     trained = []
     for variant, command in zip(MODULES[name].variants(SCALES["paper"]), commands, strict=True):
         tree, workdir = frontdoor.parse_config_flags(command, "")
@@ -130,6 +143,8 @@ def test_bad_flags_are_one_line(monkeypatch, capsys, tmp_path):
         (["--scale=tpu"], "--scale"),
         (["--scale=paper"], "--workdir"),
         (["--scale=cpu", f"--workdir={tmp_path}", "--only=mtp_5"], "mtp_5"),
+        (["--scale=cpu", "--only=mtp_4"], "--only"),
+        (["--scale=cpu", "--workdir=gs://bucket"], "local folder"),
     ):
         monkeypatch.setattr("sys.argv", ["x", *arguments])
         with pytest.raises(SystemExit) as ended:

@@ -25,20 +25,18 @@ def test_the_figure_is_the_mean_over_seeds_of_ratios_of_sums():
     assert mean_of(found).mean == pytest.approx(np.mean(expected))
 
 
-def test_resampling_draws_seeds_and_texts_within_them():
+def test_resampling_draws_seeds_and_texts():
     """Against loops over what was drawn."""
     found = counts(factors=2)
     rng = np.random.default_rng(1)
-    seeds, texts = rng.integers(SEEDS, size=(5, SEEDS)), rng.integers(TEXTS, size=(5, SEEDS, TEXTS))
-    for r, value in enumerate(found.resampled(seeds, texts)):
-        figures = []
-        for place, seed in enumerate(seeds[r]):
+    seeds, texts = rng.integers(SEEDS, size=(5, SEEDS)), rng.integers(TEXTS, size=(5, TEXTS))
+    for r, figures in enumerate(found.resampled(seeds, texts)):
+        for seed, figure in zip(seeds[r], figures, strict=True):
             sums = [
-                [sum(values[f, seed, text] for text in texts[r, place]) for f in range(2)]
+                [sum(values[f, seed, text] for text in texts[r]) for f in range(2)]
                 for values in (found.numerators, found.denominators)
             ]
-            figures.append(sums[0][0] * sums[0][1] / (sums[1][0] * sums[1][1]))
-        assert value == pytest.approx(np.mean(figures))
+            assert figure == pytest.approx(sums[0][0] * sums[0][1] / (sums[1][0] * sums[1][1]))
 
 
 def test_with_one_seed_it_is_the_bootstrap_over_texts():
@@ -75,16 +73,18 @@ def test_a_difference_is_paired():
         difference(arm, counts(seeds=2))
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """Texts of which each has a rate of its own, around 0.6; one seed, for which the method is the plain bootstrap."""
-    hits, trials = 0, 120
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds):
+    """Every text has a rate of its own, around 0.6 and the same for all seeds. With texts drawn anew for every seed the
+    intervals for four seeds would be half as wide, and cover in two of three cases."""
+    hits, trials = 0, 200
     for trial in range(trials):
         rng = np.random.default_rng(trial)
-        tried = np.full((1, 1, 40), 50.0)
-        rates = np.clip(rng.normal(0.6, 0.1, tried.shape), 0, 1)
-        interval = mean_of(Counts(rng.binomial(50, rates).astype(float), tried))
+        tried = np.full((1, seeds, 40), 50.0)
+        rates = np.clip(rng.normal(0.6, 0.2, (1, 1, 40)), 0, 1)
+        interval = mean_of(Counts(rng.binomial(50, np.broadcast_to(rates, tried.shape)).astype(float), tried))
         hits += interval.low <= 0.6 <= interval.high
-    assert scipy.stats.binom.cdf(hits, trials, 0.93) > 1e-3 and hits < trials
+    assert 0.88 * trials < hits < trials
 
 
 def test_what_is_not_defined_is_left_out():
@@ -93,8 +93,18 @@ def test_what_is_not_defined_is_left_out():
     interval = mean_of(found)
     assert interval.mean == pytest.approx(np.mean(found.of_seeds()[[0, 2]]))
     assert interval.low < interval.mean < interval.high
+    interval, seeds = difference(counts(), found)  # and so is the other side's figure of that seed
+    assert interval.mean == pytest.approx(np.mean([seeds[0], seeds[2]])) and np.isnan(seeds[1])
     nothing = mean_of(Counts(np.zeros((1, 2, 3)), np.zeros((1, 2, 3))))
     assert (nothing.mean, nothing.low, nothing.high) == (None, None, None)
+
+
+def test_a_product_with_a_zero_is_zero():
+    """A head that was never accepted leaves the next one untried: the cumulative rate is zero all the same."""
+    first = Counts.ratio([[0, 0], [3, 1]], [[5, 5], [4, 4]])
+    second = Counts.ratio([[0, 0], [1, 1]], [[0, 0], [3, 1]])
+    np.testing.assert_allclose((first * second).of_seeds(), [0, 0.25])
+    assert np.isnan(second.of_seeds()[0])
 
 
 def test_inverse_and_product():

@@ -1,5 +1,6 @@
 """Sweeps: finished runs are skipped, stopped ones resumed, and the table at the end is the same."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -11,14 +12,14 @@ import time
 import pytest
 
 from experiments.distillation import mtp, mtp_d
-from experiments.sweep import runs as runs_module
-from experiments.sweep.experiment import Experiment, run
+from experiments.sweep.experiment import Experiment, arms_of, run
 from experiments.sweep.report import Report, Table, share
 from experiments.sweep.runner import Sweep, append_row, read_rows
 from experiments.sweep.runs import Run, Variant, version_of
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import mean_of
 from mtpd_jax import train
+from mtpd_jax.training.loop import DivergedError
 from tests.builders import tiny_config
 from tests.training.test_run import stop_after
 
@@ -111,13 +112,45 @@ def test_another_experiment_takes_rows_over(whole, text_file, monkeypatch):
     assert row == read_rows(path)[1]
 
 
-def test_other_code_runs_anew_and_the_newest_row_counts(whole, text_file, tmp_path, monkeypatch):
+def test_other_code_trains_anew(whole, text_file, monkeypatch):
+    """In a folder of its own, though the old one is there."""
+    folder, _ = whole
+    run = Run(mtp(2), 0, tiny_scale(text_file))
+    before = run.workdir(folder / "runs")
+    for module in ("runner", "runs"):
+        monkeypatch.setattr(f"experiments.sweep.{module}.code_version", lambda: "changed")
+    trained = []
+
+    def stop(config, workdir):
+        trained.append(pathlib.Path(workdir))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Sweep("tiny", [run], folder / "runs", folder).run()
+    assert before.exists() and trained == [run.workdir(folder / "runs")] and trained[0] != before
+
+
+def test_the_newest_row_counts(text_file):
     scale = tiny_scale(text_file)
-    first = Run(mtp(2), 0, scale)
-    sweep = Sweep("tiny", [first], tmp_path, whole[0])
-    assert sweep._finished(first)
-    monkeypatch.setattr("experiments.sweep.runner.code_version", lambda: "changed")
-    assert not Sweep("tiny", [first], tmp_path, whole[0])._finished(first)
+    rows = [{"config": Run(mtp(2), 0, scale).key(), "seed": 0, "code": code} for code in ("old", "new")]
+    assert arms_of(rows, variants(scale), scale)["mtp_2"].rows == rows[1:]
+
+
+def test_a_diverged_run_does_not_hold_up_the_others(text_file, tmp_path, monkeypatch):
+    def fail(config, workdir):
+        raise DivergedError("step 3: loss nan")
+
+    monkeypatch.setattr(train, "run", fail)
+    runs = [Run(mtp(2), seed, tiny_scale(text_file)) for seed in (0, 1)]
+    assert Sweep("tiny", runs, tmp_path, tmp_path).run() == [f"mtp_2, seed {seed}: step 3: loss nan" for seed in (0, 1)]
+
+
+def test_processes_append_whole_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: append_row(path, {"seed": seed, "text": "x" * 5000}), range(64)))
+    assert sorted(row["seed"] for row in read_rows(path)) == list(range(64))
 
 
 def test_an_unfinished_last_line_is_written_over(tmp_path):
@@ -161,7 +194,6 @@ def test_the_code_version_is_that_of_the_syntax(tmp_path):
     first = version('def f(x):\n    """Adds."""\n    return x + 1\n')
     assert version('# why\ndef f(x):\n    """Adds one."""\n\n    return (x +\n        1)\n') == first
     assert version("def f(x):\n    return x + 2\n") != first
-    assert runs_module.code_version() == runs_module.code_version()
 
 
 @pytest.mark.slow
