@@ -78,9 +78,7 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.training)
     source = open_source(config.data)
-    start = None
-    if config.objective.mode == "loop" and latest_step(place) is None:
-        start = source_parameters(config, mesh)
+    start = source_parameters(config, place, mesh)
     tokenizer = _prepare(config, place, source)
     if jax.process_count() > 1:  # none goes on before the workdir is there
         multihost_utils.sync_global_devices("workdir ready")
@@ -94,11 +92,10 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
         StopRequest() as stop,
     ):
         done, tokens, seconds = 0, 0, 0.0
-        news = f"training {trained:,} parameters for {steps} steps on {_describe(mesh)}"
-        if config.frozen_heads is not None:
-            news += f": heads {config.frozen_heads + 1} to {config.heads.num_heads} on top of {config.init.workdir}"
         if checkpointer.latest_step() is None:
+            news = _beginning(config, mesh, trained)
             state = initial_state(model, optimizer, config, mesh, start)
+            del start  # or it would be held, beside its copy, as long as the run lasts
         else:
             state, record = checkpointer.restore(abstract)
             done, tokens, seconds = int(state.step), record["tokens"], record["seconds"]
@@ -167,6 +164,15 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
         place.write_config(config)
         write_atomically(place.tokenizer_file, tokenizer.to_json())
     return tokenizer
+
+
+def _beginning(config: Config, mesh: Mesh, trained: int) -> str:
+    """What a new run is about to do."""
+    news = f"training {trained:,} parameters for {config.training.steps} steps on {_describe(mesh)}"
+    if config.frozen_heads is None:
+        return news
+    heads = f"heads {config.frozen_heads + 1} to {config.heads.num_heads}"
+    return f"{news}: {heads} on top of {config.init.workdir}, step {latest_step(source_of(config))}"
 
 
 def _describe(mesh: Mesh) -> str:

@@ -7,31 +7,31 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.model.backbone import build_model
-from mtpd_jax.training.checkpoint import restored_parameters
+from mtpd_jax.training.checkpoint import latest_step, restored_parameters
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import Workdir, open_workdir
 
-# What the run that is extended may have otherwise: nothing of it changes a shape or what the model computes.
+# What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
 _FREE = {"remat", "dtype"}
 
 
 def with_source(config: Config, place: Workdir) -> Config:
-    """Fills in how many heads are frozen: those of the run to extend, or what this run's own config.json recorded.
+    """Fills in what a loop takes from the run that it extends: how many heads are frozen.
 
-    Once a run has begun, the one that it started from is not needed any more.
+    Once a run has begun, its own config.json says so, and the run that it began from may be gone.
 
     Raises:
       ValueError: the run to extend is not there, is another model, or has too many heads already.
     """
     if config.objective.mode != "loop":
         return config
-    if place.config_file.exists():
-        recorded = place.read_config().init.num_heads
-        return config if config.init.num_heads else _with_heads(config, recorded)
-    source = source_of(config).read_config()
-    _check_model(config, source)
-    return _with_heads(config, source.heads.num_heads)
+    if latest_step(place) is None:
+        return _with_heads(config, _checked_source(config).heads.num_heads)
+    recorded = place.read_config().init
+    if not source_of(config).config_file.exists():  # moved or deleted: its name says nothing any more
+        config = _replace_init(config, workdir=recorded.workdir)
+    return _with_heads(config, recorded.num_heads or 0)
 
 
 def source_of(config: Config) -> Workdir:
@@ -39,28 +39,37 @@ def source_of(config: Config) -> Workdir:
     return open_workdir(config.init.workdir)
 
 
-def source_parameters(config: Config, mesh: Mesh) -> Any:
-    """The newest parameters of the run to extend: its average if it keeps one.
+def source_parameters(config: Config, place: Workdir, mesh: Mesh) -> Any:
+    """What a run starts from: the newest parameters of the run to extend (its average if it keeps one).
+
+    None for a run that starts from nothing, or that has a checkpoint of its own.
 
     Raises:
-      ValueError: it has no checkpoint, or none that can be read.
+      ValueError: the run to extend has no checkpoint, or none that can be read.
     """
-    place = source_of(config)
-    source = place.read_config()
+    if config.objective.mode != "loop" or latest_step(place) is not None:
+        return None
+    source = _checked_source(config)
     abstract = abstract_state(build_model(source), make_optimizer(source), source, mesh)
-    return restored_parameters(place, abstract)
+    return restored_parameters(source_of(config), abstract)
 
 
-def _with_heads(config: Config, num_heads: int | None) -> Config:
+def _with_heads(config: Config, num_heads: int) -> Config:
     given = config.init.num_heads
     if given not in (None, num_heads):
         raise ValueError(f"config.init.num_heads = {given}: {config.init.workdir} has {num_heads}; leave it out")
-    config = dataclasses.replace(config, init=dataclasses.replace(config.init, num_heads=num_heads))
+    config = _replace_init(config, num_heads=num_heads)
     config.validate()
     return config
 
 
-def _check_model(config: Config, source: Config) -> None:
+def _replace_init(config: Config, **fields: Any) -> Config:
+    return dataclasses.replace(config, init=dataclasses.replace(config.init, **fields))
+
+
+def _checked_source(config: Config) -> Config:
+    """The config of the run to extend, whose model has to be this one's."""
+    source = source_of(config).read_config()
     wanted, found = (_shape(one) for one in (config, source))
     for name, value in wanted.items():
         if found[name] != value:
@@ -68,6 +77,12 @@ def _check_model(config: Config, source: Config) -> None:
                 f"config.{name} = {value!r}: the run in {config.init.workdir}, which is to be extended, "
                 f"has {found[name]!r}; more heads are all that can be added to it"
             )
+    if config.tokenizer.path:
+        raise ValueError(
+            f"config.tokenizer.path = {config.tokenizer.path!r}: expected nothing with objective.mode = 'loop', "
+            f"which takes the tokenizer of {config.init.workdir}"
+        )
+    return source
 
 
 def _shape(config: Config) -> dict[str, Any]:

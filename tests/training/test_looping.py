@@ -168,18 +168,31 @@ def test_a_run_changes_new_heads_only(base, extended, loop_config):
 def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, loop_config, tmp_path, monkeypatch):
     """5 to 7 heads, stopped on the way, gone on with after the run that it began from is gone: the same bits."""
     source = shutil.copytree(extended, tmp_path / "source")
-    config = replace(loop_config, init__workdir=str(source), heads__num_heads=7)
+    config = replace(loop_config, init__workdir=str(source), heads__num_heads=7, training__micro_batches=2)
+    config = replace(config, mesh__data=2, mesh__fsdp=2)
     assert train.run(config, str(tmp_path / "whole")).finished
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         stop_after(patch, 10)
         assert train.run(config, str(stopped)).step == 10
     shutil.rmtree(source)
-    assert train.run(config, str(stopped)).finished
+    assert train.run(replace(config, init__workdir="/moved/away"), str(stopped)).finished
     resolved = open_workdir(str(stopped)).read_config()
     assert resolved.init.num_heads == 5
     assert_bitwise(restored(stopped, resolved)[0], restored(tmp_path / "whole", resolved)[0])
     assert_bitwise(evaluated(tmp_path / "whole")["embedding"], evaluated(extended)["embedding"])
+
+
+def test_a_restart_before_the_first_checkpoint_looks_at_its_source_again(base, loop_config, tmp_path):
+    """config.json is written, and nothing else; meanwhile the run to extend has become another."""
+    source = shutil.copytree(base, tmp_path / "source")
+    config = replace(loop_config, init__workdir=str(source))
+    begun = open_workdir(str(tmp_path / "begun"))
+    begun.write_config(replace(config, init__num_heads=2))
+    other = open_workdir(str(source)).read_config()
+    open_workdir(str(source)).write_config(replace(other, heads__num_heads=3))
+    with pytest.raises(ValueError, match="init.num_heads differs"):
+        train.run(config, str(begun.path))
 
 
 def test_an_extended_run_decodes_as_plainly(extended):
@@ -209,6 +222,8 @@ def test_a_new_state_is_the_copy(base, loop_config):
         ({"init__workdir": ""}, ["init.workdir", "the run to extend"]),
         ({"objective__mode": "joint"}, ["init.workdir", "objective.mode = 'joint'"]),
         ({"objective__alpha": (0.1, 0.1)}, ["objective.alpha", "3 (the heads that are trained)"]),
+        ({"tokenizer__path": "other.json"}, ["tokenizer.path", "takes the tokenizer of"]),
+        ({"tokenizer__end_token": "<end>"}, ["tokenizer.end_token", "has '<|endoftext|>'"]),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_created(loop_config, tmp_path, overrides, words):
