@@ -121,9 +121,11 @@ def _published(pairs: Mapping[int, tuple[Arm, Arm]]) -> Table:
                 values = [mean_of(getattr(arm, kind)(mode, heads, heads)).mean for arm in (plain, distilled)]
                 ours = " → ".join(map(percent, values))
                 rows.append([what, " → ".join(f"{value:.1f} %" for value in published), f"{label}: {ours}"])
+    ours = next((arm for pair in pairs.values() for arm in pair), None)
+    size = "" if ours is None else f"{ours.mean('parameters'):,.0f} parameters after {ours.mean('tokens'):,.0f} tokens"
     note = (
-        "Published: a dense model of 2B parameters after 350B tokens, on benchmarks. Ours: the table at the end, and "
-        "the config of the scale. The sizes of gains are not comparable; their signs are."
+        "Published: a dense model of 2B parameters after 350B tokens of FineWeb-Edu, on benchmarks. Ours: a model of "
+        f"{size} of Python source, on held-out files. The sizes of gains are not comparable; their signs are."
     )
     return Table("Beside the paper: MTP → MTP-D", ["figure", "paper", "ours"], rows, note)
 

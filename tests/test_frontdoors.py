@@ -145,6 +145,14 @@ def test_train_answers_mistakes_before_creating_anything(call, tmp_path, monkeyp
     assert not place.exists()
 
 
+def test_an_extension_that_does_not_fit_is_one_line(call, workdir, tmp_path, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(base.__file__).parents[1])
+    loop = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'w'}", "--config.objective.mode=loop"]
+    assert_one_line(call("train", *loop, f"--config.init.workdir={workdir}"), "config.model.vocabulary_size", "has 300")
+    assert_one_line(call("train", *loop, f"--config.init.workdir={tmp_path}"), str(tmp_path), "holds no run")
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_config_file_with_an_error_is_one_line(call, tmp_path):
     (tmp_path / "broken.py").write_text("def get_config():\n    return undefined_name\n")
     assert_one_line(

@@ -60,6 +60,15 @@ class Arm:
         found = self._decoded(mode, heads)
         return Counts.ratio([part["accepted"][head - 1] for part in found], [part["tried"][head - 1] for part in found])
 
+    def conditional_of(self, mode: str, heads: int, of: Collection[int]) -> Counts:
+        """Conditional acceptance of several heads together: all that they had accepted over all that they tried."""
+        found = self._decoded(mode, heads)
+        accepted, tried = (
+            [[sum(part[name][k - 1][text] for k in of) for text in range(len(part["tokens"]))] for part in found]
+            for name in ("accepted", "tried")
+        )
+        return Counts.ratio(accepted, tried)
+
     def cumulative(self, mode: str, heads: int, head: int) -> Counts:
         """Cumulative acceptance of heads 1 to ``head``."""
         factors = [self.conditional(mode, heads, k) for k in range(1, head + 1)]

@@ -28,10 +28,11 @@ def with_source(config: Config, place: Workdir) -> Config:
         return config
     if latest_step(place) is None:
         return _with_heads(config, _checked_source(config).heads.num_heads)
-    recorded = place.read_config().init
-    if not source_of(config).config_file.exists():  # moved or deleted: its name says nothing any more
-        config = _replace_init(config, workdir=recorded.workdir)
-    return _with_heads(config, recorded.num_heads or 0)
+    begun = place.read_config()
+    # Where one of the two is gone, moved or deleted, another name does not mean another run.
+    if not all(source_of(one).config_file.exists() for one in (config, begun)):
+        config = _replace_init(config, workdir=begun.init.workdir)
+    return _with_heads(config, begun.init.num_heads or 0)
 
 
 def source_of(config: Config) -> Workdir:

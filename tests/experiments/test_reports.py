@@ -104,6 +104,7 @@ def test_figures_of_an_arm():
     }  # fmt: skip
     arm = Arm("made up", [{"seed": 0, "decoding": {"greedy": part}}])
     assert arm.conditional("greedy", 2, 1).of_seeds() == pytest.approx(3 / 5)
+    assert arm.conditional_of("greedy", 2, [1, 2]).of_seeds() == pytest.approx(4 / 8)
     assert arm.cumulative("greedy", 2, 2).of_seeds() == pytest.approx(3 / 5 * 1 / 3)
     assert arm.tokens_per_pass("greedy", 2).of_seeds() == pytest.approx(10 / 5)
     assert arm.speed_over("greedy", 2, 0).of_seeds() == pytest.approx(2)
