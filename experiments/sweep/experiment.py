@@ -74,7 +74,12 @@ def run(
     if root is not None:
         chosen = [variant for variant in variants if not only or variant.name in only]
         # A seed is finished with all variants before the next begins: every comparison grows by whole pairs.
-        runs = [Run(variant, seed, scale) for seed in seeds or experiment.seeds for variant in chosen]
+        runs = [
+            Run(variant, seed, scale)
+            for seed in seeds or experiment.seeds
+            for variant in chosen
+            if seeds or variant.seeds is None or seed in variant.seeds
+        ]
         diverged = Sweep(experiment.name, runs, root, results).run()
     path = results / scale.name / f"{experiment.name}.jsonl"
     arms = arms_of(read_rows(path), variants, scale)

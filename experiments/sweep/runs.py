@@ -36,12 +36,14 @@ class Variant:
       diff: ``section.field`` -> value, over the scale's base config.
       start: the variant whose heads are extended; None: trained from nothing.
       decode: numbers of heads to decode with, beside none, one, and all that it has.
+      seeds: the only ones of the experiment's that it is run with, where a run is too long for all; None: all.
     """
 
     name: str
     diff: Mapping[str, Any] = dataclasses.field(hash=False)
     start: "Variant | None" = None
     decode: tuple[int, ...] = ()
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
