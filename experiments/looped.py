@@ -222,7 +222,7 @@ def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
         {"title": title, "x": "heads", "y": units[title], "lines": lines, "log": "x"} for title, lines in panels.items()
     ]
     lines = {name: line(points, 100) for name, points in acceptance.items()}
-    title = "conditional acceptance with 16 heads, temperature 1"
+    title = "conditional acceptance, temperature 1"
     return [*drawn, {"title": title, "x": "head", "y": "%", "lines": lines}]
 
 
