@@ -126,7 +126,7 @@ def test_validation_scores_agree_with_the_training_log(workdir):
             ["--config=configs/base.py", "--workdir=W", "--config.objective.kl=backward"],
             ["backward", "forward, reverse"],
         ),
-        (["--config=configs/base.py", "--workdir=W", "--config.objective.mode=loop"], ["loop", "expected joint"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.objective.mode=post"], ["post", "one of joint, loop"]),
         (["--config=configs/base.py", "--workdir=W", "--config.objective.beta=(1.0,2.0)"], ["objective.beta", "4"]),
         (["--config=configs/base.py", "--workdir=W", "--config.data.source=text"], ["config.data.paths"]),
         (["--config=configs/base.py", "--workdir=W", "--config.mesh.data=16"], ["config.mesh", "number of devices"]),

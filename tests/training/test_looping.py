@@ -102,8 +102,7 @@ def gradients(config, parameters, frozen, batch, mesh=None):
     return jax.jit(within(mesh, compute) if mesh else compute)(parameters, frozen)
 
 
-@pytest.mark.parametrize("kl", ["forward", "lk"])
-@pytest.mark.parametrize("shape", [None, (2, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize(("shape", "kl"), [(None, "forward"), ((2, 2, 2, 1), "lk")], ids=str)
 def test_new_heads_have_the_gradient_of_joint_training(shape, kl):
     """The same terms in a joint objective whose other coefficients are zero; there, all heads are differentiated."""
     config = looped_config(objective__kl=kl, objective__alpha=(0.1, 0.2, 0.3), objective__beta=(0.5, 0.6, 0.7))
