@@ -25,8 +25,6 @@ PAPER = {
     "4 heads: conditional acceptance of head 4": (4, "conditional", 83.77, 86.46),
     "4 heads: cumulative acceptance of head 4": (4, "cumulative", 45.47, 52.96),
 }
-
-
 # Speed of four heads of MTP-D over four of MTP; whether in wall clock or in tokens per pass is not established.
 PAPER_SPEED = 1.23
 
@@ -127,13 +125,7 @@ def _published(pairs: Mapping[int, tuple[Arm, Arm]]) -> Table:
                 rows.append([what, " → ".join(f"{value:.1f} %" for value in published), f"{label}: {ours}"])
     if 4 in pairs:
         for mode, label in MODES.items():
-            passes, speed = (
-                with_interval(times(*pairs[4], figure))
-                for figure in (
-                    lambda arm, mode=mode: arm.tokens_per_pass(mode, 4),
-                    lambda arm, mode=mode: arm.speed_over(mode, 4, 0),
-                )
-            )
+            passes, speed = (with_interval(times(*pairs[4], figure)) for _, figure in _decoded(mode, 4)[:2])
             ours = f"{label}: {speed} times in wall clock, {passes} in tokens per pass"
             rows.append(["4 heads: MTP-D's speed over MTP's", f"{PAPER_SPEED:.2f} times", ours])
     arm = pairs[max(pairs)][0] if pairs else None

@@ -132,13 +132,13 @@ def _rivals(arms: Mapping[str, Arm]) -> Table:
     for arm in present if seeds else []:
         arm = arm.of(seeds)
         rows.append([
-                arm.name, f"{arm.mean('head_parameters'):,.0f}", _flops(arms, arm.name),
-                with_interval(mean_of(arm.main_ce()), digits=3),
-                *(share(mean_of(arm.agreement(k))) for k in (1, 4, 16)),
-                *(with_interval(mean_of(arm.tokens_per_pass(mode, 16))) for mode in ("greedy", "sampled")),
-                with_interval(mean_of(arm.tokens_per_pass("sampled", 4))),
-                with_interval(mean_of(arm.speed_over("sampled", 16, 0))),
-            ])  # fmt: skip
+            arm.name, f"{arm.mean('head_parameters'):,.0f}", _flops(arms, arm.name),
+            with_interval(mean_of(arm.main_ce()), digits=3),
+            *(share(mean_of(arm.agreement(k))) for k in (1, 4, 16)),
+            *(with_interval(mean_of(arm.tokens_per_pass(mode, 16))) for mode in ("greedy", "sampled")),
+            with_interval(mean_of(arm.tokens_per_pass("sampled", 4))),
+            with_interval(mean_of(arm.speed_over("sampled", 16, 0))),
+        ])  # fmt: skip
     columns = ["variant", "parameters in heads", "model FLOPs", "main CE, nats", "agreement, head 1, %", "head 4, %",
                "head 16, %", "tokens per pass, greedy", "temperature 1", "with 4 heads, temperature 1",
                "speed over plain, temperature 1"]  # fmt: skip
@@ -182,12 +182,9 @@ def _published_speed(arms: Mapping[str, Arm]) -> Table:
         pair = paired(arms, name, "mtp_1")
         if pair is not None and arms[name].decodes(count):
             ratios = [
-                with_interval(times(*pair, figure(count), figure(1)))
+                with_interval(times(*pair, figure, of_one))
                 for mode in MODES
-                for figure in (
-                    lambda heads, mode=mode: lambda arm: arm.tokens_per_pass(mode, heads),
-                    lambda heads, mode=mode: lambda arm: arm.speed_over(mode, heads, 0),
-                )
+                for figure, of_one in zip(_totals(mode, count).values(), _totals(mode, 1).values(), strict=True)
             ]
             rows.append([f"{count} heads ({name})", f"{PAPER_SPEED[count]:.2f}", *ratios])
     columns = ["", "paper", "tokens per pass, greedy", "wall clock, greedy", "tokens per pass, temperature 1",

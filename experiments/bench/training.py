@@ -39,12 +39,7 @@ def cases(scale: Scale, heads: list[int]) -> dict[str, Config]:
             }  # fmt: skip
     if max(heads) > 1:
         changes[f"recurrent {max(heads)}"] = {"heads.num_heads": max(heads), "heads.kind": "recurrent"}
-    configs = {}
-    for name, change in changes.items():
-        tree = scale.base()
-        tree.update_from_flattened_dict(change)
-        configs[name] = Config.build(tree.to_dict())
-    return configs
+    return {name: scale.changed(change) for name, change in changes.items()}
 
 
 class CompiledStep:

@@ -57,8 +57,7 @@ class Arm:
 
     def conditional(self, mode: str, heads: int, head: int) -> Counts:
         """Conditional acceptance of a head when decoding with ``heads`` of them."""
-        found = self._decoded(mode, heads)
-        return Counts.ratio([part["accepted"][head - 1] for part in found], [part["tried"][head - 1] for part in found])
+        return self.conditional_of(mode, heads, [head])
 
     def conditional_of(self, mode: str, heads: int, of: Collection[int]) -> Counts:
         """Conditional acceptance of several heads together: all that they had accepted over all that they tried."""

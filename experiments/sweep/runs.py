@@ -70,13 +70,11 @@ class Run:
         Raises:
           ValueError: a diff names no field, or its value is out of range.
         """
-        tree = self.scale.base()
         # An extension reads the data in another order than what it starts from, and so not the same batches again.
         diff = {"training.seed": self.seed + _SEEDS * self.extensions, **self.variant.diff}
         if self.start is not None:
             diff |= {"objective.mode": "loop", "init.workdir": str(self.start.workdir(root))}
-        tree.update_from_flattened_dict(diff)
-        return Config.build(tree.to_dict())
+        return self.scale.changed(diff)
 
     def training_key(self) -> str:
         """A hash of every field of the configuration that decides what is learned, but for the seed."""
@@ -115,14 +113,9 @@ def version_of(files: Sequence[pathlib.Path]) -> str:
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and ast.get_docstring(_documented(node)) is not None:
-            node.body = body[1:] or [ast.Pass()]  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
     return tree
-
-
-def _documented(node: ast.AST) -> Any:
-    return node if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) else ast.Module([], [])
 
 
 def _digest(value: Any) -> str:

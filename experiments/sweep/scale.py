@@ -1,7 +1,7 @@
 """How large the experiments are: the same variants, as diffs from the base config of a scale."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs import cpu, gpu, mtpd_2b
@@ -31,7 +31,17 @@ class Scale:
     @property
     def config(self) -> Config:
         """The base config."""
-        return Config.build(self.base().to_dict())
+        return self.changed({})
+
+    def changed(self, diff: Mapping[str, Any]) -> Config:
+        """The base config with other values: ``section.field`` -> value.
+
+        Raises:
+          ValueError: a diff names no field, or its value is out of range.
+        """
+        tree = self.base()
+        tree.update_from_flattened_dict(diff)
+        return Config.build(tree.to_dict())
 
 
 SCALES = {
