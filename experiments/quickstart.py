@@ -26,7 +26,6 @@ from mtpd_jax.training.workdir import open_workdir
 PROMPTS = 10
 PROMPT_TOKENS = 64
 NEW_TOKENS = 128
-SCORED_DOCUMENTS = 12
 
 
 def summarise(scores: dict[str, DecodingScore]) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def run(workdir: str) -> dict[str, Any]:
     prompt_file = place / "prompts.jsonl"
     prompt_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     console.print("scoring held-out files")
-    text = evaluate.run(workdir, split_name="validation", limit=SCORED_DOCUMENTS, batch_size=4).text
+    text = evaluate.run(workdir, split_name="validation", batch_size=4).text
     console.print(text_table(text))
     heads = range(config.heads.num_heads + 1)
     parts = {}

@@ -1,5 +1,6 @@
 """The device mesh, and the one table that says which logical axis of an array lies on which axis of the mesh."""
 
+import contextvars
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,9 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
+
+# The mesh that the function being traced runs on, for ``constrain``: see ``within``.
+_traced_on: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -108,10 +112,32 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
 
 
 def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that the logical constraints in it resolve on this mesh when it is traced."""
+    """Wraps a function so that the constraints in it (see ``constrain``) are those of this mesh when it is traced."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with mesh, nn.logical_axis_rules(RULES.table()):
+        token = _traced_on.set(mesh)
+        try:
             return function(*args, **kwargs)
+        finally:
+            _traced_on.reset(token)
 
     return wrapped
+
+
+def constrain(values: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the partitioner where an activation lies; outside ``within``, and on one device, there is nothing to tell.
+
+    Without it, XLA may split the model's width over the devices that hold parts of the parameters, and sum whole
+    batches of activations over all of them. ``nn.with_logical_constraint`` is not used: it looks for the mesh where
+    neither ``with mesh:`` nor jit puts it, and does nothing where it finds none.
+
+    Args:
+      values: one logical axis per dimension.
+      axes: their names in ``ShardingRules``; None for an axis that is whole on every device.
+    """
+    mesh = _traced_on.get()
+    if mesh is None or mesh.size == 1:
+        return values
+    spec = nn.logical_to_mesh_axes(axes, RULES.table())
+    assert spec is not None  # as it is for no names at all
+    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, spec))

@@ -27,7 +27,7 @@ from mtpd_jax.sharding import check_divisible, make_mesh
 from mtpd_jax.training.checkpoint import Checkpointer, latest_step
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.loop import Evaluate, Loop
-from mtpd_jax.training.looping import source_of, source_parameters, with_source
+from mtpd_jax.training.looping import beginning, held_out_note, source_of, with_source
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mtpd_jax.training.progress import Progress
@@ -78,14 +78,12 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.training)
     source = open_source(config.data)
-    start = source_parameters(config, place, mesh)
+    start, origin = beginning(config, place, mesh)
     tokenizer = _prepare(config, place, source)
-    if jax.process_count() > 1:  # none goes on before the workdir is there
-        multihost_utils.sync_global_devices("workdir ready")
-    model, optimizer = build_model(config), make_optimizer(config)
+    model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
     abstract = abstract_state(model, optimizer, config, mesh)
+    step = make_step(model, objective, optimizer, mesh, state_shardings(abstract), config.optimizer.ema_decay)
     steps, trained = config.training.steps, count_parameters(abstract.parameters)
-    parameters = trained + count_parameters(abstract.frozen)
     with (
         Checkpointer(place, config.checkpoint.keep) as checkpointer,
         TrainingData(config, source, tokenizer) as data,
@@ -100,70 +98,75 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
             state, record = checkpointer.restore(abstract)
             done, tokens, seconds = int(state.step), record["tokens"], record["seconds"]
             data.set_state(record["data"])
-            news = (
-                f"already finished, at step {done} of {steps}"
-                if done >= steps
-                else f"resuming from step {done} of {steps}"
-            )
+            finished = f"already finished, at step {done} of {steps}"
+            news = finished if done >= steps else f"resuming from step {done} of {steps}"
         if done < steps and jax.process_index() == 0:
             place.write_config(config)  # with what a resume may change
         with (
             Progress("training", steps, done) as progress,
             MetricsLog(place, done, config.logging.tensorboard) as metrics,
         ):
-            progress.say(f"{place.path}: {news}")
+            note = held_out_note([data.identity, *(origin or {"sources": []})["sources"]])
+            progress.say(f"{place.path}: {news}" + (f"\n{note}" if note else ""))
+            evaluate = _evaluator(config, model, mesh, source, tokenizer)
             loop = Loop(
-                config,
-                make_step(
-                    model,
-                    training_objective(config),
-                    optimizer,
-                    mesh,
-                    state_shardings(abstract),
-                    config.optimizer.ema_decay,
-                ),
-                learning_rate_schedule(config),
-                _evaluator(config, model, mesh, source, tokenizer),
-                data,
-                mesh,
-                checkpointer,
-                metrics,
-                stop,
-                progress,
-            )
+                config, objective, step, learning_rate_schedule(config), evaluate, data, mesh, checkpointer, metrics,
+                stop, progress, origin,
+            )  # fmt: skip
             done = loop.run(state, done, tokens, seconds)
-            tokens, seconds = loop.tokens, loop.seconds
             if stop.signal is not None and done < steps:
                 progress.say(f"{place.path}: asked to stop; saved step {done}")
     signal = None if done >= steps else stop.signal
-    return TrainResult(str(place.path), done, done >= steps, signal, tokens, parameters, seconds)
+    parameters = trained + count_parameters(abstract.frozen)
+    return TrainResult(str(place.path), done, done >= steps, signal, loop.tokens, parameters, loop.seconds)
 
 
 def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
-    """Loads, or trains, the tokenizer; creates the workdir once nothing can be wrong with the config any more."""
-    new = not place.tokenizer_file.exists()
-    if not new:
-        tokenizer = place.read_tokenizer(config)
-    elif config.objective.mode == "loop":
-        tokenizer = source_of(config).read_tokenizer(config)
-    elif config.tokenizer.path:
-        tokenizer = Tokenizer.load(config.tokenizer.path, config.tokenizer.end_token)
+    """Creates the workdir, once nothing can be wrong with the config any more; returns its tokenizer.
+
+    The first process writes it, and all read what it wrote: one that made its own could differ.
+    """
+    if not place.tokenizer_file.exists():
+        given = _given_tokenizer(config)
+        _wait_for_all("workdir looked at")  # none writes before all have
+        if jax.process_index() == 0:
+            made = given or Tokenizer.train(
+                split(source, config.data.validation_fraction, validation=False),
+                config.model.vocabulary_size,
+                config.tokenizer.end_token,
+                config.tokenizer.train_bytes,
+            )
+            place.write_config(config)
+            write_atomically(place.tokenizer_file, made.to_json())
     else:
-        documents = split(source, config.data.validation_fraction, validation=False)
-        tokenizer = Tokenizer.train(
-            documents, config.model.vocabulary_size, config.tokenizer.end_token, config.tokenizer.train_bytes
-        )
+        _wait_for_all("workdir looked at")
+    _wait_for_all("workdir written")
+    return _checked(place.read_tokenizer(config), config)
+
+
+def _given_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer of the run to extend, or of the config's file; None: one is to be trained."""
+    if config.objective.mode == "loop":
+        return _checked(source_of(config).read_tokenizer(config), config)
+    if config.tokenizer.path:
+        return _checked(Tokenizer.load(config.tokenizer.path, config.tokenizer.end_token), config)
+    return None
+
+
+def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:
+    """The tokenizer, whose every id has to have a row in the embedding."""
     if tokenizer.size > config.model.vocabulary_size:
         raise ValueError(
-            f"config.model.vocabulary_size = {config.model.vocabulary_size}: "
-            f"expected at least the tokenizer's {tokenizer.size}"
+            f"config.model.vocabulary_size = {config.model.vocabulary_size}: expected at least {tokenizer.size}, "
+            f"for the tokenizer's largest id is {tokenizer.size - 1}"
         )
-    if jax.process_count() > 1:  # none writes before all have looked at what was there
-        multihost_utils.sync_global_devices("workdir checked")
-    if new and jax.process_index() == 0:
-        place.write_config(config)
-        write_atomically(place.tokenizer_file, tokenizer.to_json())
     return tokenizer
+
+
+def _wait_for_all(place: str) -> None:
+    """Returns once every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
 
 
 def _beginning(config: Config, mesh: Mesh, trained: int) -> str:

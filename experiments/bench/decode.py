@@ -33,7 +33,7 @@ from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
-from mtpd_jax.evaluation.decoding import decode_prompts
+from mtpd_jax.evaluation.decoding import decode_prompts, ways_of
 from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, best_heads, unprofitable_batch
@@ -170,13 +170,11 @@ def predict(
     ids = [trained.tokenizer.encode(prompt) for prompt in prompts]
     numbers, cumulative, found = (0, *flags.heads), [], []
     for cost in costs:
-        batch = min(cost.rows, len(ids))
-        taken = ids[: max(1, min(len(ids), flags.limit) // batch) * batch]
-        full, first = (Options(0, tokens, sampling) for tokens in (flags.max_new_tokens, 1))
-        decode_prompts(decoder, taken[:batch], numbers, full, batch_size=batch, seed=0)  # compiles, and warms up
-        decoded, prefilled = (
-            decode_prompts(decoder, taken, numbers, options, batch_size=batch, seed=0) for options in (full, first)
-        )
+        batch = cost.rows
+        taken = ids[: max(1, min(len(ids), flags.limit) // batch) * batch]  # whole batches, as ``cost`` is of
+        full, first = (ways_of(Options(0, tokens, sampling), numbers) for tokens in (flags.max_new_tokens, 1))
+        decode_prompts(decoder, taken[:batch], full, batch_size=batch, seed=0)  # compiles, and warms up
+        decoded, prefilled = (decode_prompts(decoder, taken, ways, batch_size=batch, seed=0) for ways in (full, first))
         if not cumulative:
             cumulative = [rate or 0.0 for rate in acceptance_of(decoded[max(numbers)]).cumulative]
         for heads in numbers:
@@ -288,6 +286,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError("--workdir and --prompts belong together")
     frontdoor.check_json_path(flags.json)
     prompts = read_prompts(flags.prompts) if flags.prompts else []
+    if flags.prompts and max(flags.batches) > len(prompts):
+        raise ValueError(f"--batches={max(flags.batches)}: expected at most the {len(prompts)} prompts of --prompts")
     trained = open_run(flags.workdir) if flags.workdir else None
     if trained:
         subjects = [Subject(pathlib.Path(flags.workdir).name, trained.model, trained.parameters)]

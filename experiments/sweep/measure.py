@@ -12,12 +12,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.sweep.scale import Scale
 from mtpd_jax.data.pipeline import put_on_devices
-from mtpd_jax.data.sources import open_source, split
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.agreement import count_agreement
 from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
-from mtpd_jax.evaluation.decoding import decode_prompts
+from mtpd_jax.evaluation.decoding import decode_prompts, ways_of
 from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.evaluation.scoring import batches, make_scorer
 from mtpd_jax.losses.objective import scoring_objective
@@ -41,8 +40,8 @@ def held_out_texts(trained: TrainedRun, number: int, tokens: int) -> list[np.nda
       number: how many at most.
       tokens: of each; documents of less than twice as many are left out.
     """
-    config, texts = trained.config.data, []
-    for text in split(open_source(config), config.validation_fraction, validation=True):
+    texts = []
+    for text in trained.held_out_documents():
         ids = trained.tokenizer.encode(text)
         if len(ids) >= 2 * tokens and len(texts) < number:
             texts.append(ids[len(ids) // 2 :][:tokens])
@@ -122,11 +121,13 @@ def _decode(
 ) -> dict[str, Any]:
     """Real decoding, one prompt at a time, the numbers of heads in turn."""
     decoder, options = decoder_of(trained), Options(0, new_tokens, MODES[mode])
-    turns = [decode_prompts(decoder, prompts, heads, options, batch_size=1, seed=0) for _ in range(_TURNS)]
+    ways = ways_of(options, heads)
+    turns = [decode_prompts(decoder, prompts, ways, batch_size=1, seed=0) for _ in range(_TURNS)]
     found = turns[0]
     agreed, counted = count_agreement(decoder, prompts, found[0], max(heads))
     result: dict[str, Any] = {"agreed": agreed.astype(int).tolist(), "counted": counted.astype(int).tolist()}
-    for number, continuations in found.items():
+    for number in heads:
+        continuations = found[number]
         result[str(number)] = {
             "tokens": [len(one.tokens) for one in continuations],
             "passes": [one.passes for one in continuations],

@@ -21,7 +21,7 @@ def write_configs(name: str, variants: Sequence[Variant], scale: Scale, root: pa
     commands = []
     for variant in variants:
         run = Run(variant, 0, scale)
-        seed = run.config(root).training.seed
+        seed = run.config().training.seed
         diff = dict(variant.diff) | ({"objective.mode": "loop", "training.seed": seed} if variant.start else {})
         lines = "".join(f"    config.{field} = {value!r}\n" for field, value in diff.items())
         folder.mkdir(parents=True, exist_ok=True)

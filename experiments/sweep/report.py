@@ -11,7 +11,7 @@ import rich.markdown
 
 from experiments.bench.common import curves
 from experiments.sweep.arms import Arm
-from experiments.sweep.runs import code_version
+from experiments.sweep.fingerprint import code_version
 from mtpd_jax.evaluation.acceptance import Interval
 from mtpd_jax.evaluation.report import number
 

@@ -13,8 +13,9 @@ import jax
 import rich.console
 
 from experiments.bench.common import environment
+from experiments.sweep.fingerprint import code_version
 from experiments.sweep.measure import measure
-from experiments.sweep.runs import Run, code_version
+from experiments.sweep.runs import Run
 from mtpd_jax import train
 from mtpd_jax.training.loop import DivergedError
 
@@ -75,7 +76,7 @@ class Sweep:
           SystemExit: asked to stop; started again, the sweep goes on where it was.
         """
         for run in self._runs:
-            run.config(self._root)
+            run.config()
         open_runs = [run for run in self._runs if not self._finished(run)]
         self._say(f"{len(self._runs) - len(open_runs)} of {len(self._runs)} runs are finished; rows: {self._path}")
         begin, diverged = time.monotonic(), []
@@ -91,7 +92,7 @@ class Sweep:
                 diverged.append(f"{run.variant.name}, seed {run.seed}: {error}")
                 self._say(diverged[-1])
                 continue
-            measured = {"seconds": seconds, **measure(str(run.workdir(self._root)), run.heads(), run.scale)}
+            measured = {"seconds": seconds, **measure(str(self._workdir(run)), run.heads(), run.scale)}
             row = {**self._name(run), "variant": run.variant.name, **measured, "environment": environment()}
             append_row(self._path, row)
             jax.clear_caches()  # programs of one run are of no use to the next
@@ -103,11 +104,13 @@ class Sweep:
         Returns:
           Seconds of training, compilation and evaluation included, over all calls.
         """
+        start = None
         if run.start is not None:
             self._train(run.start)
-        workdir = run.workdir(self._root)
+            start = self._workdir(run.start)
+        workdir = self._workdir(run)
         with _locked(workdir.with_suffix(".lock")):
-            result = train.run(run.config(self._root), str(workdir))
+            result = train.run(run.config(start), str(workdir))
         if not result.finished:
             raise SystemExit(128 + (result.signal or 0))
         return result.seconds
@@ -122,6 +125,9 @@ class Sweep:
                         append_row(self._path, {**row, "variant": run.variant.name})
                     return True
         return False
+
+    def _workdir(self, run: Run) -> pathlib.Path:
+        return run.workdir(self._root, self._code)
 
     def _name(self, run: Run) -> Row:
         return {"config": run.key(), "seed": run.seed, "code": self._code}

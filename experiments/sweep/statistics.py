@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtpd_jax.evaluation.acceptance import Interval
+from mtpd_jax.evaluation.acceptance import Interval, product_of_ratios
 
 _RESAMPLES = 2000
 
@@ -16,7 +16,8 @@ class Counts:
 
     Attributes:
       numerators, denominators: [F, S, P]: factors, seeds, texts. The figure of a seed is the product over factors of
-        the sum of numerators over the sum of denominators; the figure of all is the mean over seeds.
+        the sum of numerators over the sum of denominators (see ``product_of_ratios`` for zeros); the figure of all is
+        the mean over seeds.
     """
 
     numerators: np.ndarray
@@ -38,7 +39,7 @@ class Counts:
 
     def of_seeds(self) -> np.ndarray:
         """The figure of every seed, [S]; NaN where it is not defined."""
-        return _figures(self.numerators.sum(-1), self.denominators.sum(-1))
+        return product_of_ratios(self.numerators.sum(-1), self.denominators.sum(-1))
 
     def resampled(self, seeds: np.ndarray, texts: np.ndarray) -> np.ndarray:
         """The figures of the seeds drawn in every resample, [R, S].
@@ -48,14 +49,7 @@ class Counts:
           texts: [R, P]; the texts drawn, the same for every seed, as all runs are measured on the same texts.
         """
         rows, columns = seeds[:, :, None], texts[:, None, :]
-        return _figures(*(values[:, rows, columns].sum(-1) for values in (self.numerators, self.denominators)))
-
-
-def _figures(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
-    """Products over the first axis; zero where one factor is, though nothing was left to be counted for the next."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        products = np.prod(numerators, axis=0) / np.prod(denominators, axis=0)
-    return np.where(np.any((numerators == 0) & (denominators > 0), axis=0), 0.0, products)
+        return product_of_ratios(*(values[:, rows, columns].sum(-1) for values in (self.numerators, self.denominators)))
 
 
 def mean_of(counts: Counts) -> Interval:

@@ -1,6 +1,5 @@
 """From documents to packed batches, with grain: one deterministic global stream, the same in every process."""
 
-import hashlib
 from typing import Any
 
 import grain
@@ -11,7 +10,7 @@ from grain import experimental
 from jax.sharding import Sharding
 
 from mtpd_jax.config import Config
-from mtpd_jax.data.sources import Source, held_out
+from mtpd_jax.data.sources import Source, held_out, identity
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.shapes import AnyArray, Int
 
@@ -42,8 +41,13 @@ class TrainingData:
 
     def __init__(self, config: Config, source: Source, tokenizer: Tokenizer):
         """Opens the stream at its beginning."""
-        self._source = {"documents": len(source), "digest": hashlib.sha256(source.outline().encode()).hexdigest()}
+        self._source = identity(source)
         self._iterator = iter(_dataset(config, source, tokenizer))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Which documents these are, held-out ones included (see ``sources.identity``)."""
+        return self._source
 
     def __enter__(self) -> "TrainingData":
         return self
@@ -62,7 +66,7 @@ class TrainingData:
         """Goes to a place in the stream.
 
         Raises:
-          ValueError: the source is not the one that the state came from: other documents, or other sizes.
+          ValueError: the source is not the one that the state came from: other documents, or other contents.
         """
         found, expected = self._source, state["source"]
         if found != expected:

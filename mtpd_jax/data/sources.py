@@ -7,7 +7,7 @@ import mmap
 import pathlib
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from mtpd_jax.config import DataConfig
@@ -25,8 +25,8 @@ class Source(Protocol):
         """Returns the text of one document."""
         ...
 
-    def outline(self) -> str:
-        """Names and sizes of what was read: a changed source is told from the same one without reading all of it."""
+    def digest(self) -> str:
+        """A hash of the contents: equal for the same documents, wherever they lie."""
         ...
 
 
@@ -36,8 +36,8 @@ class FileSource:
     def __init__(self, paths: Sequence[pathlib.Path]):
         self._paths = paths
 
-    def outline(self) -> str:
-        return repr([(path.name, path.stat().st_size) for path in self._paths])
+    def digest(self) -> str:
+        return _digest_of(path.read_bytes() for path in self._paths)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -60,8 +60,8 @@ class SpanSource:
         self._parse = parse
         self._spans = [(file, *span) for file, content in enumerate(self._maps) for span in find(content)]
 
-    def outline(self) -> str:
-        return repr(self._spans)
+    def digest(self) -> str:
+        return _digest_of([repr(self._spans).encode(), *self._maps])
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -72,7 +72,10 @@ class SpanSource:
 
 
 class TfdsSource:
-    """A tensorflow-datasets data set, read through its ArrayRecord or array files without TensorFlow."""
+    """A tensorflow-datasets data set, read through its ArrayRecord or array files without TensorFlow.
+
+    It may be too large to be read for a digest: name, version, split and sizes stand for what it holds.
+    """
 
     def __init__(self, name: str, split: str, directory: str, field: str):
         import tensorflow_datasets as tfds
@@ -87,14 +90,15 @@ class TfdsSource:
                 "prepare it with file_format='array_record', or name another"
             ) from error
         self._field = field
-        self._outline = f"{name} {split} {builder.info.version} {len(self._records)}"
+        info = builder.info
+        self._outline = f"{info.full_name} {split} {len(self._records)} {info.dataset_size}"
         first = self._records[0] if len(self._records) else {field: b""}
         if not isinstance(first.get(field), bytes):
             texts = [name for name, value in first.items() if isinstance(value, bytes)]
             raise ValueError(f"config.data.field = {field!r}: expected a field that holds text: {', '.join(texts)}")
 
-    def outline(self) -> str:
-        return self._outline
+    def digest(self) -> str:
+        return _digest_of([self._outline.encode()])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -135,6 +139,11 @@ def open_source(config: DataConfig) -> Source:
     return source
 
 
+def identity(source: Source) -> dict[str, Any]:
+    """What a run records of its documents, to know them again: how many there are, and their digest."""
+    return {"documents": len(source), "digest": source.digest()}
+
+
 def held_out(text: str, fraction: float) -> bool:
     """Whether a document belongs to the validation split.
 
@@ -151,6 +160,14 @@ def split(source: Source, fraction: float, validation: bool) -> Iterator[str]:
         text = source[index]
         if held_out(text, fraction) == validation:
             yield text
+
+
+def _digest_of(parts: Iterable[bytes | mmap.mmap]) -> str:
+    """One hash of several pieces of bytes, and of where each ends."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()
 
 
 def expand(patterns: Sequence[str], name: str) -> list[pathlib.Path]:

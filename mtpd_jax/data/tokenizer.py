@@ -13,7 +13,7 @@ class Tokenizer:
 
     Attributes:
       end_id: the id of the token that ends every document.
-      size: number of ids.
+      size: the largest id, and one: the rows that an embedding must have. Ids may have gaps.
     """
 
     def __init__(self, library_tokenizer: tokenizers.Tokenizer, end_token: str):
@@ -31,7 +31,7 @@ class Tokenizer:
         library_tokenizer.no_padding()
         self._tokenizer = library_tokenizer
         self.end_id: int = end_id
-        self.size: int = library_tokenizer.get_vocab_size()
+        self.size: int = 1 + max(library_tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
     def train(cls, documents: Iterable[str], vocabulary_size: int, end_token: str, limit: int) -> "Tokenizer":

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
 from mtpd_jax.decoding.options import Options
@@ -48,7 +49,8 @@ class Decoder:
     """Plain and speculative decoding with a trained model; each combination of options and shapes is compiled once.
 
     Args:
-      model, parameters: what was trained.
+      model: what was trained.
+      parameters: its parameters, whole on every device that they lie on; these devices share the rows of a batch.
       end_id: the token that ends a text.
       context: tokens that a text may have, prompt included; beyond it the model was not trained.
       scanned: the layout of the layers; None: chosen by ``network.scans_layers``.
@@ -66,6 +68,8 @@ class Decoder:
     ):
         self._model, self._parameters, self._end_id, self._context = model, parameters, end_id, context
         self._scanned, self._chunk = scanned, chunk
+        devices = jax.tree.leaves(parameters)[0].sharding.addressable_devices
+        self._devices = sorted(devices, key=lambda device: device.id)
         self._compiled: dict[Any, Any] = {}
         self._laid_out: dict[Any, tuple[Network, DecodingParameters]] = {}
 
@@ -88,15 +92,21 @@ class Decoder:
           ValueError: see ``check``.
         """
         self.check(prompts, options)
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        padded = np.zeros((len(prompts), self._padded_length(int(lengths.max()))), np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        rows = np.arange(first_row, first_row + len(prompts), dtype=np.uint32)
+        per_device = -(-len(prompts) // len(self._devices))
+        parts = -(-len(prompts) // per_device)
+        # What is missing to rows for all is the last prompt again.
+        texts = [*prompts, *[prompts[-1]] * (parts * per_device - len(prompts))]
+        lengths = np.array([len(text) for text in texts], np.int32)
+        padded = np.zeros((len(texts), self._padded_length(int(lengths.max()))), np.int32)
+        for row, text in enumerate(texts):
+            padded[row, : len(text)] = text
+        rows = np.arange(first_row, first_row + len(texts), dtype=np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(rows))
         network, parameters = self.network(options)
-        arguments = (parameters, jnp.asarray(padded), jnp.asarray(lengths), keys)
-        loop = self._loop(network, arguments, options)
+        mesh = Mesh(np.array(self._devices[:parts]), "rows")
+        split = NamedSharding(mesh, PartitionSpec("rows"))
+        arguments = (_on(mesh, parameters), *jax.device_put((padded, lengths, keys), split))
+        loop = self._loop(network, arguments, options, mesh)
         start = time.perf_counter()
         found: Rows = jax.device_get(jax.block_until_ready(loop(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
@@ -113,7 +123,8 @@ class Decoder:
         network = Network(self._model, self._scanned, True if options.adaptive else None)
         layout = (network.scanned, network.scanned_heads)
         if layout not in self._laid_out:
-            self._laid_out[layout] = network, jax.jit(network.parameters)(self._parameters)
+            whole = NamedSharding(Mesh(np.array(self._devices), "rows"), PartitionSpec())
+            self._laid_out[layout] = network, jax.jit(network.parameters, out_shardings=whole)(self._parameters)
         return self._laid_out[layout]
 
     def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
@@ -159,12 +170,24 @@ class Decoder:
                     f"more than the model's context of {self._context}: shorten one of them"
                 )
 
-    def _loop(self, network: Network, arguments: tuple[Any, ...], options: Options) -> Any:
+    def _loop(self, network: Network, arguments: tuple[Any, ...], options: Options, mesh: Mesh) -> Any:
         shape = arguments[1].shape
         if (options, shape) not in self._compiled:
-            loop = make_loop(network, options, self._end_id, min(self._chunk, shape[1]))
+            chunk = min(self._chunk, shape[1])
+            loop = make_loop(network, options, self._end_id, chunk, mesh if mesh.size > 1 else None)
             self._compiled[options, shape] = loop.lower(*arguments).compile()
         return self._compiled[options, shape]
+
+
+def _on(mesh: Mesh, parameters: DecodingParameters) -> DecodingParameters:
+    """The copies of the parameters that the mesh's devices hold already, as arrays of these devices."""
+    devices, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(leaf: Array) -> Array:
+        copies = [shard.data for shard in leaf.addressable_shards if shard.device in devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+
+    return jax.tree.map(on_mesh, parameters)
 
 
 def _continuation(found: Rows, row: int, prompt_length: int, seconds: float) -> Continuation:

@@ -42,6 +42,15 @@ class Options:
         """Positions that every head that drafts is run over, the newest ones (see ``decoding.drafting``)."""
         return 3 * self.num_heads + 1 if self.adaptive else self.num_heads + 1
 
+    def with_heads(self, num_heads: int) -> "Options":
+        """These options with another number of heads."""
+        return dataclasses.replace(self, num_heads=num_heads)
+
+    @property
+    def fastest_plain(self) -> "Options":
+        """Plain decoding as fast as there is: one token per pass, whatever width these options ask for."""
+        return dataclasses.replace(self, num_heads=0, pass_width=None)
+
     def sharing_width(self, most_heads: int) -> "Options":
         """These options with one pass width for up to ``most_heads`` heads, and so for plain decoding, too.
 

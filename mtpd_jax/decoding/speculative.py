@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 
 from mtpd_jax.decoding.drafting import Drafts, HeadState, draft
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
@@ -166,10 +167,15 @@ def one_round(
     return advance(state, drafts, candidates, accepted, cache, heads, hidden, end_id)
 
 
-def make_loop(network: Network, options: Options, end_id: int, chunk: int) -> Any:
+def make_loop(network: Network, options: Options, end_id: int, chunk: int, mesh: Mesh | None = None) -> Any:
     """Returns the jitted loop (parameters, prompts [B, P], lengths [B], keys [B]) -> ``Rows``.
 
     Greedy output equals plain decoding's up to rounding; sampled output has plain decoding's distribution.
+
+    Args:
+      network, options, end_id, chunk: see ``prefill``.
+      mesh: with one, of a single axis, its devices share the rows evenly. Each holds all parameters, and runs until its
+        own rows are finished: they have nothing to tell each other.
     """
 
     def unfinished(state: State) -> Bool[Array, ""]:
@@ -181,4 +187,9 @@ def make_loop(network: Network, options: Options, end_id: int, chunk: int) -> An
             unfinished, lambda state: one_round(network, parameters, state, keys, options, end_id), state
         ).rows
 
-    return network.jit(decode)
+    if mesh is None:
+        return network.jit(decode)
+    whole, rows = PartitionSpec(), PartitionSpec(*mesh.axis_names)
+    return network.jit(
+        jax.shard_map(decode, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=rows, check_vma=False)
+    )

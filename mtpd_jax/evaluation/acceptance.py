@@ -3,7 +3,8 @@
     conditional_k = accepted_k / tried_k      head k is tried in the rounds in which its draft was verified and drafts
                                               1…k-1 were accepted; drafts after an emitted end token or past the
                                               length limit are not tried
-    cumulative_k  = conditional_1 · … · conditional_k
+    cumulative_k  = conditional_1 · … · conditional_k; 0 from the first head on that was never accepted, or never tried
+                    though head 1 was: none of its drafts ever stood
     tokens per pass                = (tokens - the one from prefill) / verification passes
     tokens per pass without bonus  = accepted drafts / verification passes
 
@@ -39,6 +40,24 @@ class Acceptance(Generic[Rate]):
     cumulative: tuple[Rate, ...]
 
 
+def product_of_ratios(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+    """The product over the first axis of ratios; NaN where the first factor counted nothing.
+
+    It is 0 where a factor is, though nothing was left to be counted for the next one; and where nothing was counted
+    for a later factor, which then never came about.
+
+    Args:
+      numerators, denominators: [F, …]; factors, and whatever else.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # One division: a set of prompts over itself is 1, and not nearly 1.
+        products = np.prod(numerators, axis=0) / np.prod(denominators, axis=0)
+    counted = denominators > 0
+    defined = counted[0].copy()
+    counted[1:] = True
+    return np.where(np.any((numerators == 0) & counted, axis=0) & defined, 0.0, products)
+
+
 def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence[float]], seed: int = 0) -> Interval:
     """The product over j of sum(numerators[j]) / sum(denominators[j]), with its interval over prompts.
 
@@ -51,10 +70,8 @@ def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence
     samples = [np.asarray(sample, float) for sample in (*numerators, *denominators)]
 
     def statistic(*resampled: np.ndarray, axis: int = -1) -> np.ndarray:
-        sums = [np.sum(sample, axis=axis) for sample in resampled]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            # One division: a set of prompts over itself is 1, and not nearly 1.
-            return np.prod(sums[:factors], axis=0) / np.prod(sums[factors:], axis=0)
+        sums = np.stack([np.sum(sample, axis=axis) for sample in resampled])
+        return product_of_ratios(sums[:factors], sums[factors:])
 
     mean = _number(statistic(*samples))
     if len(samples[0]) < 2 or mean is None:
@@ -67,7 +84,7 @@ def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence
 
 
 def acceptance_of(continuations: Sequence[Continuation]) -> Acceptance[float | None]:
-    """Rates as plain numbers; None for a head that was never tried, and for cumulative rates that pass through one."""
+    """Rates as plain numbers; None for a head that was never tried, and for cumulative rates if head 1 was not."""
     intervals = acceptance_intervals(continuations, resample=False)
     return Acceptance(
         tuple(rate.mean for rate in intervals.conditional), tuple(rate.mean for rate in intervals.cumulative)

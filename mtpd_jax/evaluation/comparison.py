@@ -7,7 +7,7 @@ import numpy as np
 
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 
-# Below this margin between the two largest logits, float32 rounding may decide which is larger. Our choice.
+# Below this distance between two logits, float32 rounding may decide which is larger. Our choice.
 _TIE_MARGIN = 1e-4
 
 
@@ -18,12 +18,15 @@ class Divergence:
     Attributes:
       index: the first token, counted from 0 in the continuation, that differs.
       margin: the difference of the two largest logits there, computed in float32.
+      shortfall: how far the logits of the two tokens that were written lie under the largest, at most; at least the
+        margin. None where one text ends before anything differs, which no rounding explains.
       rounding: how far the logits there, computed in the dtype of decoding, lie from those at most; 0 in float32.
-      tie: whether the margin is under 1e-4 or under twice ``rounding``.
+      tie: whether the shortfall is under 1e-4 or under twice ``rounding``.
     """
 
     index: int
     margin: float
+    shortfall: float | None
     rounding: float
     tie: bool
 
@@ -36,11 +39,14 @@ def first_divergence(
         return None
     shorter = min(len(plain.tokens), len(other.tokens))
     index = next((i for i in range(shorter) if plain.tokens[i] != other.tokens[i]), shorter)
+    written = [found.tokens[index] for found in (plain, other) if index < shorter]
     text = [*prompt, *plain.tokens[:index]]
     exact, rounded = (decoder.logits_at(text, dtype) for dtype in ("float32", decoder.dtype))
     second, first = np.sort(exact)[-2:]
     margin, rounding = float(first - second), float(np.abs(exact - rounded).max())
-    return Divergence(index, margin, rounding, margin < max(_TIE_MARGIN, 2 * rounding))
+    shortfall = float(first - min(exact[token] for token in written)) if written else None
+    tie = shortfall is not None and shortfall < max(_TIE_MARGIN, 2 * rounding)
+    return Divergence(index, margin, shortfall, rounding, tie)
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 4) -> float | None:

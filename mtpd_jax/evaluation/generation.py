@@ -8,7 +8,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
@@ -28,6 +28,11 @@ class PlainRun:
     seconds: float
     tokens_per_second: float
 
+    @classmethod
+    def of(cls, found: Continuation) -> "PlainRun":
+        """What is kept of a continuation."""
+        return cls(found.tokens, found.seconds, len(found.tokens) / found.seconds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -41,10 +46,12 @@ class Generation:
       tokens_per_pass: (tokens - the one from prefill) / passes; None without a pass.
       seconds, tokens_per_second: wall time with prefill, without compilation.
       acceptance: per head.
-      plain: the same, decoded plainly; None unless it was asked for.
+      plain: the same, decoded plainly, one token per pass; None unless it was asked for.
       speedup: tokens per second over plain's.
-      identical: whether both wrote the same tokens; None under sampling.
-      divergence: where greedy decoding and plain part, if they do.
+      padded_plain, speedup_over_padded_plain: the same at the width of the passes; None without ``bit_exact``.
+      identical: whether plain decoding, at the width of the passes if that is shared, wrote the same tokens; None under
+        sampling.
+      divergence: where greedy decoding and that plain one part, if they do.
     """
 
     text: str
@@ -57,6 +64,8 @@ class Generation:
     acceptance: Acceptance[float | None]
     plain: PlainRun | None = None
     speedup: float | None = None
+    padded_plain: PlainRun | None = None
+    speedup_over_padded_plain: float | None = None
     identical: bool | None = None
     divergence: Divergence | None = None
 
@@ -129,15 +138,20 @@ def _generate(
     )
     if not compare:
         return generation
-    plain = decoder.run([ids], dataclasses.replace(options, num_heads=0), seed=seed, first_row=row)[0]
-    greedy = options.sampling.greedy
-    rate = len(plain.tokens) / plain.seconds
+    same = plain = decoder.run([ids], options.fastest_plain, seed=seed, first_row=row)[0]
+    padded = None
+    if options.pass_width is not None:
+        same = decoder.run([ids], options.with_heads(0), seed=seed, first_row=row)[0]
+        padded = PlainRun.of(same)
+    greedy, beside, rate = options.sampling.greedy, PlainRun.of(plain), generation.tokens_per_second
     return dataclasses.replace(
         generation,
-        plain=PlainRun(plain.tokens, plain.seconds, rate),
-        speedup=generation.tokens_per_second / rate,
-        identical=plain.tokens == found.tokens if greedy else None,
-        divergence=first_divergence(decoder, ids.tolist(), plain, found) if greedy else None,
+        plain=beside,
+        speedup=rate / beside.tokens_per_second,
+        padded_plain=padded,
+        speedup_over_padded_plain=rate / padded.tokens_per_second if padded else None,
+        identical=same.tokens == found.tokens if greedy else None,
+        divergence=first_divergence(decoder, ids.tolist(), same, found) if greedy else None,
     )
 
 
@@ -174,6 +188,9 @@ def _table(generation: Generation) -> rich.table.Table:
     if generation.plain is not None:
         table.add_row("tokens/s, plain", f"{generation.plain.tokens_per_second:,.0f}")
         table.add_row("speed-up over plain", f"{generation.speedup:.2f}x")
+    if generation.padded_plain is not None:
+        table.add_row("tokens/s, plain, padded passes", f"{generation.padded_plain.tokens_per_second:,.0f}")
+        table.add_row("speed-up over plain, padded", f"{generation.speedup_over_padded_plain:.2f}x")
     if generation.identical is not None:
         table.add_row("identical to plain", "yes" if generation.identical else _explain(generation.divergence))
     return table
@@ -183,5 +200,5 @@ def _explain(divergence: Divergence | None) -> str:
     if divergence is None:
         return "no"
     kind = "a tie" if divergence.tie else "NOT A TIE: please report this"
-    margin = f"logit margin {divergence.margin:.1e}, rounding {divergence.rounding:.1e}"
-    return f"no: token {divergence.index}, {margin} ({kind})"
+    distance = "" if divergence.shortfall is None else f", {divergence.shortfall:.1e} under the largest logit"
+    return f"no: token {divergence.index}{distance}, rounding {divergence.rounding:.1e} ({kind})"

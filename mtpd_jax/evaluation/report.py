@@ -49,17 +49,24 @@ def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
     return table
 
 
-def decoding_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table:
-    """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals over prompts."""
+def decoding_table(
+    name: str, by_heads: dict[str, DecodingScore], padded_plain: DecodingScore | None = None
+) -> rich.table.Table:
+    """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals over prompts.
+
+    With ``padded_plain``, plain decoding at the width of all passes has a row and a column, too.
+    """
     prompts = next(iter(by_heads.values())).prompts
     # Narrow enough for a terminal of 80 columns at four heads.
     table = rich.table.Table(
         title=f"decoding: {name} ({prompts} prompts, ± 95 % interval)", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    columns = ("heads", "accepted %", "cumulative", "tokens/pass", "tok/s", "x plain", "x K=1", "same")
-    for column in columns:
+    padded = {} if padded_plain is None else {"padded": padded_plain}
+    speeds = ("tok/s", "x plain", *(f"x {name}" for name in padded), "x K=1")
+    for column in ("heads", "accepted %", "cumulative", "tokens/pass", *speeds, "same"):
         table.add_column(column, justify="right", no_wrap=True)
-    for heads, score in by_heads.items():
+    first, *others = by_heads.items()
+    for heads, score in (first, *((f"{first[0]} {name}", one) for name, one in padded.items()), *others):
         conditional, cumulative = (
             " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates)
             for rates in (score.acceptance.conditional, score.acceptance.cumulative)
@@ -72,6 +79,7 @@ def decoding_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.
             bounded(score.tokens_per_pass),
             number(score.tokens_per_second.mean, 0),
             bounded(score.speedup_over_plain),
+            *(bounded(score.speedup_over_padded_plain) for _ in padded if score.speedup_over_padded_plain),
             number(one_head),
             "–" if score.identical is None else "yes" if score.identical else "NO" if score.failed else "tie",
         )

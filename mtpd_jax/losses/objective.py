@@ -117,6 +117,33 @@ class Objective:
             mesh=mesh,
         )
 
+    def terms(self, sums: LossSums, weights: Float[AnyArray, " J"]) -> dict[str, "LossTerm"]:
+        """Names the terms as ``metrics.jsonl`` does: ``main/ce``, ``head_1/ce``, ``head_1/kl``, ``head_1/agreement``, …
+
+        Heads that are not trained have none. A KL that is no part of the objective, because the head's beta is zero,
+        has weight 0, and so no mean.
+        """
+        ce, kl, agreement, weight = (array.tolist() for array in (sums.ce, sums.kl, sums.agreement, weights))
+        terms = {"main/ce": LossTerm(ce[0], weight[0])}
+        for row in range(1, len(weight)):
+            head = f"head_{self.first_head + row - 1}"
+            terms[f"{head}/ce"] = LossTerm(ce[row], weight[row])
+            terms[f"{head}/kl"] = LossTerm(kl[row - 1], weight[row] if self.beta[row - 1] else 0.0)
+            terms[f"{head}/agreement"] = LossTerm(agreement[row - 1], weight[row])
+        return terms
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTerm:
+    """A sum over supervised tokens and the number of them; the mean is taken once, when it is reported."""
+
+    sum: float
+    weight: float
+
+    def mean(self) -> float | None:
+        """The mean, or None where nothing was supervised."""
+        return self.sum / self.weight if self.weight else None
+
 
 def training_objective(config: Config) -> Objective:
     """The objective that a config asks for."""
@@ -135,32 +162,3 @@ def scoring_objective(config: Config) -> Objective:
     ones = (1.0,) * config.heads.num_heads
     distillation = Distillation(config.model.vocabulary_size, 1.0, "forward", True)
     return Objective(ones, ones, distillation if ones else None, chunk_rows=config.objective.chunk_rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class LossTerm:
-    """A sum over supervised tokens and the number of them; the mean is taken once, when it is reported."""
-
-    sum: float
-    weight: float
-
-    def mean(self) -> float | None:
-        """The mean, or None where nothing was supervised."""
-        return self.sum / self.weight if self.weight else None
-
-
-def loss_terms(
-    sums: LossSums, weights: Float[AnyArray, " J"], with_kl: bool, first_head: int = 1
-) -> dict[str, LossTerm]:
-    """Names the terms as ``metrics.jsonl`` does: ``main/ce``, ``head_1/ce``, ``head_1/kl``, ``head_1/agreement``, …
-
-    Heads that are not trained have none. Without a KL in the objective its terms have weight 0, and so no mean.
-    """
-    ce, kl, agreement, weight = (array.tolist() for array in (sums.ce, sums.kl, sums.agreement, weights))
-    terms = {"main/ce": LossTerm(ce[0], weight[0])}
-    for row in range(1, len(weight)):
-        head = f"head_{first_head + row - 1}"
-        terms[f"{head}/ce"] = LossTerm(ce[row], weight[row])
-        terms[f"{head}/kl"] = LossTerm(kl[row - 1], weight[row] if with_kl else 0.0)
-        terms[f"{head}/agreement"] = LossTerm(agreement[row - 1], weight[row])
-    return terms

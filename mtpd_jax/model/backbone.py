@@ -10,7 +10,16 @@ from flax import struct
 
 from mtpd_jax.config import Config, HeadsConfig, ModelConfig
 from mtpd_jax.model.heads import Heads
-from mtpd_jax.model.layers import ACTIVATION_AXES, Block, Rotation, apply, causal_mask, compute_dtype, norm, partitioned
+from mtpd_jax.model.layers import (
+    Block,
+    Rotation,
+    apply,
+    causal_mask,
+    compute_dtype,
+    constrain_activation,
+    norm,
+    partitioned,
+)
 from mtpd_jax.model.shift import shift
 from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
 
@@ -97,7 +106,7 @@ class LanguageModel(nn.Module):
           detach_trunk: cut the gradient from the heads into backbone and embedding.
         """
         mask_BxTxT, rotation = causal_mask(segment_ids), Rotation.of(positions, self.config)
-        embedded = nn.with_logical_constraint(embed(self.embedding, tokens, self.config), ACTIVATION_AXES)
+        embedded = constrain_activation(embed(self.embedding, tokens, self.config))
         with jax.named_scope("backbone"):
             main = self.backbone(embedded, rotation, mask_BxTxT)
         num_heads = self.heads_config.num_heads

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
 from mtpd_jax.model.cache import KVCache
-from mtpd_jax.model.layers import ACTIVATION_AXES, Block, Rotation, compute_dtype, norm, partitioned
+from mtpd_jax.model.layers import Block, Rotation, compute_dtype, constrain_activation, norm, partitioned
 from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int
 
 
@@ -57,7 +57,7 @@ class Head(nn.Module):
             kernel_init=partitioned(nn.initializers.lecun_normal(), "embed", None),
             name="projection",
         )(both_BxTx2D)
-        x = nn.with_logical_constraint(x, ACTIVATION_AXES)
+        x = constrain_activation(x)
         x, cache = Block(config, name="block")(x, cache, rotation, mask, start)
         normed = norm(config, "output_norm")(x)
         return (normed if self.pass_normed else x), (normed, cache)

@@ -11,8 +11,8 @@ from flax import struct
 from mtpd_jax.config import ModelConfig
 from mtpd_jax.model.cache import KVCache
 from mtpd_jax.shapes import Array, AttentionMask, Float, Hidden, Int, Positions, SegmentIds
+from mtpd_jax.sharding import constrain
 
-ACTIVATION_AXES = ("batch", None, None)
 # The score of a slot that may not be seen: finite, since a position before the beginning of a text sees none at all.
 _HIDDEN = -1e30
 
@@ -32,6 +32,11 @@ def apply(module: nn.Module, parameters: Any, *inputs: Any, **options: Any) -> A
 def partitioned(initializer: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:
     """Attaches logical axis names (see ``sharding.ShardingRules``) to what an initializer returns."""
     return nn.with_logical_partitioning(initializer, axes)
+
+
+def constrain_activation(x: Hidden) -> Hidden:
+    """Rows split over the batch axes, the width whole: how activations lie between layers."""
+    return constrain(x, "batch", None, None)
 
 
 def norm(config: ModelConfig, name: str | None = None) -> nn.RMSNorm:
@@ -181,7 +186,7 @@ class GatedMLP(nn.Module):
         gate_init = partitioned(nn.initializers.lecun_normal(), "embed", None, "mlp")
         gate_up_BxTx2xF = dense((2, config.mlp_width), "gate_up", gate_init)(x)
         hidden_BxTxF = nn.silu(gate_up_BxTx2xF[:, :, 0]) * gate_up_BxTx2xF[:, :, 1]
-        hidden_BxTxF = nn.with_logical_constraint(hidden_BxTxF, ("batch", None, "mlp"))
+        hidden_BxTxF = constrain(hidden_BxTxF, "batch", None, "mlp")
         return dense(config.width, "down", partitioned(nn.initializers.zeros_init(), "mlp", "embed"))(hidden_BxTxF)
 
 
@@ -216,8 +221,8 @@ class Block(nn.Module):
             mixed, cache = Attention(config, name="attention")(
                 norm(config, "attention_norm")(x), rotation, mask, cache, start
             )
-            x = nn.with_logical_constraint(x + mixed, ACTIVATION_AXES)
+            x = constrain_activation(x + mixed)
         with jax.named_scope("mlp"):
             x = x + GatedMLP(config, name="mlp")(norm(config, "mlp_norm")(x))
-            x = nn.with_logical_constraint(x, ACTIVATION_AXES)
+            x = constrain_activation(x)
         return x, cache

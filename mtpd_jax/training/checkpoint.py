@@ -75,6 +75,14 @@ class Checkpointer:
         restored = self._restore(ocp.args.Composite(state=state, progress=ocp.args.JsonRestore()))
         return restored["state"], restored["progress"]
 
+    def record(self) -> dict[str, Any]:
+        """What was stored beside the newest state: ``progress`` of ``save``, config and package versions.
+
+        Raises:
+          ValueError: there is no checkpoint, or it cannot be read.
+        """
+        return self._restore(ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+
     def restore_parameters(self, abstract: TrainState) -> Any:
         """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
 
@@ -110,8 +118,18 @@ def latest_step(workdir: Workdir) -> int | None:
         return checkpointer.latest_step()
 
 
-def restored_parameters(workdir: Workdir, abstract: TrainState) -> Any:
-    """The newest checkpoint's evaluated parameters.
+def stored_record(workdir: Workdir) -> dict[str, Any]:
+    """The newest checkpoint's record.
+
+    Raises:
+      ValueError: see ``Checkpointer.record``.
+    """
+    with Checkpointer(workdir) as checkpointer:
+        return checkpointer.record()
+
+
+def restored_parameters(workdir: Workdir, abstract: TrainState) -> tuple[Any, dict[str, Any]]:
+    """The newest checkpoint's evaluated parameters, and its record.
 
     Raises:
       ValueError: see ``Checkpointer.restore_parameters``.
@@ -119,4 +137,4 @@ def restored_parameters(workdir: Workdir, abstract: TrainState) -> Any:
     if not workdir.checkpoints.exists():
         raise ValueError(f"{workdir.checkpoints}: holds no complete checkpoint")
     with Checkpointer(workdir) as checkpointer:
-        return jax.block_until_ready(checkpointer.restore_parameters(abstract))
+        return jax.block_until_ready(checkpointer.restore_parameters(abstract)), checkpointer.record()

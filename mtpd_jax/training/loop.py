@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
-from mtpd_jax.losses.objective import loss_terms
+from mtpd_jax.losses.objective import Objective
 from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.checkpoint import Checkpointer
 from mtpd_jax.training.interrupt import StopRequest
@@ -71,6 +71,7 @@ class Loop:
     def __init__(
         self,
         config: Config,
+        objective: Objective,
         step: Step,
         schedule: optax.Schedule,
         evaluate: Evaluate,
@@ -80,11 +81,13 @@ class Loop:
         metrics: MetricsLog,
         stop: StopRequest,
         progress: Progress,
+        origin: Mapping[str, Any] | None,
     ):
-        self._config, self._step, self._schedule, self._evaluate = config, step, schedule, evaluate
-        self._data, self._checkpointer = data, checkpointer
-        self._metrics, self._stop, self._progress = metrics, stop, progress
-        self._sharding = batch_sharding(mesh)
+        """See ``train.run``; ``origin`` is kept in every checkpoint (see ``looping.beginning``)."""
+        self._config, self._objective, self._step, self._schedule = config, objective, step, schedule
+        self._evaluate, self._data, self._checkpointer = evaluate, data, checkpointer
+        self._metrics, self._stop, self._progress, self._origin = metrics, stop, progress, origin
+        self._mesh, self._sharding = mesh, batch_sharding(mesh)
         self._meter = _Meter()
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
@@ -158,7 +161,8 @@ class Loop:
         if result is None:
             return
         rate = self._meter.read()
-        means = {name: term.mean() for name, term in self._terms(result).items()}
+        terms = self._objective.terms(result.sums, result.weights)
+        means = {name: term.mean() for name, term in terms.items()}
         values: dict[str, float | None] = {
             "tokens": self._tokens,
             "loss": float(result.loss),
@@ -166,7 +170,7 @@ class Loop:
             "learning_rate": float(jax.device_get(self._schedule(done - 1))),
             "grad_norm": float(result.grad_norm),
             "tokens_per_second": rate,
-            "mfu": None if rate is None else utilisation(self._config, rate),
+            "mfu": None if rate is None else utilisation(self._config, self._mesh, rate),
         }
         self._metrics.write(done, values)
         heads = " ".join(
@@ -178,11 +182,6 @@ class Loop:
             + (f"  {rate:,.0f} tokens/s" if rate else "")
             + f"  ETA {self._progress.remaining()}"
         )
-
-    def _terms(self, result: StepResult) -> dict[str, Any]:
-        config = self._config
-        with_kl = any(config.objective.coefficients(config.trained_heads)[1])
-        return loss_terms(result.sums, result.weights, with_kl, 1 + (config.frozen_heads or 0))
 
     def _run_evaluation(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)
@@ -197,7 +196,8 @@ class Loop:
     def _save(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)
         self._meter.pause()
-        progress = {"data": self._data.get_state(), "tokens": self._tokens, "seconds": self.seconds}
+        counters = {"tokens": self._tokens, "seconds": self.seconds}
+        progress = {"data": self._data.get_state(), "origin": self._origin, **counters}
         self._metrics.publish()  # first, so that no checkpoint is newer than the metrics
         self._checkpointer.save(done, state, self._config, progress)
         self._meter.resume()

@@ -1,13 +1,14 @@
 """Looped extension (MTP-D §3.3): a run that starts from another one's parameters and trains more heads on top."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config
+from mtpd_jax.config import Config, differences
 from mtpd_jax.model.backbone import build_model
-from mtpd_jax.training.checkpoint import latest_step, restored_parameters
+from mtpd_jax.training.checkpoint import latest_step, restored_parameters, stored_record
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import Workdir, open_workdir
@@ -19,18 +20,25 @@ _FREE = {"remat", "dtype"}
 def with_source(config: Config, place: Workdir) -> Config:
     """Fills in what a loop takes from the run that it extends: how many heads are frozen.
 
-    Once a run has begun, its own config.json says so, and the run that it began from may be gone.
+    Once a run has begun, its own config.json says so, and the run that it began from may be gone. It may also have
+    been moved; another one in its place is told by its config.
 
     Raises:
-      ValueError: the run to extend is not there, is another model, or has too many heads already.
+      ValueError: the run to extend is not there, is another model, or has too many heads already; or it is not the one
+        that this run began from.
     """
     if config.objective.mode != "loop":
         return config
     if latest_step(place) is None:
         return _with_heads(config, _checked_source(config).heads.num_heads)
     begun = place.read_config()
-    # Where one of the two is gone, moved or deleted, another name does not mean another run.
-    if not all(source_of(one).config_file.exists() for one in (config, begun)):
+    if config.init.workdir != begun.init.workdir:
+        moved, origin = source_of(config), Config.build(stored_record(place)["origin"]["config"])
+        if not moved.config_file.exists() or differences(moved.read_config(), origin):
+            raise ValueError(
+                f"config.init.workdir = {config.init.workdir!r}: not the run that {place.path} began from, which is "
+                f"{begun.init.workdir!r}; name that one, though it need not be there any more"
+            )
         config = _replace_init(config, workdir=begun.init.workdir)
     return _with_heads(config, begun.init.num_heads or 0)
 
@@ -40,19 +48,40 @@ def source_of(config: Config) -> Workdir:
     return open_workdir(config.init.workdir)
 
 
-def source_parameters(config: Config, place: Workdir, mesh: Mesh) -> Any:
-    """What a run starts from: the newest parameters of the run to extend (its average if it keeps one).
+def beginning(config: Config, place: Workdir, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
+    """What a run starts from: the newest parameters of the run to extend (its average if it keeps one), and its origin.
 
-    None for a run that starts from nothing, or that has a checkpoint of its own.
+    Returns:
+      The parameters, None for a run that starts from nothing, or that has a checkpoint of its own; and what the run's
+      checkpoints say of where it comes from, None if from nothing: ``config`` of the run that it extends, and
+      ``sources``, which documents that run and those before it were trained on (see ``sources.identity``).
 
     Raises:
       ValueError: the run to extend has no checkpoint, or none that can be read.
     """
-    if config.objective.mode != "loop" or latest_step(place) is not None:
-        return None
+    if config.objective.mode != "loop":
+        return None, None
+    if latest_step(place) is not None:
+        return None, stored_record(place)["origin"]
     source = _checked_source(config)
     abstract = abstract_state(build_model(source), make_optimizer(source), source, mesh)
-    return restored_parameters(source_of(config), abstract)
+    parameters, record = restored_parameters(source_of(config), abstract)
+    return parameters, {"config": source.to_dict(), "sources": trained_on(record)}
+
+
+def trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which documents a run was trained on (see ``sources.identity``), its own first, then those of what it extends."""
+    return [record["data"]["source"], *(record["origin"] or {"sources": []})["sources"]]
+
+
+def held_out_note(sources: Sequence[dict[str, Any]]) -> str:
+    """What has to be said of the held-out text of a run, from ``trained_on``; nothing where there is nothing to say."""
+    if all(source == sources[0] for source in sources):
+        return ""
+    return (
+        "held-out text: held out of this run; the run that it extends was trained on other documents, "
+        "and what this one holds out may be among them, changed"
+    )
 
 
 def _with_heads(config: Config, num_heads: int) -> Config:
@@ -78,6 +107,12 @@ def _checked_source(config: Config) -> Config:
                 f"config.{name} = {value!r}: the run in {config.init.workdir}, which is to be extended, "
                 f"has {found[name]!r}; more heads are all that can be added to it"
             )
+    if config.data.validation_fraction > source.data.validation_fraction:
+        raise ValueError(
+            f"config.data.validation_fraction = {config.data.validation_fraction}: expected at most "
+            f"{source.data.validation_fraction}, that of the run in {config.init.workdir}; with more, text that its "
+            "trunk was trained on would count as held out"
+        )
     if config.tokenizer.path:
         raise ValueError(
             f"config.tokenizer.path = {config.tokenizer.path!r}: expected nothing with objective.mode = 'loop', "

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import tensorboardX
 from etils import epath
+from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.training.workdir import Workdir, write_atomically
@@ -35,8 +36,9 @@ def model_flops_per_token(config: Config) -> float:
 
     6 per matrix weight used, K+1 times for the unembedding, and 12 · T · N · H per block for causal attention counted
     whole, as PaLM (arXiv 2204.02311, appendix B) does. A third of it is the forward pass, which is all that frozen
-    parts have, another third the gradient by the weights, which a frozen unembedding has not; frozen heads make no
-    logits. A head whose weights are used at every depth counts at every depth.
+    parts have, another third the gradient by the weights, which an unembedding has not from heads that are cut off
+    from it (``detach_trunk``, or a frozen trunk); frozen heads make no logits. A head whose weights are used at every
+    depth counts at every depth.
     """
     model, frozen, trained = config.model, config.frozen_heads, config.trained_heads
     attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
@@ -44,17 +46,18 @@ def model_flops_per_token(config: Config) -> float:
     block = attention + 3 * model.width * model.mlp_width + scores
     head, unembedding = block + 2 * model.width**2, model.vocabulary_size * model.width
     trunk = model.layers * block + (frozen or 0) * head + unembedding
-    if frozen is None:
-        return 6.0 * trunk + 6.0 * trained * (head + unembedding)
-    return 2.0 * trunk + trained * (6.0 * head + 4.0 * unembedding)
+    cut_off = frozen is not None or config.objective.detach_trunk
+    return (2.0 if frozen is not None else 6.0) * trunk + trained * (
+        6.0 * head + (4.0 if cut_off else 6.0) * unembedding
+    )
 
 
-def utilisation(config: Config, tokens_per_second: float) -> float | None:
-    """Model FLOP utilisation over all devices, or None where the device's peak is not known."""
-    peak = _PEAK_FLOPS.get(jax.devices()[0].device_kind)
+def utilisation(config: Config, mesh: Mesh, tokens_per_second: float) -> float | None:
+    """Model FLOP utilisation of the mesh's devices, which need not be all, or None where their peak is not known."""
+    peak = _PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
     if peak is None:
         return None
-    return tokens_per_second * model_flops_per_token(config) / (peak * jax.device_count())
+    return tokens_per_second * model_flops_per_token(config) / (peak * mesh.size)
 
 
 class MetricsLog:

@@ -1,16 +1,19 @@
 """Opening a trained run for reading: what evaluation and generation begin with."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, MeshConfig
+from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.model.backbone import LanguageModel, build_model
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.checkpoint import restored_parameters
+from mtpd_jax.training.looping import trained_on
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import open_workdir
@@ -24,6 +27,8 @@ class TrainedRun:
       config, tokenizer, model: of the run.
       parameters: the averaged ones if the run keeps an average; a whole copy on every device.
       mesh: all devices along ``data``, whatever mesh the run was trained on.
+      sources: the documents that it was trained on (see ``sources.identity``); if it extends another run, that one's
+        after its own.
     """
 
     config: Config
@@ -31,6 +36,25 @@ class TrainedRun:
     model: LanguageModel
     parameters: Any
     mesh: Mesh
+    sources: tuple[dict[str, Any], ...]
+
+    def held_out_documents(self) -> Iterator[str]:
+        """The run's own held-out documents.
+
+        Raises:
+          ValueError: its data are not what they were when it was trained: what it was trained on might count as held
+            out, for a document's side is decided by a hash of its text.
+        """
+        data = self.config.data
+        source = open_source(data)
+        found, expected = identity(source), self.sources[0]
+        if found != expected:
+            raise ValueError(
+                f"config.data of the run: the {found['documents']} documents found are not the "
+                f"{expected['documents']} that it was trained on, or have changed, so that none is sure to be held "
+                "out; restore them, or score files that it was not trained on with --text"
+            )
+        return split(source, data.validation_fraction, validation=True)
 
 
 def open_run(workdir: str) -> TrainedRun:
@@ -44,5 +68,5 @@ def open_run(workdir: str) -> TrainedRun:
     tokenizer = place.read_tokenizer(config)
     model = build_model(config)
     mesh = make_mesh(MeshConfig(data=jax.device_count(), fsdp=1, tensor=1, expert=1))
-    parameters = restored_parameters(place, abstract_state(model, make_optimizer(config), config, mesh))
-    return TrainedRun(config, tokenizer, model, parameters, mesh)
+    parameters, record = restored_parameters(place, abstract_state(model, make_optimizer(config), config, mesh))
+    return TrainedRun(config, tokenizer, model, parameters, mesh, tuple(trained_on(record)))

@@ -1,5 +1,6 @@
 """One training step: count the weights, sum the gradients of the micro-batches, update."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,16 @@ def gradients_of_batch(
     return loss, sums, weights, gradients
 
 
+def newest_share(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
+    """The share of a step's parameters in their average: (1 - decay) / (1 - decay^step), counted from step 1.
+
+    With it the average is that of ``optax.ema(debias=True)`` at every step: the first step's parameters replace what
+    the average began with, which was not trained, and later the share falls to 1 - decay.
+    """
+    log_decay = math.log(decay)
+    return math.expm1(log_decay) / jnp.expm1(step * log_decay)
+
+
 def make_step(
     model: LanguageModel,
     objective: Objective,
@@ -107,7 +118,7 @@ def make_step(
         parameters = optax.apply_updates(state.parameters, updates)
         average = state.average
         if ema_decay is not None:
-            average = optax.incremental_update(parameters, average, 1 - ema_decay)
+            average = optax.incremental_update(parameters, average, newest_share(ema_decay, state.step + 1))
         tokens = jnp.sum(batch.segment_ids != 0)
         result = StepResult(loss, sums, weights, optax.global_norm(gradients), tokens)
         return TrainState(state.step + 1, parameters, optimizer_state, average, state.frozen), result

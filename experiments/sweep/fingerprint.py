@@ -1,0 +1,212 @@
+"""The code version of the experiments' rows: a fingerprint of what the code does, not of how it is written.
+
+Every way of training is run for a few steps on a text made here, scored and decoded, and every divergence is taken of
+fixed logits. Losses, gradient norms, parameters, scores and decoded tokens are compared with those in
+``behaviour.json``: within rounding, which kinds of CPU and optimisation levels do differently, they are of the recorded
+version, so that code that changes no result disowns no row. Anything else is a new version, named by a hash of what was
+found. ``python -m experiments.sweep.fingerprint`` says which version the code is, and where it differs;
+``--record`` makes the present behaviour the recorded one.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+
+from configs import base
+from experiments.sweep.measure import measure
+from experiments.sweep.runs import Run, Variant, digest
+from experiments.sweep.scale import Scale
+from mtpd_jax import frontdoor, train
+from mtpd_jax.losses.divergences import DIVERGENCES
+from mtpd_jax.losses.terms import Distillation, chunk_loss
+from mtpd_jax.training.restore import open_run
+
+RECORDED = pathlib.Path(__file__).with_name("behaviour.json")
+
+# Two float32 results of the same formulas, summed in another order and carried through a few optimizer steps.
+_TOLERANCE = 1e-3
+_SIGNIFICANT_DIGITS = 3
+
+Numbers = dict[str, float]
+
+
+def _text() -> str:
+    """Sixty documents with some structure: words that follow each other by a rule, and now and then do not."""
+    words = "the cat sat on a mat and saw one more big dog run by two men".split()
+    rng = np.random.RandomState(0)  # whose stream NumPy has promised to keep
+    documents, place = [], 0
+    for _ in range(60):
+        chosen = []
+        for _ in range(rng.randint(40, 160)):
+            place = (3 * place + 1) % len(words) if rng.randint(4) else rng.randint(len(words))
+            chosen.append(words[place])
+        documents.append(" ".join(chosen))
+    return "<|endoftext|>".join(documents)
+
+
+def _scale(text_file: pathlib.Path) -> Scale:
+    def tree() -> Any:
+        config: Any = base.get_config()
+        config.data.update(source="text", paths=(str(text_file),), validation_fraction=0.3, shuffle_window=8)
+        config.model.update(
+            vocabulary_size=300, width=32, layers=2, query_heads=4, kv_heads=2, head_size=8, mlp_width=48,
+            dtype="float32",
+        )  # fmt: skip
+        config.objective.top_n = 20
+        # Where a gradient is nearly zero, Adam turns rounding into whole steps unless epsilon is larger.
+        config.optimizer.update(learning_rate=0.02, warmup_steps=2, epsilon=1e-3)
+        config.training.update(steps=8, batch_size=4, sequence_length=64, micro_batches=2)
+        config.mesh.data = 1
+        config.checkpoint.every_steps = 100
+        config.logging.update(every_steps=2, tensorboard=False)
+        config.evaluation.update(every_steps=100, documents=3)
+        return config
+
+    return Scale("fingerprint", tree, loop_steps=4, texts=3, prompt_tokens=8, new_tokens=16)
+
+
+_JOINT = Variant("joint", {"heads.num_heads": 2})
+# Every way of training, and whether its decoding is looked at, too.
+TRAINED = {
+    "joint": (_JOINT, True),
+    "plain": (Variant("plain", {"heads.num_heads": 2, "objective.beta": 0.0}), False),
+    "next_token": (Variant("next_token", {"heads.num_heads": 0}), False),
+    "recurrent": (Variant("recurrent", {"heads.num_heads": 2, "heads.kind": "recurrent"}), False),
+    "extension": (Variant("extension", {"heads.num_heads": 3, "training.steps": 4}, start=_JOINT), True),
+}
+
+
+def trained(name: str, folder: pathlib.Path) -> Numbers:
+    """What one of ``TRAINED`` learns in a few steps: metrics, norms of its parameters, scores, decoding.
+
+    Args:
+      name: which.
+      folder: where the runs of one behaviour lie.
+    """
+    variant, decoded = TRAINED[name]
+    text_file = folder / "text.txt"
+    text_file.write_text(_text())
+    run = Run(variant, 0, _scale(text_file))
+
+    def train_in(run: Run) -> pathlib.Path:
+        workdir = folder / run.variant.name
+        with contextlib.redirect_stderr(None):
+            train.run(run.config(train_in(run.start) if run.start else None), str(workdir))
+        return workdir
+
+    workdir = train_in(run)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    parameters = jax.tree_util.tree_leaves_with_path(jax.device_get(open_run(str(workdir)).parameters))
+    found = {
+        "metrics": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
+        "parameters": {jax.tree_util.keystr(path): float(np.linalg.norm(leaf)) for path, leaf in parameters},
+    }
+    if decoded:
+        found["measured"] = measure(str(workdir), run.heads(), run.scale)
+    return dict(_flat(found))
+
+
+def divergences(_: pathlib.Path) -> Numbers:
+    """Values and gradients of every divergence on fixed logits, with and without the teacher detached."""
+    rng = np.random.RandomState(0)
+    logits, targets = jnp.asarray(3 * rng.standard_normal((3, 8, 60)), jnp.float32), jnp.arange(8)
+    arguments = logits[:1], targets, jnp.ones((3, 8), bool), jnp.array([1.0, 0.3, 0.2]), jnp.array([0.5, 0.4])
+    found = {}
+    for kind in DIVERGENCES:
+        for detach in (True, False):
+            sums, gradient = chunk_loss(logits, *arguments, Distillation(12, 1.5, kind, detach))
+            found[f"{kind}, {'detached' if detach else 'not detached'}"] = {
+                **{name: getattr(sums, name).tolist() for name in ("ce", "kl", "agreement")},
+                "gradient": [float(jnp.linalg.norm(of_head)) for of_head in gradient],
+            }
+    return dict(_flat(found))
+
+
+PARTS: Mapping[str, Callable[[pathlib.Path], Numbers]] = {
+    **{name: functools.partial(trained, name) for name in TRAINED},
+    "divergences": divergences,
+}
+
+
+def behaviour() -> dict[str, Numbers]:
+    """Everything that is compared, by part."""
+    with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision("highest"):
+        return {name: part(pathlib.Path(folder)) for name, part in PARTS.items()}
+
+
+def recorded() -> dict[str, Numbers]:
+    """The behaviour that the recorded version is known by."""
+    return json.loads(RECORDED.read_text())
+
+
+def changes(found: Numbers, expected: Numbers) -> list[str]:
+    """What differs between two parts of behaviour by more than rounding: names, with both values."""
+    return [
+        f"{name}: {expected.get(name)} -> {found.get(name)}"
+        for name in sorted(found.keys() | expected.keys())
+        if name not in found
+        or name not in expected
+        or not math.isclose(found[name], expected[name], rel_tol=_TOLERANCE, abs_tol=1e-6)
+    ]
+
+
+def version_of(found: Mapping[str, Numbers]) -> str:
+    """The name of a behaviour: a hash of it, rounded."""
+    rounded = {
+        part: {name: float(f"{value:.{_SIGNIFICANT_DIGITS}g}") for name, value in numbers.items()}
+        for part, numbers in found.items()
+    }
+    return digest(rounded)
+
+
+@functools.cache
+def code_version() -> str:
+    """The recorded version if this code behaves as recorded, else one of its own. Takes up to a minute, once."""
+    with rich.console.Console(stderr=True).status("what the code does, for the name of its version"):
+        found = behaviour()
+    expected = recorded()
+    same = found.keys() == expected.keys() and not any(changes(found[name], expected[name]) for name in found)
+    return version_of(expected if same else found)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers by their place in nested dictionaries and lists; what clocks and other machines decide is left out."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("seconds", "mfu"):
+                yield from _flat(part, f"{name}/{key}" if name else key)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _flat(part, f"{name}/{index}")
+    elif value is not None:
+        yield name, value
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the flag; says the version, or records it."""
+    parser = frontdoor.Parser(prog="python -m experiments.sweep.fingerprint", description=__doc__)
+    parser.add_argument("--record", action="store_true", help="make the present behaviour the recorded one")
+    console = rich.console.Console(highlight=False)
+    if parser.parse_args(arguments).record:
+        RECORDED.write_text(json.dumps(behaviour(), indent=1) + "\n")
+        console.print(f"recorded as {version_of(recorded())} in {RECORDED}", soft_wrap=True)
+        return 0
+    console.print(code_version())
+    if code_version() != version_of(recorded()):
+        console.print(f"not the recorded {version_of(recorded())}")
+    return 0
+
+
+if __name__ == "__main__":
+    frontdoor.guarded(lambda: main(sys.argv[1:]))
