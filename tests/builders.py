@@ -67,20 +67,28 @@ def model_and_parameters(config: Config, seed: int = 0, scale: float = 1.0) -> t
     return model, random_parameters(model, seed, scale)
 
 
-def packed_batch(config: Config, seed: int = 0, lengths: tuple[int, ...] = (11, 4, 9, 1)) -> Batch:
-    """A [1, B, T] batch; every row holds documents of these lengths, rotated row by row, and padding after them."""
+def packed_batch(config: Config, seed: int = 0, rows: tuple[tuple[int, ...], ...] | None = None) -> Batch:
+    """A [1, B, T] batch; row r holds documents of the lengths ``rows[r]``, and padding after them.
+
+    Without ``rows``, every row holds the same lengths in another order.
+    """
     batch, length = config.training.batch_size, config.training.sequence_length
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, config.model.vocabulary_size, (batch, length)).astype(np.int32)
     segment_ids, positions = np.zeros((2, batch, length), np.int32)
     for row in range(batch):
         start = 0
-        for number, size in enumerate(np.roll(lengths, row), 1):
+        for number, size in enumerate(np.roll((11, 4, 9, 1), row) if rows is None else rows[row], 1):
             segment_ids[row, start : start + size] = number
             positions[row, start : start + size] = np.arange(size)
             start += size
     tokens[segment_ids == 0] = 0
     return Batch(*(jnp.asarray(array)[None] for array in (tokens, segment_ids, positions)))
+
+
+def uneven_batch(config: Config) -> Batch:
+    """A batch no two parts of which are supervised alike; documents of one or two tokens teach the heads nothing."""
+    return packed_batch(config, rows=((32,), (1, 2, 1), (2, 2), (20, 11), (3, 3, 3), (1,), (7,), (30, 2)))
 
 
 def with_micro_batches(batch: Batch, parts: int) -> Batch:

@@ -17,6 +17,11 @@ from jax.sharding import Mesh
 from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
 
 LIBRARY = pathlib.Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
+# Compile options: libtpu would write gathers and scatters in a form whose text jaxlib cannot read back.
+WITHOUT_SPARSECORE = {
+    "xla_tpu_offload_gather_to_sparsecore": "false",
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
+}
 V5P_HERTZ = 1.75e9  # of the clock whose cycles the compiler estimates
 
 
@@ -90,12 +95,26 @@ def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HE
     return cycles(entry, 0) / hertz
 
 
+def collectives(text: str, in_elements: bool = False) -> list[tuple[str, int]]:
+    """Every array that a collective of an HLO module yields: the operation, and the array's bytes.
+
+    Args:
+      text: of the module; what is in the body of a loop is listed once.
+      in_elements: elements instead of bytes.
+    """
+    operations = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = []
+    for result, operation in re.findall(rf"= (\S.*?) ({operations})(?:-start)?\(", text):
+        for kind, bits, shape in re.findall(r"\b([a-z]+)(\d*)\[([\d,]*)\]", result):
+            size = int(np.prod([int(n) for n in shape.split(",") if n]))
+            item = 1 if kind == "pred" else int(bits) / 8
+            found.append((operation, size if in_elements else int(size * item)))
+    return found
+
+
 def largest_collective(text: str) -> int:
     """Elements of the largest array that a collective yields; 0 without collectives."""
-    operations = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    results = re.findall(rf"= (\S.*?) (?:{operations})(?:-start)?\(", text)
-    shapes = [shape for result in results for shape in re.findall(r"\w\[([\d,]*)\]", result)]
-    return max((int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes), default=0)
+    return max((size for _, size in collectives(text, in_elements=True)), default=0)
 
 
 def shapes_of(arguments: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -89,8 +89,8 @@ def newest_share(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
     With it the average is that of ``optax.ema(debias=True)`` at every step: the first step's parameters replace what
     the average began with, which was not trained, and later the share falls to 1 - decay.
     """
-    log_decay = math.log(decay)
-    return math.expm1(log_decay) / jnp.expm1(step * log_decay)
+    newest = jnp.float32(1 - decay)
+    return newest / jnp.maximum(newest, -jnp.expm1(step * math.log(decay)))
 
 
 def make_step(

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtpd_jax.decoding import drafting
+from mtpd_jax.decoding import drafting, speculative
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
@@ -132,6 +133,46 @@ def test_batch_neighbours_change_nothing():
     for prompt, together in zip(PROMPTS, decoder.run(PROMPTS, options), strict=True):
         alone = decoder.run([prompt], options)[0]
         assert dataclasses.replace(alone, seconds=0.0) == dataclasses.replace(together, seconds=0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [Options(2, 20, Sampling(1.0)), Options(3, 20, min_confidence=0.5)],
+    ids=["sampled", "adaptive"],
+)
+def test_devices_share_the_rows(options):
+    """Three devices that hold the parameters decode eight prompts: the texts of one device, for a third of its work."""
+    model, parameters = small_vocabulary()
+    mesh = Mesh(np.array(jax.devices()[2:5]), "copies")
+    copies = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
+    prompts = [*many_prompts(4), *PROMPTS]
+    one, three = decoder_of(model, parameters), decoder_of(model, copies)
+
+    def decoded(decoder, prompts):
+        found = decoder.run(prompts, options, seed=3, first_row=2)
+        return [dataclasses.replace(continuation, seconds=0.0) for continuation in found]
+
+    for count in (8, 4, 1):  # three, two and one row a device: the last time, two devices have none
+        assert decoded(three, prompts[:count]) == decoded(one, prompts[:count])
+    work = [[program.cost_analysis()["flops"] for program in decoder._compiled.values()] for decoder in (one, three)]
+    assert work[1][0] < 0.45 * work[0][0] and work[1][-1] == pytest.approx(work[0][-1])
+    used = [set(program.input_shardings[0][1].device_set) for program in three._compiled.values()]
+    assert [len(devices) for devices in used] == [3, 2, 1] and set().union(*used) == set(mesh.devices.flat)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_float32_decoding_multiplies_in_float32(dtype, precision):
+    """On accelerators float32 products are rounded to fewer bits unless every one of them asks for more."""
+    model, parameters = model_and_parameters(tiny_config(heads__num_heads=2, model__dtype=dtype))
+    decoder = decoder_of(model, parameters)
+    network, laid_out = decoder.network(Options(2, 4))
+    keys = jax.random.split(jax.random.key(0), 1)
+    loop = speculative.make_loop(network, Options(2, 4), END, 32)
+    text = loop.lower(laid_out, jnp.ones((1, 32), int), jnp.ones(1, int), keys).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 20
+    for line in products:
+        assert ("HIGHEST" in line) == (precision == "HIGHEST"), line
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

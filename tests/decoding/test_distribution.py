@@ -163,6 +163,26 @@ def test_a_wrong_rule_is_noticed(monkeypatch, module, name, mutant):
     assert p_value(counts, enumerate_texts(model, parameters, Sampling(1.0), 5)) < 1e-9
 
 
+@pytest.mark.parametrize("sampling", [Sampling(2.0, top_k=2), Sampling(2.0, top_p=0.6), Sampling(0.5)], ids=str)
+def test_drafts_are_drawn_as_the_main_heads_tokens_are(sampling):
+    """From the heads' logits by the same temperature, top-k and top-p. With others the text would be distributed the
+    same, and drafts rejected more often: no test of the text would notice."""
+    model, parameters = tiny_model()
+    options = Options(2, 5, sampling)
+    network = Network(model, scanned=True)
+    laid_out = network.parameters(parameters)
+    prompts, lengths = jnp.broadcast_to(jnp.asarray(PROMPT), (64, 2)), jnp.full(64, 2, jnp.int32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    state = speculative.prefill(network, laid_out, prompts, lengths, keys, options, END, 2)
+    drafts, _ = drafting.draft(network, laid_out, state.rows, state.heads, keys, options)
+    found = np.asarray(drafts.probabilities)
+    np.testing.assert_allclose(found, probabilities(drafts.logits, sampling), atol=1e-6)
+    drawn = np.take_along_axis(found, np.asarray(drafts.tokens)[..., None], axis=-1)
+    assert np.all(drawn > 0) and len(np.unique(drafts.tokens)) > 1
+    left_out = (found == 0).sum(-1)
+    assert (left_out > 0).any() == (sampling.top_k is not None or sampling.top_p is not None)
+
+
 def test_probabilities_against_numpy():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 9)) * 2

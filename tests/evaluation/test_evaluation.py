@@ -3,11 +3,11 @@
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.sweep.arms import Arm
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
@@ -19,13 +19,14 @@ from mtpd_jax.evaluation.acceptance import (
     tokens_per_pass,
     tokens_per_pass_without_bonus,
 )
-from mtpd_jax.evaluation.agreement import agreement_of_heads
+from mtpd_jax.evaluation.agreement import agreement_of_heads, count_agreement
 from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
 from mtpd_jax.evaluation.scoring import batches, make_scorer, score_documents, windows
 from mtpd_jax.losses.objective import scoring_objective
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.sharding import make_mesh
 from tests.builders import model_and_parameters, tiny_config
+from tests.decoding.models import CONTEXT, PROMPTS, forward, small_vocabulary
 
 
 def continuation(tokens, passes, tried, accepted):
@@ -59,8 +60,37 @@ def test_intervals_hold_the_mean_and_shrink():
 
 def test_a_head_never_tried_has_no_rate():
     intervals = acceptance_intervals([continuation(range(3), 2, (2, 0), (0, 0))] * 2)
-    assert intervals.conditional[1].mean is None and intervals.cumulative[1].mean is None
+    assert intervals.conditional[1].mean is None
     assert intervals.conditional[0].mean == 0
+
+
+@pytest.mark.parametrize(
+    ("tried", "accepted", "cumulative"),
+    [
+        ((0, 0, 0), (0, 0, 0), (None, None, None)),
+        ((4, 0, 0), (0, 0, 0), (0, 0, 0)),
+        ((4, 2, 0), (2, 0, 0), (0.5, 0, 0)),
+        ((4, 0, 0), (2, 0, 0), (0.5, 0, 0)),  # accepted, and then always the end of the text
+        ((4, 2, 1), (2, 1, 1), (0.5, 0.25, 0.25)),
+    ],
+)
+def test_cumulative_acceptance_is_zero_from_the_first_zero_on(tried, accepted, cumulative):
+    """And nothing only where head 1 was never tried: in evaluation, with its interval, and in sweeps."""
+    found = [continuation(range(3), 4, tried, accepted)] * 3
+    assert acceptance_of(found).cumulative == cumulative
+    for rate, expected in zip(acceptance_intervals(found).cumulative, cumulative, strict=True):
+        assert (rate.mean, rate.low, rate.high) == (expected,) * 3
+    part = {"tokens": [3] * 3, "tried": [[n] * 3 for n in tried], "accepted": [[n] * 3 for n in accepted]}
+    arm = Arm("", [{"seed": 0, "decoding": {"greedy": {"3": part}}}])
+    swept = [arm.cumulative("greedy", 3, k).of_seeds()[0] for k in (1, 2, 3)]
+    assert [None if np.isnan(value) else value for value in swept] == list(cumulative)
+
+
+def test_intervals_are_paired():
+    """A ratio that every prompt has has no interval, however different the prompts are."""
+    tried = np.random.default_rng(0).integers(1, 100, 30)
+    found = ratio([(tried / 2).tolist()], [tried.tolist()])
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_distinct_ngrams():
@@ -152,11 +182,29 @@ def test_divergence_names_place_and_margin(scored):
     assert found.index == 3 and not found.tie
     text = jnp.asarray([5, 6, 7, *plain.tokens[:3]])[None]
     hidden = model.apply({"params": parameters}, text, jnp.ones_like(text), jnp.arange(6)[None]).main[0, -1]
-    first, second = np.sort(np.asarray(parameters["embedding"] @ hidden))[::-1][:2]
+    logits = np.asarray(parameters["embedding"] @ hidden)
+    first, second = np.sort(logits)[::-1][:2]
     assert found.margin == pytest.approx(first - second, rel=1e-3)
-    tied = jax.tree.map(jnp.zeros_like, parameters)
-    assert first_divergence(Decoder(model, tied, 0, 64), [5, 6, 7], plain, other).tie
+    assert found.shortfall == pytest.approx(first - logits[299], rel=1e-3)
     assert found.rounding == 0
+    shorter = first_divergence(decoder, [5, 6, 7], plain, continuation(plain.tokens[:4], 1, (), ()))
+    assert (shorter.index, shorter.shortfall, shorter.tie) == (4, None, False)
+
+
+def test_a_tie_is_between_the_tokens_that_were_written(scored):
+    """Two tokens share the largest logit. One of them for the other is a tie; an unlikely one for either is none."""
+    _, model, parameters, _ = scored
+    likeliest = int(Decoder(model, parameters, 0, 64).run([np.array([5, 6, 7])], Options(0, 1))[0].tokens[0])
+    twin = 298 if likeliest != 298 else 297
+    embedding = parameters["embedding"].at[twin].set(parameters["embedding"][likeliest])
+    decoder = Decoder(model, {**parameters, "embedding": embedding}, 0, 64)
+    logits = decoder.logits_at([5, 6, 7], "float32")
+    assert logits[likeliest] == logits[twin] == logits.max()
+    plain = continuation([likeliest], 1, (), ())
+    assert first_divergence(decoder, [5, 6, 7], plain, continuation([twin], 1, (), ())).tie
+    unlikely = first_divergence(decoder, [5, 6, 7], plain, continuation([int(logits.argmin())], 1, (), ()))
+    assert unlikely.margin == 0 and unlikely.shortfall > 1 and not unlikely.tie
+    assert not first_divergence(decoder, [5, 6, 7], continuation([int(logits.argmin())], 1, (), ()), plain).tie
 
 
 def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
@@ -170,28 +218,31 @@ def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
     exact, rounded = (decoder.logits_at([5, 6, 7], dtype) for dtype in ("float32", "bfloat16"))
     assert found.margin == pytest.approx(float(np.diff(np.sort(exact)[-2:])[0]))
     assert found.rounding == pytest.approx(np.abs(exact - rounded).max()) and found.rounding > 1e-4
-    assert found.tie == (found.margin < 2 * found.rounding)
+    assert found.shortfall == pytest.approx(float(exact.max() - exact[299]))
+    assert found.tie == (found.shortfall < 2 * found.rounding)
+    second = continuation([int(np.argsort(exact)[-2]), *plain.tokens[1:]], 1, (), ())
+    assert first_divergence(decoder, [5, 6, 7], plain, second).tie == (found.margin < 2 * found.rounding)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_agreement_beside_acceptance(scored, scanned):
-    """Per prompt and head, on what plain decoding wrote, against the training path; looped heads have one, too."""
-    _, model, parameters, _ = scored
-    decoder = Decoder(model, parameters, end_id=0, context=64, scanned=scanned)
-    prompts = [np.array([5, 6, 7]), np.array([9]), np.array([4, 4, 8, 30, 2])]
-    plain = decoder.run(prompts, Options(0, 12))
-    agreed, counted = np.zeros((2, 2))
-    for prompt, found in zip(prompts, plain, strict=True):
-        text = jnp.asarray([*prompt, *found.tokens])[None]
-        positions = jnp.arange(text.shape[1])[None]
-        hidden = model.apply({"params": parameters}, text, jnp.ones_like(text), positions)
-        states = jnp.concatenate([hidden.main[None], hidden.heads])[:, 0]
-        choice = np.asarray(states @ parameters["embedding"].T).argmax(-1)
-        for k in (1, 2):
-            for target in range(len(prompt) + 1, text.shape[1]):
-                if target - 1 - k >= 0:
-                    agreed[k - 1] += choice[k, target - 1 - k] == choice[0, target - 1]
-                    counted[k - 1] += 1
-    found = agreement_of_heads(decoder, prompts, plain, 4)
-    assert [rate.mean for rate in found[:2]] == pytest.approx((agreed / counted).tolist())
-    assert len(found) == 4 and counted.min() > 0
+def test_agreement_beside_acceptance(scanned):
+    """Per prompt and head, on what plain decoding wrote, against the training path; the token from prefill is none.
+
+    Of a model whose heads are right now and then: with one that never is, every way of counting gives zero.
+    """
+    model, parameters = small_vocabulary()
+    decoder = Decoder(model, parameters, end_id=-1, context=CONTEXT, scanned=scanned)  # every text has its full length
+    plain = decoder.run(PROMPTS, Options(0, 40))
+    agreed, counted = count_agreement(decoder, PROMPTS, plain, 6)
+    logits = forward(model, parameters)
+    for number, (prompt, found) in enumerate(zip(PROMPTS, plain, strict=True)):
+        text = [*prompt.tolist(), *found.tokens]
+        choice = logits(text).argmax(-1)
+        for k in range(1, 5):
+            places = [target for target in range(len(prompt) + 1, len(text)) if target - 1 - k >= 0]
+            assert counted[k - 1, number] == len(places)
+            assert agreed[k - 1, number] == sum(choice[k, t - 1 - k] == choice[0, t - 1] for t in places)
+    assert np.all(agreed.sum(1) > 5) and np.all(agreed.sum(1)[:4] < counted.sum(1)[:4] - 5)
+    assert len({tuple(row) for row in agreed}) == 6  # every head has its own, looped ones too
+    rates = agreement_of_heads(decoder, PROMPTS, plain, 6)
+    assert [rate.mean for rate in rates] == pytest.approx((agreed.sum(1) / counted.sum(1)).tolist())

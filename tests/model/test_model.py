@@ -8,6 +8,7 @@ import pytest
 from mtpd_jax.model.backbone import build_model, count_parameters
 from mtpd_jax.model.layers import Rotation
 from tests.builders import model_and_parameters, packed_batch, replace, tiny_config
+from tests.model import reference
 
 
 @pytest.mark.parametrize("kind", ["cascade", "recurrent"])
@@ -87,39 +88,40 @@ def test_rotation_turns_dot_products_into_functions_of_distance():
     assert score(0, 0) == pytest.approx(float(jnp.sum(query * key)), abs=1e-6)
 
 
-def test_one_block_against_numpy():
-    """The backbone with one layer, qkv biases and qk-norm, against the same formulas in NumPy."""
-    config = tiny_config(model__layers=1, model__qkv_bias=True, heads__num_heads=0)
+def wide(parameters, index=None):
+    """Parameters in float64; of one layer or head, where they are stacked."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf if index is None else leaf[index], np.float64), parameters)
+
+
+def test_the_backbone_against_numpy():
+    """Two layers, qkv biases and qk-norm, and the final norm after them."""
+    config = tiny_config(model__qkv_bias=True, heads__num_heads=0)
     model, parameters = model_and_parameters(config)
+    parameters["backbone"]["blocks"]["attention"]["qkv"]["bias"] += 0.3  # random parameters leave biases at zero
     tokens = jnp.array([[5, 9, 2, 7]])
     found = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(4)[None]).main[0]
-    block = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), parameters["backbone"]["blocks"])
-    embedding = np.asarray(parameters["embedding"], np.float64)
+    x = np.asarray(parameters["embedding"], np.float64)[tokens[0]] * np.sqrt(32)
+    for layer in range(2):
+        x = reference.block(x, wide(parameters["backbone"]["blocks"], layer))
+    np.testing.assert_allclose(found, reference.norm(x, parameters["backbone"]["final_norm"]["scale"]), atol=5e-5)
 
-    def norm(x, scale):
-        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-6) * scale
 
-    def turn(x):  # [T, heads, H]
-        angles = np.arange(4)[:, None, None] * 10_000.0 ** (-np.arange(4) / 4)
-        a, b = x[..., :4], x[..., 4:]
-        return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
-
-    x = embedding[tokens[0]] * np.sqrt(32)
-    attention, inner = block["attention"], norm(x, block["attention_norm"]["scale"])
-    grouped = np.einsum("td,dgrh->tgrh", inner, attention["qkv"]["kernel"]) + attention["qkv"]["bias"]
-    q, k, v = grouped[:, :, :2].reshape(4, 4, 8), grouped[:, :, 2], grouped[:, :, 3]
-    q, k = turn(norm(q, attention["query_norm"]["scale"])), turn(norm(k, attention["key_norm"]["scale"]))
-    k, v = np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)  # query heads 0, 1 share key/value head 0
-    scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(8)
-    scores = np.where(np.tril(np.ones((4, 4)))[None] > 0, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    mixed = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
-    x = x + np.einsum("tnh,nhd->td", mixed, attention["out"]["kernel"])
-    inner = norm(x, block["mlp_norm"]["scale"])
-    gate, up = np.einsum("td,dcf->ctf", inner, block["mlp"]["gate_up"]["kernel"])
-    x = x + (gate / (1 + np.exp(-gate)) * up) @ block["mlp"]["down"]["kernel"]
-    expected = norm(x, np.asarray(parameters["backbone"]["final_norm"]["scale"]))
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("pass_normed", [True, False])
+def test_two_heads_against_numpy(kind, pass_normed):
+    """From the backbone's state after its final norm, [embedding, hidden] in this order, every norm in its place."""
+    config = tiny_config(heads__kind=kind, heads__pass_normed=pass_normed)
+    model, parameters = model_and_parameters(config)
+    tokens = jnp.array([[5, 9, 2, 7, 11, 3, 250, 40]])
+    hidden = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(8)[None])
+    embedding, ids = np.asarray(parameters["embedding"], np.float64) * np.sqrt(32), np.asarray(tokens[0])
+    # Beyond the document's end nothing is supervised: what stands there does not matter.
+    ahead = np.stack([embedding[np.pad(ids[k:], (0, k))] for k in (1, 2)])
+    modules = parameters["heads"]["head"]
+    heads = [wide(modules)] * 2 if kind == "recurrent" else [wide(modules, k) for k in range(2)]
+    expected = reference.cascade(np.asarray(hidden.main[0], np.float64), ahead, heads, pass_normed)
+    for k in (1, 2):
+        np.testing.assert_allclose(hidden.heads[k - 1, 0, : 8 - k], expected[k - 1, : 8 - k], atol=5e-5)
 
 
 def test_remat_changes_nothing_but_is_on():

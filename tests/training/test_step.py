@@ -13,8 +13,16 @@ from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import batch_sharding, check_divisible, make_mesh, within
 from mtpd_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
-from mtpd_jax.training.step import gradients_of_batch, make_step
-from tests.builders import assert_trees_close, packed_batch, random_parameters, replace, tiny_config, with_micro_batches
+from mtpd_jax.training.step import gradients_of_batch, make_step, newest_share
+from tests.builders import (
+    assert_trees_close,
+    packed_batch,
+    random_parameters,
+    replace,
+    tiny_config,
+    uneven_batch,
+    with_micro_batches,
+)
 
 SHAPES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)]
 
@@ -40,9 +48,18 @@ def one_step(config, mesh, batch, parameters):
 def reference():
     config = tiny_config()
     parameters = random_parameters(build_model(config))
-    batch = packed_batch(config)
+    batch = uneven_batch(config)
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     return config, parameters, batch, one_step(config, mesh, batch, parameters)
+
+
+def supervised(batch):
+    """Supervised tokens per head of a batch, counted in a loop."""
+    counts = np.zeros(3, int)
+    for row in np.asarray(batch.segment_ids).reshape(-1, 32):
+        for segment in set(row) - {0}:
+            counts += [max(0, int((row == segment).sum()) - 1 - k) for k in range(3)]
+    return counts
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -58,7 +75,32 @@ def test_accumulation_equals_one_batch(reference, parts):
     config, parameters, batch, expected = reference
     config = replace(config, training__micro_batches=parts)
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    assert_trees_close(one_step(config, mesh, with_micro_batches(batch, parts), parameters), expected, 1e-5)
+    cut = with_micro_batches(batch, parts)
+    counts = [supervised(jax.tree.map(lambda array, part=part: array[part], cut)) for part in range(parts)]
+    assert len({tuple(count / count.sum()) for count in counts}) == parts  # else nothing is shown
+    found = one_step(config, mesh, cut, parameters)
+    assert found[1][1].tolist() == supervised(batch).tolist()
+    assert_trees_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("kl", ["forward", "lk"])
+def test_heads_without_a_supervised_token_have_no_loss_and_no_gradient(parts, kl):
+    """Documents of two tokens, one of three: all steps have a main loss, head 1 has one token, head 2 has none."""
+    config = tiny_config(objective__kl=kl)
+    rows = ((2,) * 16, (2, 2), (3,), (1,), (2,), (2,), (1, 1), (2,))
+    batch = with_micro_batches(packed_batch(config, rows=rows), parts)
+    model, objective = build_model(config), training_objective(config)
+    parameters = random_parameters(model)
+    loss, sums, weights, gradients = jax.jit(lambda p: gradients_of_batch(model, objective, p, batch))(parameters)
+    assert weights.tolist() == [23, 1, 0] and supervised(batch).tolist() == [23, 1, 0]
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((loss, sums, gradients)))
+    terms = objective.terms(sums, weights)
+    assert terms["head_2/ce"].mean() is terms["head_2/kl"].mean() is None
+    ce, (one, kl_one) = terms["main/ce"].mean(), (terms[f"head_1/{name}"].mean() for name in ("ce", "kl"))
+    assert float(loss) == pytest.approx(ce + 0.15 * one + 0.5 * kl_one, rel=1e-5)
+    assert np.any(np.asarray(gradients["heads"]["head"]["projection"]["kernel"][0]))
+    assert not any(np.any(np.asarray(leaf[1])) for leaf in jax.tree.leaves(gradients["heads"]))
 
 
 def test_accumulation_over_devices(reference):
@@ -175,16 +217,27 @@ def test_matrices_are_decayed_and_norms_are_not(config):
     assert len(set(flat.values())) == 2
 
 
-def test_average_follows_the_parameters():
-    config = tiny_config(optimizer__ema_decay=0.75, optimizer__clip_norm=None)
+def test_the_average_is_that_of_the_parameters_trained():
+    """Weights decay^age of the steps done, and none for what the parameters began with."""
+    config = tiny_config(optimizer__ema_decay=0.75)
     model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
     mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
     state = initial_state(model, optimizer, config, mesh)
-    shardings = state_shardings(abstract_state(model, optimizer, config, mesh))
-    before = jax.device_get(state.parameters)
-    state, _ = make_step(model, objective, optimizer, mesh, shardings, 0.75)(
-        state, put_on_devices(packed_batch(config), batch_sharding(mesh))
+    step = make_step(
+        model, objective, optimizer, mesh, state_shardings(abstract_state(model, optimizer, config, mesh)), 0.75
     )
-    expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before, jax.device_get(state.parameters))
-    assert_trees_close(jax.device_get(state.average), expected, 1e-6)
+    trained = []
+    for _ in range(4):
+        state, _ = step(state, put_on_devices(packed_batch(config), batch_sharding(mesh)))
+        trained.append(jax.device_get(state.parameters))
+        weights = 0.75 ** np.arange(len(trained))[::-1]
+        expected = jax.tree.map(lambda *leaves, weights=weights: np.average(leaves, axis=0, weights=weights), *trained)
+        assert_trees_close(jax.device_get(state.average), expected, 1e-6)
     assert state.evaluated is state.average
+
+
+def test_the_average_of_one_step_is_that_step():
+    """Whatever the decay: float32 does not tell 0.999999 from 1 by much."""
+    for decay in (0.5, 0.999, 0.999999):
+        assert float(newest_share(decay, jnp.asarray(1))) == 1
+        assert float(newest_share(decay, jnp.asarray(10**8))) == pytest.approx(1 - decay, rel=1e-5)

@@ -1,0 +1,110 @@
+"""What decoding prompts in several ways is turned into: baselines, intervals, keys, and whose text it has to be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.evaluation.decoding import PADDED_PLAIN, decode_prompts, score_decoding, ways_of
+from tests.decoding.models import CONTEXT, END, PROMPTS, small_vocabulary
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return Decoder(*small_vocabulary(), END, CONTEXT)
+
+
+def with_seconds(continuations, seconds):
+    return [dataclasses.replace(one, seconds=each) for one, each in zip(continuations, seconds, strict=True)]
+
+
+def test_speed_is_over_the_fastest_plain_decoding(decoder):
+    """A fast way has a large speed-up; both plain ways are baselines, each by its name."""
+    ways = ways_of(Options(0, 12).sharing_width(2), [0, 1, 2])
+    assert list(ways) == [0, 1, 2, PADDED_PLAIN]
+    assert [(options.num_heads, options.width) for options in ways.values()] == [(0, 1), (1, 8), (2, 8), (0, 8)]
+    found = decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0)
+    tokens = np.array([len(one.tokens) for one in found[0]])
+    assert all([one.tokens for one in way] == [one.tokens for one in found[0]] for way in found.values())
+    seconds = {0: 2.0, 1: 3.0, 2: 1.0, PADDED_PLAIN: 4.0}
+    timed = {way: with_seconds(found[way], [seconds[way]] * 4) for way in ways}
+    scores = score_decoding(decoder, PROMPTS, ways, timed, batch_size=1)
+    for way, score in scores.items():
+        assert score.tokens_per_second.mean == pytest.approx(tokens.sum() / (4 * seconds[way]))
+        assert score.speedup_over_plain.mean == pytest.approx(2.0 / seconds[way])
+        assert score.speedup_over_one_head.mean == pytest.approx(3.0 / seconds[way])
+        assert score.speedup_over_padded_plain.mean == pytest.approx(4.0 / seconds[way])
+        assert score.identical and not score.failed and score.prompts == 4
+    plain = ways_of(Options(0, 12), [0])
+    alone = score_decoding(decoder, PROMPTS, plain, {0: timed[0]}, batch_size=1)[0]
+    assert alone.speedup_over_one_head is alone.speedup_over_padded_plain is None
+
+
+def test_prompts_of_one_batch_are_one_measurement(decoder):
+    """Their time is one reading: intervals of speed are over batches, those of acceptance over prompts."""
+    ways = ways_of(Options(0, 12), [0, 1])
+    found = decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0)
+    both = {way: found[way] + found[way] for way in ways}  # two batches of four
+    timed = {0: with_seconds(both[0], [1.0] * 8), 1: with_seconds(both[1], [0.5] * 4 + [0.25] * 4)}
+    prompts = [*PROMPTS, *PROMPTS]
+    faster = score_decoding(decoder, prompts, ways, timed, batch_size=4)[1].speedup_over_plain
+    assert (faster.low, faster.high) == pytest.approx((2, 4))  # either batch may be drawn twice
+    one = score_decoding(decoder, prompts, ways, timed, batch_size=8)[1]
+    assert one.speedup_over_plain.low is one.tokens_per_second.low is None and one.speedup_over_plain.mean > 2
+    assert one.tokens_per_pass.low < one.tokens_per_pass.high
+
+
+def test_text_that_is_not_plain_decodings_is_found_out(decoder):
+    ways = ways_of(Options(0, 12), [0, 1])
+    found = decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0)
+    first, *others = found[1]
+    wrong = dataclasses.replace(first, tokens=(*first.tokens[:-1], (first.tokens[-1] + 1) % 7))
+    score = score_decoding(decoder, PROMPTS, ways, {0: found[0], 1: [wrong, *others]}, batch_size=4)[1]
+    assert score.identical is False and len(score.divergences) == 1
+    assert score.divergences[0].index == len(first.tokens) - 1 and score.failed
+
+
+def test_sampled_text_depends_on_the_prompts_number_and_not_on_its_batch(decoder):
+    """The same prompt four times gives four texts, whatever is decoded together; another seed gives others."""
+    ways, prompts = ways_of(Options(0, 12, Sampling(2.0)), [0, 2]), [PROMPTS[1]] * 4
+
+    def texts(batch_size, seed=0):
+        found = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed)
+        return {way: [one.tokens for one in found[way]] for way in ways}
+
+    together = texts(4)
+    assert all(len(set(found)) > 2 for found in together.values())
+    assert texts(1) == texts(3) == together
+    assert texts(4, seed=1)[0] != together[0]
+    scores = score_decoding(
+        decoder, prompts, ways, decode_prompts(decoder, prompts, ways, batch_size=2, seed=0), batch_size=2
+    )
+    assert scores[2].identical is None and scores[2].divergences == ()
+
+
+class Recorder:
+    """Stands in for a decoder, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def check(self, prompts, options):
+        assert not self.asked, "something ran before everything was checked"
+
+    def run(self, prompts, options, *, seed, first_row):
+        self.asked.append((options.num_heads, first_row, len(prompts), seed))
+        return [Continuation((1,), (0,), 0, (), (), 0.1)] * len(prompts)
+
+
+def test_ways_take_turns_batch_by_batch():
+    """A slow minute hits all of them; and all of them decode the same prompts together."""
+    recorder, done = Recorder(), []
+    prompts = [np.array([1])] * 5
+    found = decode_prompts(
+        recorder, prompts, ways_of(Options(0, 4), [0, 2]), batch_size=2, seed=9, on_batch=done.append
+    )
+    assert recorder.asked == [(heads, start, count, 9) for start, count in ((0, 2), (2, 2), (4, 1)) for heads in (0, 2)]
+    assert done == [2, 2, 2, 2, 1, 1] and {way: len(each) for way, each in found.items()} == {0: 5, 2: 5}
