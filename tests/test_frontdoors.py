@@ -1,5 +1,6 @@
 """The commands as a user types them: what they print and write, and one clear line for every mistake."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -13,6 +14,7 @@ from configs import base, quickstart
 from experiments import quickstart as quickstart_module
 from mtpd_jax import evaluate, frontdoor, generate, train
 from mtpd_jax.config import Config
+from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.acceptance import Acceptance
 from mtpd_jax.evaluation.comparison import Divergence
@@ -106,6 +108,68 @@ def test_validation_scores_agree_with_the_training_log(workdir):
     found = evaluate.run(str(workdir), split_name="validation", limit=2, batch_size=8).text["validation"]
     assert found.main.bits_per_byte == pytest.approx(logged["eval/main/bits_per_byte"], rel=1e-5)
     assert found.heads[1].kl == pytest.approx(logged["eval/head_2/kl"], rel=1e-4)
+
+
+def test_documents_that_changed_are_not_held_out(call, workdir, text_file, tmp_path):
+    """One character in some training documents, of the same length, and they would count as held out."""
+    copy, moved = shutil.copytree(workdir, tmp_path / "run"), tmp_path / "documents.txt"
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["paths"] = [str(moved)]
+    (copy / "config.json").write_text(json.dumps(config))
+    text = pathlib.Path(text_file).read_text()
+    moved.write_text(text)
+    assert call("evaluate", f"--workdir={copy}", "--split=validation", "--limit=2")[0] == 0
+    moved.write_text(text.replace("cat", "car"))
+    assert_one_line(
+        call("evaluate", f"--workdir={copy}", "--split=validation"), "60 documents", "have changed", "--text"
+    )
+    assert call("evaluate", f"--workdir={copy}", f"--text={moved}")[0] == 0
+
+
+def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatch):
+    """The speed-up is over the fastest plain decoding; plain decoding of padded passes, whose bits are those of the
+    text, stands beside it."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran by and"}\n')
+    monkeypatch.setenv("COLUMNS", "100")
+    status, output, _ = call("evaluate", f"--workdir={workdir}", f"--prompts={prompts}", "--bit_exact",
+                             "--max_new_tokens=10", f"--json={tmp_path / 'e.json'}")  # fmt: skip
+    assert status == 0 and "x padded" in output and "0 padded" in output
+    found = json.loads((tmp_path / "e.json").read_text())["decoding"][str(prompts)]
+    plain, padded = found["heads"]["0"], found["padded_plain"]
+    assert padded["speedup_over_padded_plain"]["mean"] == plain["speedup_over_plain"]["mean"] == 1
+    rates = {name: score["tokens_per_second"]["mean"] for name, score in found["heads"].items()}
+    for heads, score in found["heads"].items():
+        assert score["speedup_over_plain"]["mean"] == pytest.approx(rates[heads] / rates["0"])
+        over = rates[heads] / padded["tokens_per_second"]["mean"]
+        assert score["speedup_over_padded_plain"]["mean"] == pytest.approx(over)
+    status, output, _ = call("generate", f"--workdir={workdir}", "--prompt=the cat", "--max_new_tokens=12", "--compare",
+                             "--bit_exact", f"--json={tmp_path / 'g.json'}")  # fmt: skip
+    found = json.loads((tmp_path / "g.json").read_text())
+    assert status == 0 and "padded" in output
+    for name, over in (("plain", "speedup"), ("padded_plain", "speedup_over_padded_plain")):
+        assert found[over] == pytest.approx(found["tokens_per_second"] / found[name]["tokens_per_second"])
+    assert found["padded_plain"]["tokens"] == found["tokens"]
+
+
+def test_seeds_have_an_effect(workdir, tmp_path):
+    """From the front doors down: another seed draws other texts, the same one the same."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n' * 3)
+
+    def lengths(seed):
+        report = evaluate.run(
+            str(workdir), prompts=str(prompts), heads=[2], max_new_tokens=20, sampling=Sampling(1.0), seed=seed
+        )
+        score = report.decoding[str(prompts)].heads["2"]
+        return score.tokens_per_pass.mean, score.acceptance.conditional[0].mean, score.distinct_4grams
+
+    assert lengths(0) == lengths(0) != lengths(1)
+    texts = [
+        generate.run(str(workdir), ["the cat"] * 2, max_new_tokens=20, sampling=Sampling(1.0), seed=seed)
+        for seed in (0, 1)
+    ]
+    assert len({found.tokens for pair in texts for found in pair}) == 4
 
 
 @pytest.mark.parametrize(
@@ -250,7 +314,7 @@ def test_decoding_flags(call, workdir, tmp_path, flags):
 def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):
     """Shown as such, with exit status 1; a tie is none."""
     for margin, status, words in ((0.5, 1, "NOT A TIE"), (1e-6, 0, "a tie")):
-        found = Divergence(3, margin, 0.0, margin < 1e-4)
+        found = Divergence(3, margin, margin, 0.0, margin < 1e-4)
         monkeypatch.setattr(generation_module, "first_divergence", lambda *_, found=found: found)
         outcome = call("generate", f"--workdir={workdir}", "--prompt=a mat", "--max_new_tokens=5", "--compare")
         assert outcome[0] == status
@@ -282,6 +346,8 @@ def test_the_quickstart_writes_its_summary(text_file, tmp_path, monkeypatch):
     assert summary["decoding"]["identical"] is True and summary["decoding"]["sampled"]["identical"] is None
     assert list(summary["decoding"]["by_heads"]) == ["1", "2"]
     assert len(summary["heads"]) == 2 and set(summary["heads"][0]) == {"ce", "kl", "agreement"}
+    everything = evaluate.run(str(tmp_path / "run"), split_name="validation", batch_size=4).text["validation"]
+    assert summary["main"] == dataclasses.asdict(everything.main)  # of all held-out documents
 
 
 def test_help_lists_what_there_is(call):

@@ -79,7 +79,7 @@ def decoding_table(
             bounded(score.tokens_per_pass),
             number(score.tokens_per_second.mean, 0),
             bounded(score.speedup_over_plain),
-            *(bounded(score.speedup_over_padded_plain) for _ in padded if score.speedup_over_padded_plain),
+            *(number(score.speedup_over_padded_plain.mean) for _ in padded if score.speedup_over_padded_plain),
             number(one_head),
             "–" if score.identical is None else "yes" if score.identical else "NO" if score.failed else "tie",
         )

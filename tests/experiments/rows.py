@@ -1,7 +1,5 @@
 """Rows of runs that never ran, for what is computed from rows."""
 
-import pathlib
-
 import numpy as np
 
 from experiments.sweep.runs import Run
@@ -14,7 +12,7 @@ ENVIRONMENT = {
 
 def made_up_row(run: Run, quality: float = 0.7) -> dict:
     """A row in which every head agrees, and is accepted, with a probability of ``quality``."""
-    heads = run.config(pathlib.Path()).heads.num_heads
+    heads = run.config().heads.num_heads
     rng = np.random.default_rng([run.seed, heads])
     most = max(run.heads())
 

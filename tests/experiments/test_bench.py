@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.bench import training
+from experiments.bench import decode, training
 from experiments.sweep.scale import SCALES
 from tests.experiments.test_sweep import tiny_scale
 
@@ -15,6 +15,17 @@ def test_every_scale_has_its_cases():
         names = ["joint 0", "joint 1", "joint 2", "joint 4", "loop 1 to 2", "loop 2 to 4", "recurrent 4"]
         assert list(configs) == names
         assert configs["loop 2 to 4"].trained_heads == 2 and configs["joint 4"].trained_heads == 4
+
+
+def test_a_batch_needs_as_many_prompts(tmp_path):
+    """A row for 64 prompts is not measured with three."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n' * 3)
+    flags = ["--workdir=nowhere", f"--prompts={prompts}"]
+    with pytest.raises(ValueError, match="--batches=64: expected at most the 3 prompts"):
+        decode.main([*flags, "--batches=1,64"])
+    with pytest.raises(ValueError, match="holds no run"):
+        decode.main([*flags, "--batches=1,3"])
 
 
 @pytest.mark.slow

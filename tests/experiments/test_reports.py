@@ -22,6 +22,11 @@ MODULES = {module.EXPERIMENT.name: module.EXPERIMENT for module in (distillation
 CPU = SCALES["cpu"]
 
 
+@pytest.fixture(autouse=True)
+def named_code(monkeypatch):
+    monkeypatch.setattr("experiments.sweep.report.code_version", lambda: "made up")
+
+
 def rows_of(experiment, seeds=(0, 1), names=None, quality=0.7):
     variants = [variant for variant in experiment.variants(CPU) if names is None or variant.name in names]
     return [made_up_row(Run(variant, seed, CPU), quality) for seed in seeds for variant in variants]
@@ -115,7 +120,7 @@ def test_figures_of_an_arm():
 @pytest.mark.parametrize("name", MODULES)
 def test_every_config_is_valid_at_every_scale(name, scale, tmp_path):
     for variant in MODULES[name].variants(SCALES[scale]):
-        config = Run(variant, 0, SCALES[scale]).config(tmp_path)
+        config = Run(variant, 0, SCALES[scale]).config()
         assert config.heads.num_heads <= 16
         assert max(Run(variant, 0, SCALES[scale]).heads()) <= 16
 
@@ -130,7 +135,7 @@ def test_the_paper_scale_writes_configs_and_their_order(name, tmp_path, monkeypa
     for variant, command in zip(MODULES[name].variants(SCALES["paper"]), commands, strict=True):
         tree, workdir = frontdoor.parse_config_flags(command, "")
         config = Config.build(tree.to_dict())
-        expected = Run(variant, 0, SCALES["paper"]).config(tmp_path)
+        expected = Run(variant, 0, SCALES["paper"]).config()
         assert (config.heads, config.optimizer, config.model) == (expected.heads, expected.optimizer, expected.model)
         assert config.objective == expected.objective and config.training == expected.training
         assert not config.init.workdir or config.init.workdir in trained

@@ -15,7 +15,7 @@ from experiments.distillation import mtp, mtp_d
 from experiments.sweep.experiment import Experiment, arms_of, run
 from experiments.sweep.report import Report, Table, share
 from experiments.sweep.runner import Sweep, append_row, read_rows
-from experiments.sweep.runs import Run, Variant, version_of
+from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import mean_of
 from mtpd_jax import train
@@ -57,6 +57,20 @@ def report(arms, scale):
 
 
 EXPERIMENT = Experiment("tiny", variants, report, seeds=(0,))
+CODE = "this code"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def named_code():
+    """A version of the code without running it: what makes one is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        name_code(patch, CODE)
+        yield
+
+
+def name_code(patch, name):
+    for module in ("runner", "report"):
+        patch.setattr(f"experiments.sweep.{module}.code_version", lambda: name)
 
 
 def untimed(path):
@@ -116,9 +130,8 @@ def test_other_code_trains_anew(whole, text_file, monkeypatch):
     """In a folder of its own, though the old one is there."""
     folder, _ = whole
     run = Run(mtp(2), 0, tiny_scale(text_file))
-    before = run.workdir(folder / "runs")
-    for module in ("runner", "runs"):
-        monkeypatch.setattr(f"experiments.sweep.{module}.code_version", lambda: "changed")
+    before = run.workdir(folder / "runs", CODE)
+    name_code(monkeypatch, "changed")
     trained = []
 
     def stop(config, workdir):
@@ -128,7 +141,7 @@ def test_other_code_trains_anew(whole, text_file, monkeypatch):
     monkeypatch.setattr(train, "run", stop)
     with pytest.raises(KeyboardInterrupt):
         Sweep("tiny", [run], folder / "runs", folder).run()
-    assert before.exists() and trained == [run.workdir(folder / "runs")] and trained[0] != before
+    assert before.exists() and trained == [run.workdir(folder / "runs", "changed")] and trained[0] != before
 
 
 def test_the_newest_row_counts(text_file):
@@ -183,29 +196,17 @@ def test_keys_know_what_matters(text_file):
     assert base.heads() == [0, 1, 2] and Run(loops[0], 0, scale).heads() == [0, 1, 4]
 
 
-def test_the_code_version_is_that_of_the_syntax(tmp_path):
-    """Comments, docstrings and layout are free; anything that runs is not."""
-    file = tmp_path / "code.py"
-
-    def version(text):
-        file.write_text(text)
-        return version_of([file])
-
-    first = version('def f(x):\n    """Adds."""\n    return x + 1\n')
-    assert version('# why\ndef f(x):\n    """Adds one."""\n\n    return (x +\n        1)\n') == first
-    assert version("def f(x):\n    return x + 2\n") != first
-
-
 @pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_same_table(whole, text_file, tmp_path):
     """SIGKILL in the middle of the second run, in a process of its own."""
     program = (
-        "import pathlib\nimport tests.conftest\nfrom experiments.sweep.experiment import run\n"
-        "from tests.experiments.test_sweep import EXPERIMENT, tiny_scale\n"
+        "import pathlib\nimport pytest\nimport tests.conftest\nfrom experiments.sweep.experiment import run\n"
+        "from tests.experiments.test_sweep import CODE, EXPERIMENT, name_code, tiny_scale\n"
+        "name_code(pytest.MonkeyPatch(), CODE)\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         f"run(EXPERIMENT, tiny_scale({text_file!r}), folder / 'runs', results=folder)\n"
     )
-    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs")
+    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs", CODE)
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 300
     while not list((second / "checkpoints").glob("5*")) and time.monotonic() < deadline:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from mtpd_jax import generate, train
+from mtpd_jax import evaluate, generate, train
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.losses.objective import training_objective
 from mtpd_jax.model.backbone import build_model, further_heads
@@ -60,7 +61,7 @@ def evaluated(workdir):
     config = open_workdir(str(workdir)).read_config()
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
-    return jax.device_get(restored_parameters(open_workdir(str(workdir)), abstract))
+    return jax.device_get(restored_parameters(open_workdir(str(workdir)), abstract)[0])
 
 
 @pytest.mark.parametrize(("heads", "wanted"), [(1, 8), (4, 8), (3, 7)])
@@ -121,11 +122,12 @@ def test_new_heads_have_the_gradient_of_joint_training(shape, kl):
     assert float(loss) == pytest.approx(float(whole[0]) - main, rel=1e-4)
 
 
-def test_the_backward_pass_does_not_enter_what_is_frozen():
+def test_the_backward_pass_does_not_enter_what_is_frozen_or_detached():
     """FLOPs of the compiled gradients; one layer and one head of each kind, because a loop's body is counted once."""
     large = {"model__layers": 1, "model__width": 64, "model__mlp_width": 256, "model__vocabulary_size": 512}
     loop = looped_config(heads=2, frozen=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
     joint = tiny_config(heads__num_heads=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
+    detached = replace(joint, objective__detach_trunk=True)
 
     def flops(config):
         _, parameters = model_and_parameters(config)
@@ -139,8 +141,12 @@ def test_the_backward_pass_does_not_enter_what_is_frozen():
         return compiled.cost_analysis()["flops"] / batch.tokens.size
 
     # What the model needs: 6 per weight that is trained, 2 per weight that is not.
-    for config in (joint, loop):
+    for config in (joint, loop, detached):
         assert 0.9 < flops(config) / model_flops_per_token(config) < 1.2
+    # The unembedding has no gradient from a head that is cut off from it: two of six per weight.
+    saved = model_flops_per_token(joint) - model_flops_per_token(detached)
+    assert saved == 2 * 512 * 64
+    assert flops(joint) - flops(detached) == pytest.approx(saved, rel=0.2)
     everything_trained = dataclasses.replace(loop, objective=joint.objective, init=joint.init)
     assert model_flops_per_token(loop) < 0.6 * model_flops_per_token(everything_trained)
 
@@ -164,8 +170,30 @@ def test_a_run_changes_new_heads_only(base, extended, loop_config):
     assert (extended / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
 
 
+def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, loop_config, tmp_path, text_file, capsys):
+    """More documents held out of the same data are refused; other data are said, in training and in evaluation."""
+    with pytest.raises(ValueError, match=r"validation_fraction = 0.4: expected at most 0.2, that of the run in"):
+        train.run(replace(loop_config, data__validation_fraction=0.4), str(tmp_path / "more"))
+    assert not (tmp_path / "more").exists()
+    note = "trained on other documents"
+    assert note not in capsys.readouterr().err
+    (tmp_path / "other.txt").write_text(pathlib.Path(text_file).read_text().replace("cat", "car"))
+    other = replace(loop_config, data__paths=(str(tmp_path / "other.txt"),), training__steps=5)
+    train.run(other, str(tmp_path / "other"))
+    assert note in capsys.readouterr().err
+    evaluate.run(str(tmp_path / "other"), split_name="validation", batch_size=8)
+    assert note in capsys.readouterr().err
+    # And of a run on top of it, though its data are those that the other was trained on.
+    again = replace(other, init__workdir=str(tmp_path / "other"), heads__num_heads=6)
+    train.run(again, str(tmp_path / "again"))
+    assert note in capsys.readouterr().err
+    evaluate.run(str(base), split_name="validation", batch_size=8)
+    assert note not in capsys.readouterr().err
+
+
 def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, loop_config, tmp_path, monkeypatch):
-    """5 to 7 heads, stopped on the way, gone on with after the run that it began from is gone: the same bits."""
+    """5 to 7 heads, stopped on the way, gone on with after the run that it began from is moved, and gone: the same
+    bits. Another run, or nothing, in its place is refused."""
     source = shutil.copytree(extended, tmp_path / "source")
     config = replace(loop_config, init__workdir=str(source), heads__num_heads=7, training__micro_batches=2)
     config = replace(config, mesh__data=2, mesh__fsdp=2)
@@ -174,8 +202,19 @@ def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, lo
     with monkeypatch.context() as patch:
         stop_after(patch, 10)
         assert train.run(config, str(stopped)).step == 10
-    shutil.rmtree(source)
-    assert train.run(replace(config, init__workdir="/moved/away"), str(stopped)).finished
+    moved = source.rename(tmp_path / "moved")
+    other = replace(open_workdir(str(moved)).read_config(), training__seed=1)
+    for name, run in (("other", other), ("nothing", None)):
+        if run:
+            open_workdir(str(tmp_path / name)).write_config(run)
+        with pytest.raises(ValueError, match=rf"not the run that .* began from, which is '{source}'") as raised:
+            train.run(replace(config, init__workdir=str(tmp_path / name)), str(stopped))
+        assert len(str(raised.value).splitlines()) == 1
+    with monkeypatch.context() as patch:
+        stop_after(patch, 15)
+        assert train.run(replace(config, init__workdir=str(moved)), str(stopped)).step == 15
+    shutil.rmtree(moved)
+    assert train.run(config, str(stopped)).finished
     resolved = open_workdir(str(stopped)).read_config()
     assert resolved.init.num_heads == 5
     assert_bitwise(restored(stopped, resolved)[0], restored(tmp_path / "whole", resolved)[0])

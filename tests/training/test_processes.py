@@ -1,8 +1,9 @@
-"""Two real processes with four devices each against one process with eight."""
+"""Real processes that train together, against one process with as many devices."""
 
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -24,35 +25,67 @@ PROCESS = """
     import json, sys
     import jax
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
     from mtpd_jax import train
     from mtpd_jax.config import Config
-    assert jax.device_count() == 8 and jax.local_device_count() == 4
-    result = train.run(Config.build(json.load(open(sys.argv[3]))), sys.argv[4])
+    if jax.process_index():  # all others read what the first one wrote
+        train.Tokenizer.train = lambda *_: sys.exit("a process made a tokenizer of its own")
+    result = train.run(Config.build(json.load(open(sys.argv[4]))), sys.argv[5])
     assert result.finished or result.signal
 """
 
 
-def start_two(config, workdir, folder):
+def start(number, devices, config, workdir, folder):
+    """Starts ``number`` processes with so many devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }  # fmt: skip
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS), address]
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS), address, str(number)]
     return [
-        subprocess.Popen([*command, str(number), str(folder / "config.json"), str(workdir)], env=environment,
-                         cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for number in range(2)
+        subprocess.Popen([*command, str(process), str(folder / "config.json"), str(workdir)], cwd=ROOT,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}, stderr=subprocess.PIPE,
+                         text=True)
+        for process in range(number)
     ]  # fmt: skip
 
 
-def run_two(config, workdir, folder):
-    processes = start_two(config, workdir, folder)
+def run_together(number, devices, config, workdir, folder):
+    processes = start(number, devices, config, workdir, folder)
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+
+
+def assert_same_metrics(left, right):
+    for one, other in zip(comparable(left), comparable(right), strict=True):
+        assert one.keys() == other.keys()
+        np.testing.assert_allclose([one[k] or 0 for k in one], [other[k] or 0 for k in one], rtol=2e-3, atol=1e-4)
+
+
+def test_four_two_and_one_process_go_on_from_each_other(text_file, tmp_path):
+    """A run begun by four processes, gone on with by two and finished by one is the run of one: loss by loss, the same
+    data in the same order, and the tokenizer that the first process made."""
+    config = tiny_config(
+        data__source="text", data__paths=(text_file,), training__steps=6, logging__every_steps=1, heads__num_heads=1,
+        evaluation__every_steps=6, optimizer__warmup_steps=1, optimizer__final_fraction=1.0, model__layers=1,
+    )  # fmt: skip
+    train.run(config, str(tmp_path / "one"))
+    for processes, steps in ((4, 2), (2, 4)):
+        part = replace(config, training__steps=steps, evaluation__every_steps=1000)
+        run_together(processes, 1, part, tmp_path / "several", tmp_path)
+        assert lines(tmp_path / "several")[-1]["step"] == steps
+    train.run(config, str(tmp_path / "several"))
+    for line in (several := lines(tmp_path / "several")):
+        if line["step"] < 6:  # the last step of each part is evaluated
+            for name in [name for name in line if name.startswith("eval/")]:
+                del line[name]
+    (tmp_path / "several" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in several))
+    assert_same_metrics(tmp_path / "several", tmp_path / "one")
+    records = [restored(tmp_path / name, config)[1] for name in ("several", "one")]
+    assert records[0]["data"] == records[1]["data"] and records[0]["tokens"] == records[1]["tokens"]
+    tokenizers = [(tmp_path / name / "tokenizer.json").read_text() for name in ("several", "one")]
+    assert tokenizers[0] == tokenizers[1]
 
 
 @pytest.mark.slow
@@ -63,15 +96,13 @@ def test_two_processes_equal_one_and_go_on_where_one_stopped(text_file, tmp_path
         evaluation__every_steps=4, checkpoint__every_steps=4, mesh__data=4, mesh__fsdp=2,
     )  # fmt: skip
     train.run(config, str(tmp_path / "one"))
-    run_two(config, tmp_path / "two", tmp_path)
+    run_together(2, 4, config, tmp_path / "two", tmp_path)
     for name in ("one", "two"):
         assert [line["step"] for line in lines(tmp_path / name)] == list(range(1, 9))
-    for left, right in zip(comparable(tmp_path / "two"), comparable(tmp_path / "one"), strict=True):
-        assert left.keys() == right.keys()
-        np.testing.assert_allclose([left[k] or 0 for k in left], [right[k] or 0 for k in right], rtol=2e-3, atol=1e-4)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
     assert restored(tmp_path / "two", config)[1]["data"] == restored(tmp_path / "one", config)[1]["data"]
     longer = replace(config, training__steps=10)
-    run_two(longer, tmp_path / "one", tmp_path)
+    run_together(2, 4, longer, tmp_path / "one", tmp_path)
     train.run(longer, str(tmp_path / "two"))
     states = [restored(tmp_path / name, longer)[0] for name in ("one", "two")]
     assert_trees_close(*(jax.tree.map(np.asarray, state.optimizer[1][0].mu) for state in states), 1e-2)
@@ -84,7 +115,7 @@ def test_sigterm_to_one_process_saves_in_all(text_file, tmp_path):
         data__source="text", data__paths=(text_file,), training__steps=100_000, logging__every_steps=1,
         evaluation__every_steps=2, evaluation__documents=12, checkpoint__every_steps=100_000,
     )  # fmt: skip
-    processes = start_two(config, tmp_path / "run", tmp_path)
+    processes = start(2, 4, config, tmp_path / "run", tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while all(process.poll() is None for process in processes) and not (
         metrics.exists() and metrics.read_text().count("\n") >= 3

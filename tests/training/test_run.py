@@ -1,5 +1,6 @@
 """Whole runs: resumed equals uninterrupted, whatever stopped them; and what a run leaves behind."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,14 +14,19 @@ import time
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
-from mtpd_jax import train
+from mtpd_jax import evaluate, train
+from mtpd_jax.config import MeshConfig
+from mtpd_jax.data.sources import held_out
 from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training import metrics as metrics_module
 from mtpd_jax.training.checkpoint import Checkpointer
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.loop import DivergedError
 from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.restore import open_run
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import Workdir, open_workdir
 from tests.builders import assert_trees_close, replace, tiny_config
@@ -120,11 +126,73 @@ def test_metrics_have_the_documented_names(uninterrupted):
     assert list((uninterrupted / "tb").glob("events*"))
 
 
-def test_plain_mtp_reports_no_kl(run_config, tmp_path):
-    train.run(replace(run_config, objective__beta=0.0, training__steps=5), str(tmp_path))
+@pytest.mark.parametrize("beta", [0.0, (0.0, 0.5)], ids=str)
+def test_a_head_without_a_kl_in_its_loss_reports_none(run_config, tmp_path, beta):
+    train.run(replace(run_config, objective__beta=beta, training__steps=5), str(tmp_path))
     (line,) = lines(tmp_path)
     assert line["head_1/kl"] is None and line["head_1/agreement"] is not None
-    assert line["eval/head_1/kl"] > 0
+    assert (line["head_2/kl"] is None) == (beta == 0.0)
+    assert line["eval/head_1/kl"] > 0 and line["eval/head_2/kl"] > 0
+
+
+def test_the_learning_rate_is_that_of_the_step(run_config, tmp_path):
+    """Adam's first step moves what is not decayed by the learning rate itself, whatever the gradient."""
+    config = replace(run_config, training__steps=3, logging__every_steps=1, checkpoint__every_steps=1)
+    config = replace(config, checkpoint__keep=3)
+    train.run(config, str(tmp_path))
+    first = restored(tmp_path, config, step=1)[0].parameters["backbone"]["final_norm"]["scale"]
+    moved = np.abs(first - 1).max()  # norm scales begin at one
+    rates = [line["learning_rate"] for line in lines(tmp_path)]
+    assert rates[0] == pytest.approx(moved, rel=1e-2)
+    assert rates[:2] == pytest.approx([1.5e-3, 3e-3])  # two steps of warm-up, to the peak
+
+
+def test_what_is_evaluated_is_the_average(run_config, uninterrupted):
+    """And it is what the evaluation in training scored."""
+    state, _ = restored(uninterrupted, run_config)
+    opened = open_run(str(uninterrupted))
+    assert_bitwise(jax.device_get(opened.parameters), state.average)
+    assert np.any(state.average["embedding"] != state.parameters["embedding"])
+    score = evaluate.run(str(uninterrupted), split_name="validation", limit=2, batch_size=8).text["validation"]
+    assert score.main.ce == pytest.approx(lines(uninterrupted)[-1]["eval/main/ce"], rel=1e-5)
+
+
+def test_the_tokenizer_has_not_seen_held_out_text(tmp_path):
+    """Whole runs: a word that only held-out documents have is no token."""
+    texts = [f"common words {number} " + "and many more of them " * 5 for number in range(120)]
+    texts = [text + " zyxwvut" * 20 if held_out(text + " zyxwvut" * 20, 0.2) else text for text in texts]
+    assert 5 < sum("zyxwvut" in text for text in texts) < 60
+    (tmp_path / "texts.txt").write_text("<|endoftext|>".join(texts))
+    config = tiny_config(
+        data__source="text", data__paths=(str(tmp_path / "texts.txt"),), training__steps=3, mesh__data=1,
+        training__batch_size=1,
+    )  # fmt: skip
+    train.run(config, str(tmp_path / "run"))
+    words = json.loads((tmp_path / "run" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert any("common" in word for word in words)
+    assert not any("zyx" in word for word in words)
+
+
+def test_ids_without_a_row_in_the_embedding_are_refused(run_config, tmp_path):
+    """A vocabulary of few ids with gaps: what counts is the largest."""
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "the": 7, "<|endoftext|>": 5000}, "a"))
+    tokens.save(str(tmp_path / "gaps.json"))
+    config = replace(run_config, tokenizer__path=str(tmp_path / "gaps.json"))
+    with pytest.raises(ValueError, match=r"vocabulary_size = 300: expected at least 5001, .*largest id is 5000"):
+        train.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_utilisation_is_of_the_devices_in_use(monkeypatch):
+    """Two of eight devices at half their peak, whatever the other six do."""
+    monkeypatch.setitem(metrics_module._PEAK_FLOPS, "cpu", 1e12)
+    config = tiny_config()
+    for devices in (1, 2):
+        mesh = make_mesh(MeshConfig(devices, 1, 1, 1))
+        rate = 0.5 * devices * 1e12 / metrics_module.model_flops_per_token(config)
+        assert metrics_module.utilisation(config, mesh, rate) == pytest.approx(0.5)
+    monkeypatch.delitem(metrics_module._PEAK_FLOPS, "cpu")
+    assert metrics_module.utilisation(config, mesh, 1.0) is None
 
 
 def test_a_run_in_a_bucket_writes_locally_and_uploads(run_config, uninterrupted, tmp_path, monkeypatch):
@@ -173,13 +241,20 @@ def test_another_config_is_refused_by_name(run_config, uninterrupted, tmp_path):
     assert train.run(more, str(tmp_path / "copy")).step == 22
 
 
+@pytest.mark.parametrize(
+    "context", [contextlib.nullcontext, lambda mesh: mesh, jax.set_mesh], ids=["none", "with", "set"]
+)
 @pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 4, 2, 1)], ids=str)
-def test_restores_onto_another_mesh(run_config, uninterrupted, shape):
+def test_restores_onto_another_mesh(run_config, uninterrupted, shape, context):
+    """Also inside a context of a mesh, this one or another, that whoever calls has entered."""
     other = replace(
         run_config, **dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor", "mesh__expert"), shape, strict=True))
     )
-    found, _ = restored(uninterrupted, other, mesh=make_mesh(other.mesh))
-    assert_bitwise(found, restored(uninterrupted, run_config)[0])
+    expected = restored(uninterrupted, run_config)[0]
+    with context(make_mesh(other.mesh)):
+        found, _ = restored(uninterrupted, other, mesh=make_mesh(other.mesh))
+        assert_bitwise(found, expected)
+        assert_bitwise(jax.device_get(open_run(str(uninterrupted)).parameters), expected.average)
 
 
 def test_resumes_on_another_mesh(run_config, uninterrupted, tmp_path, monkeypatch):

@@ -1,0 +1,74 @@
+"""The code version: the same for code that does the same, another for other mathematics, and that of the rows."""
+
+import json
+
+import pytest
+
+from experiments.sweep import fingerprint
+from experiments.sweep.runner import RESULTS
+from mtpd_jax.config import ObjectiveConfig
+from mtpd_jax.losses import terms
+from mtpd_jax.losses.divergences import forward_kl
+
+
+def named(monkeypatch, behaviour):
+    monkeypatch.setattr(fingerprint, "behaviour", lambda: behaviour)
+    return fingerprint.code_version.__wrapped__()
+
+
+def scaled(behaviour, part, factor):
+    """The same with every number of one part scaled, as rounding or a change would."""
+    return {**behaviour, part: {name: factor * value for name, value in behaviour[part].items()}}
+
+
+def test_rounding_is_no_new_version_and_anything_else_is(monkeypatch):
+    recorded = fingerprint.recorded()
+    version = fingerprint.version_of(recorded)
+    assert named(monkeypatch, recorded) == version
+    for part in recorded:
+        assert named(monkeypatch, scaled(recorded, part, 1 + 1e-5)) == version
+        assert named(monkeypatch, scaled(recorded, part, 1.02)) != version
+    missing = {name: part for name, part in recorded.items() if name != "recurrent"}
+    assert named(monkeypatch, missing) != version
+    more = {**recorded, "joint": {**recorded["joint"], "metrics/9/loss": 1.0}}
+    assert named(monkeypatch, more) != version
+
+
+@pytest.mark.parametrize("part", fingerprint.PARTS)
+def test_this_code_does_what_is_recorded(part, tmp_path):
+    """With the tests' eight devices and without optimisation, where the record was made with one and with it."""
+    with fingerprint.jax.default_matmul_precision("highest"):
+        found = fingerprint.PARTS[part](tmp_path)
+    assert fingerprint.changes(found, fingerprint.recorded()[part]) == []
+    assert len(found) > 30
+
+
+def test_the_committed_rows_are_of_the_recorded_version():
+    version = fingerprint.version_of(fingerprint.recorded())
+    rows = [json.loads(line) for path in RESULTS.glob("*/*.jsonl") for line in path.read_text().splitlines()]
+    assert len(rows) == 64 and {row["code"] for row in rows} == {version}
+
+
+def test_changed_mathematics_of_a_divergence_is_noticed(monkeypatch, tmp_path):
+    def changed(sides, vocabulary):
+        value, by_heads, by_teacher = forward_kl(sides, vocabulary)
+        return value, 1.01 * by_heads, by_teacher
+
+    monkeypatch.setitem(terms.DIVERGENCES, "forward", changed)
+    differences = fingerprint.changes(fingerprint.divergences(tmp_path), fingerprint.recorded()["divergences"])
+    assert differences and all("gradient" in name for name in differences)
+    assert all(name.startswith(("forward", "lk_hybrid")) for name in differences)
+
+
+def test_changed_mathematics_of_training_is_noticed(monkeypatch, tmp_path):
+    """One coefficient, by a tenth."""
+    given = ObjectiveConfig.coefficients
+
+    def changed(self, num_heads):
+        alpha, beta = given(self, num_heads)
+        return tuple(1.1 * value for value in alpha), beta
+
+    monkeypatch.setattr(ObjectiveConfig, "coefficients", changed)
+    differences = fingerprint.changes(fingerprint.trained("plain", tmp_path), fingerprint.recorded()["plain"])
+    for name in ("metrics/0/loss", "metrics/3/grad_norm", "parameters/"):
+        assert any(difference.startswith(name) for difference in differences), (name, differences)
