@@ -14,6 +14,7 @@ from configs import base, quickstart
 from experiments import quickstart as quickstart_module
 from mtpd_jax import evaluate, frontdoor, generate, train
 from mtpd_jax.config import Config
+from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.acceptance import Acceptance
@@ -143,8 +144,16 @@ def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatc
         assert score["speedup_over_plain"]["mean"] == pytest.approx(rates[heads] / rates["0"])
         over = rates[heads] / padded["tokens_per_second"]["mean"]
         assert score["speedup_over_padded_plain"]["mean"] == pytest.approx(over)
+    real, widths = Decoder.run, []
+
+    def run(self, prompts, options, **more):
+        widths.append((options.num_heads, options.width))
+        return real(self, prompts, options, **more)
+
+    monkeypatch.setattr(Decoder, "run", run)
     status, output, _ = call("generate", f"--workdir={workdir}", "--prompt=the cat", "--max_new_tokens=12", "--compare",
                              "--bit_exact", f"--json={tmp_path / 'g.json'}")  # fmt: skip
+    assert widths == [(2, 8), (0, 1), (0, 8)]
     found = json.loads((tmp_path / "g.json").read_text())
     assert status == 0 and "padded" in output
     for name, over in (("plain", "speedup"), ("padded_plain", "speedup_over_padded_plain")):

@@ -175,6 +175,12 @@ def test_drafts_are_drawn_as_the_main_heads_tokens_are(sampling):
     keys = jax.random.split(jax.random.key(0), 64)
     state = speculative.prefill(network, laid_out, prompts, lengths, keys, options, END, 2)
     drafts, _ = drafting.draft(network, laid_out, state.rows, state.heads, keys, options)
+    likeliest, _ = drafting.draft(
+        network, laid_out, state.rows, state.heads, keys,
+        dataclasses.replace(options, sampling=dataclasses.replace(sampling, greedy_drafts=True)),
+    )  # fmt: skip
+    assert likeliest.probabilities is None
+    np.testing.assert_array_equal(likeliest.tokens, np.asarray(likeliest.logits).argmax(-1))
     found = np.asarray(drafts.probabilities)
     np.testing.assert_allclose(found, probabilities(drafts.logits, sampling), atol=1e-6)
     drawn = np.take_along_axis(found, np.asarray(drafts.tokens)[..., None], axis=-1)

@@ -38,6 +38,10 @@ def test_speed_is_over_the_fastest_plain_decoding(decoder):
         assert score.speedup_over_one_head.mean == pytest.approx(3.0 / seconds[way])
         assert score.speedup_over_padded_plain.mean == pytest.approx(4.0 / seconds[way])
         assert score.identical and not score.failed and score.prompts == 4
+    # Whose text it has to be is padded plain decoding's, whatever the fastest one wrote.
+    other = [dataclasses.replace(one, tokens=(*one.tokens[:-1], 6 - one.tokens[-1])) for one in timed[0]]
+    apart = score_decoding(decoder, PROMPTS, ways, {**timed, 0: other}, batch_size=1)
+    assert apart[1].identical and apart[PADDED_PLAIN].identical and not apart[0].identical
     plain = ways_of(Options(0, 12), [0])
     alone = score_decoding(decoder, PROMPTS, plain, {0: timed[0]}, batch_size=1)[0]
     assert alone.speedup_over_one_head is alone.speedup_over_padded_plain is None

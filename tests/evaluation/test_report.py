@@ -1,0 +1,101 @@
+"""What tables show: figures, their intervals, and dashes where there is none."""
+
+import dataclasses
+import json
+
+import pytest
+import rich.console
+
+from mtpd_jax.evaluation.acceptance import Acceptance, Interval
+from mtpd_jax.evaluation.comparison import Divergence
+from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.evaluation.report import (
+    acceptance_table,
+    bounded,
+    decoding_table,
+    number,
+    percent,
+    text_table,
+    write_json,
+)
+from mtpd_jax.evaluation.scoring import HeadScore, MainScore, TextScore
+
+NOTHING = Interval(None, None, None)
+PARTED = Divergence(3, 0.5, 0.5, 0.0, False)
+
+
+def score(**fields):
+    found = DecodingScore(
+        tokens_per_pass=Interval(1.82, 1.7, 1.9),
+        tokens_per_pass_without_bonus=Interval(0.82, 0.7, 0.9),
+        acceptance=Acceptance((Interval(0.83, 0.8, 0.86), NOTHING), (Interval(0.83, 0.8, 0.86), Interval(0.0, 0, 0))),
+        agreement=(Interval(0.7, 0.6, 0.8), Interval(0.6, 0.5, 0.7)),
+        tokens_per_second=Interval(3237.4, 3000, 3400),
+        speedup_over_plain=Interval(1.19, 1.1, 1.3),
+        speedup_over_one_head=Interval(1.05, 1.0, 1.1),
+        speedup_over_padded_plain=None,
+        identical=True,
+        divergences=(),
+        distinct_4grams=0.5,
+        prompts=10,
+    )
+    return dataclasses.replace(found, **fields)
+
+
+def shown(table):
+    console = rich.console.Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(table)
+    return [line.split() for line in console.export_text().splitlines()]
+
+
+def test_numbers():
+    assert (percent(0.8312), percent(None)) == ("83.1 %", "–")
+    assert (number(1234.5, 0), number(None), number(float("nan"))) == ("1,234", "–", "–")
+    assert bounded(Interval(1.0, 0.9, 1.3)) == "1.00 ±0.20"
+    assert bounded(Interval(0.5, 0.4, 0.6), 100, 1) == "50.0 ±10.0"
+    assert (bounded(Interval(1.0, 1.0, 1.0)), bounded(Interval(1.0, None, None)), bounded(NOTHING)) == (
+        "1.00",
+        "1.00",
+        "–",
+    )
+
+
+def test_a_row_of_decoding():
+    (row,) = [line for line in shown(decoding_table("x", {"2": score()})) if line[:1] == ["2"]]
+    assert row == ["2", "83", "–", "83", "0", "1.82", "±0.10", "3,237", "1.19", "±0.10", "1.05", "yes"]
+    for fields, word in (
+        ({"identical": None}, "–"),
+        ({"identical": False, "divergences": (dataclasses.replace(PARTED, tie=True),)}, "tie"),
+        ({"identical": False, "divergences": (PARTED,)}, "NO"),
+    ):
+        (row,) = [line for line in shown(decoding_table("x", {"2": score(**fields)})) if line[:1] == ["2"]]
+        assert row[-1] == word
+
+
+def test_padded_plain_decoding_has_a_row_and_a_column():
+    padded = [score(speedup_over_padded_plain=Interval(factor, 1, 2)) for factor in (1.5, 1.73, 1.0)]
+    lines = shown(decoding_table("x", {"0": padded[0], "2": padded[1]}, padded[2]))
+    rows = [line for line in lines if line and line[0] in ("0", "2")]
+    assert [row[:2] for row in rows] == [["0", "83"], ["0", "padded"], ["2", "83"]]
+    assert [row[-3] for row in rows] == ["1.50", "1.00", "1.73"]
+
+
+def test_heads_beside_teacher_forcing():
+    lines = shown(acceptance_table("x", {"0": score(), "2": score()}))
+    assert ["1", "83.0", "±3.0", "83.0", "±3.0", "70.0", "±10.0", "13.0"] in lines
+    assert ["2", "–", "0.0", "60.0", "±10.0", "–"] in lines
+
+
+def test_scores_of_text():
+    found = TextScore(MainScore(4.3894, 1.8534), (HeadScore(4.5, 0.144, 0.718), HeadScore(None, None, None)), 69989, 1)
+    lines = shown(text_table({"validation": found}))
+    assert ["validation", "main", "4.389", "1.853"] in lines
+    assert ["69,989", "tokens"] in lines
+    assert ["1", "4.500", "0.144", "71.8", "%"] in lines and ["2", "–", "–", "–"] in lines
+
+
+def test_json_that_cannot_be_written_is_named(tmp_path):
+    write_json(str(tmp_path / "a.json"), {"ü": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"ü": 1}
+    with pytest.raises(ValueError, match="cannot be written"):
+        write_json(str(tmp_path), {})

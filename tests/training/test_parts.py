@@ -1,0 +1,93 @@
+"""The small parts of a run: being asked to stop, how far it is, files written whole, where parameters come from."""
+
+import io
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import rich.console
+
+from mtpd_jax.model.backbone import build_model
+from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training import progress as progress_module
+from mtpd_jax.training.interrupt import StopRequest
+from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.progress import Progress
+from mtpd_jax.training.state import initial_state
+from mtpd_jax.training.workdir import open_workdir, write_atomically
+from tests.builders import replace, tiny_config
+
+
+def test_a_second_interrupt_is_heeded_at_once_and_the_old_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        with StopRequest() as stop:
+            assert not stop.asked() and stop.signal is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.asked() and stop.signal == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)  # whoever sends it again is no user at a keyboard
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_time_left_is_that_of_the_steps_made_here(monkeypatch):
+    """A run resumed at step 40 of 100 that makes ten steps in five seconds needs 25 more for the other fifty."""
+    clock = iter([100.0, 105.0, 105.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress_module.rich.progress, "Progress", Bar)
+    progress = Progress("training", 100, 40)
+    assert progress.remaining() == "-:--"
+    progress.advance(10)
+    assert progress.remaining() == "0:25"
+    progress.advance(25)
+    assert progress.remaining() == "0:03"
+    assert progress._bar.completed == 75
+
+
+class Bar:
+    """Stands in for the library's bar, which has a clock of its own."""
+
+    def __init__(self, *_, console, **__):
+        self.console = console
+
+    def add_task(self, *_, completed, **__):
+        self.completed = completed
+
+    def update(self, _, completed):
+        self.completed = completed
+
+
+def test_lines_are_shown_as_they_are(monkeypatch):
+    monkeypatch.setattr(progress_module.rich.progress, "Progress", Bar)
+    progress, output = Progress("training", 10), io.StringIO()
+    progress._bar.console = rich.console.Console(file=output, width=20)
+    progress.say("[bold] a path/that/is/longer/than/the/terminal")
+    assert output.getvalue() == "[bold] a path/that/is/longer/than/the/terminal\n"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = open_workdir(str(tmp_path)).path / "file.json"
+    write_atomically(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_parameters_begin_from_the_seed():
+    config = tiny_config(mesh__data=1)
+    mesh = make_mesh(config.mesh)
+
+    def begun(seed):
+        one = replace(config, training__seed=seed)
+        return jax.device_get(initial_state(build_model(one), make_optimizer(one), one, mesh).parameters)
+
+    first, again, other = (begun(seed)["embedding"] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
