@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(VERSION)
 LIBTPU := 0.0.51
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all mutants lint clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
@@ -15,6 +15,11 @@ test: $(INSTALLED) .cache/libtpu
 
 test-all: $(INSTALLED) .cache/libtpu
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
+	OPTIMISED=1 $(BIN)/python -m pytest -n 2 -m optimised
+
+# One-line faults, each against the tests beside it; prints those that no test notices. An hour on two cores.
+mutants: $(INSTALLED) .cache/libtpu
+	$(BIN)/python -m tests.mutation.run
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -127,6 +127,7 @@ def test_documents_that_changed_are_not_held_out(call, workdir, text_file, tmp_p
     assert call("evaluate", f"--workdir={copy}", f"--text={moved}")[0] == 0
 
 
+@pytest.mark.optimised
 def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatch):
     """The speed-up is over the fastest plain decoding; plain decoding of padded passes, whose bits are those of the
     text, stands beside it."""
@@ -299,6 +300,7 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
         assert_one_line(call("generate", f"--workdir={copy}", "--prompt=x"), str(copy))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "flags",
     [

@@ -26,6 +26,7 @@ def texts(continuations):
     return [continuation.tokens for continuation in continuations]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["cascade", "recurrent"])
 @pytest.mark.parametrize(("num_heads", "scanned"), [(1, False), (2, True), (4, False), (4, True)])
 def test_everything_against_a_reference_without_caches(num_heads, kind, scanned):
@@ -51,6 +52,7 @@ def many_prompts(count):
     return [rng.integers(1, 7, rng.choice([1, 2, 5, 20])).astype(np.int32) for _ in range(count)]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ("batch_size", "trained"),
     [(7, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, True), (1, False), (7, False)])],
@@ -135,6 +137,7 @@ def test_batch_neighbours_change_nothing():
         assert dataclasses.replace(alone, seconds=0.0) == dataclasses.replace(together, seconds=0.0)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "options",
     [Options(2, 20, Sampling(1.0)), Options(3, 20, min_confidence=0.5)],
@@ -175,6 +178,7 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
         assert ("HIGHEST" in line) == (precision == "HIGHEST"), line
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     """The logits of a place do not depend on which row of a pass it is, nor on what else is in the pass."""

@@ -74,6 +74,7 @@ def check_parity(kind, options, scanned):
     return seen
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["cascade", "recurrent"])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_draft_logits_equal_training_logits(kind, scanned):
@@ -82,6 +83,7 @@ def test_draft_logits_equal_training_logits(kind, scanned):
     assert {0, 4} < seen  # rejected at once, all accepted, and something between
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("min_confidence", [0.3, 0.5])
 def test_parity_after_rounds_that_stopped_early(min_confidence):
     """Heads that several short rounds did not reach draft as if they had been run all along."""
@@ -89,6 +91,7 @@ def test_parity_after_rounds_that_stopped_early(min_confidence):
     assert len({count for count, _ in seen}) == 3
 
 
+@pytest.mark.optimised
 def test_parity_of_heads_that_fell_as_far_behind_as_they_may():
     """Two heads that are never sure: every round makes one draft, so that the second head runs only when it is due. It
     is due at the last moment: one token later, an entry that a rejected draft made would stay in its cache."""

@@ -151,6 +151,7 @@ def test_the_backward_pass_does_not_enter_what_is_frozen_or_detached():
     assert model_flops_per_token(loop) < 0.6 * model_flops_per_token(everything_trained)
 
 
+@pytest.mark.optimised
 def test_a_run_changes_new_heads_only(base, extended, loop_config):
     before, after = evaluated(base), evaluated(extended)
     copied = extend_heads(before, 5)
@@ -191,6 +192,7 @@ def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, loop_config, t
     assert note not in capsys.readouterr().err
 
 
+@pytest.mark.optimised
 def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, loop_config, tmp_path, monkeypatch):
     """5 to 7 heads, stopped on the way, gone on with after the run that it began from is moved, and gone: the same
     bits. Another run, or nothing, in its place is refused."""

@@ -86,6 +86,7 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(StopRequest, "signal", property(lambda self: signal.SIGTERM))
 
 
+@pytest.mark.optimised
 def test_interrupted_equals_uninterrupted(run_config, uninterrupted, tmp_path, monkeypatch, capsys):
     """7 steps, a stop, 13 steps: the same bits, the same order of data, the same metrics."""
     with monkeypatch.context() as patch:
@@ -103,6 +104,7 @@ def test_interrupted_equals_uninterrupted(run_config, uninterrupted, tmp_path, m
     assert comparable(tmp_path) == comparable(uninterrupted)
 
 
+@pytest.mark.optimised
 def test_training_on_while_a_checkpoint_is_written_does_not_change_it(run_config, uninterrupted, tmp_path, monkeypatch):
     """Step 10 as saved in the background of a run that went on equals step 10 of a run that stopped there."""
     stop_after(monkeypatch, 10)
@@ -283,6 +285,7 @@ def test_killed_before_anything_was_there_it_begins_anew(run_config, tmp_path):
     assert train.run(replace(run_config, training__steps=3), str(tmp_path)).finished
 
 
+@pytest.mark.optimised
 def test_interrupted_equals_uninterrupted_on_a_mesh(run_config, tmp_path, monkeypatch):
     """Bit for bit where parameters, batch and attention heads are split, too."""
     split = replace(run_config, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, training__steps=8)
@@ -359,6 +362,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.optimised
 def test_sigterm_saves_then_exits(run_config, uninterrupted, tmp_path):
     """A real process, a real signal; the same command then ends with the uninterrupted run's parameters."""
     slow = command(run_config, tmp_path / "run", checkpoint__every_steps=1000, logging__every_steps=1)
@@ -391,6 +395,7 @@ KILLED_IN_A_SAVE = """
 """
 
 
+@pytest.mark.optimised
 def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path):
     """Killed when the files of step 10 are written and not yet renamed, a run goes on from step 5."""
     arguments = command(run_config, tmp_path / "run", checkpoint__every_steps=5)[3:]
