@@ -46,10 +46,8 @@ def model_flops_per_token(config: Config) -> float:
     block = attention + 3 * model.width * model.mlp_width + scores
     head, unembedding = block + 2 * model.width**2, model.vocabulary_size * model.width
     trunk = model.layers * block + (frozen or 0) * head + unembedding
-    cut_off = frozen is not None or config.objective.detach_trunk
-    return (2.0 if frozen is not None else 6.0) * trunk + trained * (
-        6.0 * head + (4.0 if cut_off else 6.0) * unembedding
-    )
+    per_unembedding = 4.0 if frozen is not None or config.objective.detach_trunk else 6.0
+    return (6.0 if frozen is None else 2.0) * trunk + trained * (6.0 * head + per_unembedding * unembedding)
 
 
 def utilisation(config: Config, mesh: Mesh, tokens_per_second: float) -> float | None:

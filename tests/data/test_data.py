@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtpd_jax.config import DataConfig
 from mtpd_jax.data.pipeline import TrainingData, put_on_devices
-from mtpd_jax.data.sources import held_out, open_source, split
+from mtpd_jax.data.sources import FileSource, held_out, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from tests.builders import replace, tiny_config
 
@@ -90,6 +90,27 @@ def test_tfds_source_without_tensorflow(tmp_path):
         open_source(data_config(field="text", **fields))
     with pytest.raises(ValueError, match="config.data.name = 'no_such_set'"):
         open_source(data_config(field="body", **{**fields, "name": "no_such_set"}))
+
+
+def test_a_digest_is_that_of_the_contents(tmp_path):
+    """One character of the same length changes it; where the files lie, and what they are called, does not."""
+
+    def digest(folder, texts, **fields):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for number, text in enumerate(texts):
+            (tmp_path / folder / f"{number}.txt").write_text(text)
+        return open_source(data_config(paths=(str(tmp_path / folder / "*.txt"),), **fields)).digest()
+
+    text = {"source": "text", "separator": "|"}
+    first = digest("a", ["one|two", "three"], **text)
+    assert digest("b", ["one|two", "three"], **text) == first
+    others = [["one|twa", "three"], ["one|two|three"], ["three", "one|two"], ["one|tw", "othree"]]
+    assert len({digest(f"c{number}", texts, **text) for number, texts in enumerate(others)} | {first}) == 5
+    files = [tmp_path / "b" / "0.txt", tmp_path / "b" / "1.txt"]
+    whole = FileSource(files).digest()
+    assert FileSource(files[::-1]).digest() != whole
+    files[0].write_text("one|twa")
+    assert FileSource(files).digest() != whole
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,17 @@ def test_batch_neighbours_change_nothing():
         assert dataclasses.replace(alone, seconds=0.0) == dataclasses.replace(together, seconds=0.0)
 
 
+def test_many_rows_are_each_decoded_as_alone():
+    """More rows than are written to the caches one by one, of several lengths."""
+    model, parameters = small_vocabulary()
+    decoder, prompts = decoder_of(model, parameters), many_prompts(12)
+    alone = [decoder.run([prompt], Options(2, 20))[0] for prompt in prompts]
+    assert len({len(prompt) for prompt in prompts}) > 2
+    assert [(c.tokens, c.accepted) for c in decoder.run(prompts, Options(2, 20))] == [
+        (c.tokens, c.accepted) for c in alone
+    ]
+
+
 @pytest.mark.optimised
 @pytest.mark.parametrize(
     "options",

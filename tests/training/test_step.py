@@ -103,6 +103,22 @@ def test_heads_without_a_supervised_token_have_no_loss_and_no_gradient(parts, kl
     assert not any(np.any(np.asarray(leaf[1])) for leaf in jax.tree.leaves(gradients["heads"]))
 
 
+def test_what_a_step_reports(reference):
+    """Tokens without padding, and the norm of the gradient, which is neither clipped nor what Adam makes of it."""
+    config, parameters, batch, (_, _, gradients, _) = reference
+    config = replace(config, optimizer__clip_norm=1e-3)
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    model, optimizer = build_model(config), make_optimizer(config)
+    shardings = state_shardings(abstract_state(model, optimizer, config, mesh))
+    state = initial_state(model, optimizer, config, mesh)
+    state = state.replace(parameters=jax.tree.map(lambda leaf: jax.numpy.array(leaf), parameters))
+    step = make_step(model, training_objective(config), optimizer, mesh, shardings)
+    _, result = step(state, put_on_devices(batch, batch_sharding(mesh)))
+    assert int(result.tokens) == sum(map(sum, ((32,), (1, 2, 1), (2, 2), (20, 11), (3, 3, 3), (1,), (7,), (30, 2))))
+    squares = sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(gradients))
+    assert float(result.grad_norm) == pytest.approx(np.sqrt(squares), rel=1e-5) and np.sqrt(squares) > 1e-2
+
+
 def test_accumulation_over_devices(reference):
     config, parameters, batch, expected = reference
     config = replace(config, training__micro_batches=2)
