@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtpd_jax.config import DataConfig
@@ -162,6 +163,12 @@ def test_tokenizer_round_trips_any_text(stream, tmp_path):
     assert Tokenizer.load(path, END).encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
     with pytest.raises(ValueError, match="end_token = '<eos>'"):
         Tokenizer.load(path, "<eos>")
+    cutting = tokenizers.Tokenizer.from_file(str(path))
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=9)
+    cutting.save(str(path))
+    for text in ("the cat sat on the mat", "a"):  # whatever a file says of how long its texts should be
+        assert Tokenizer.load(path, END).encode(text).tolist() == tokenizer.encode(text).tolist()
     path.write_text("{}")
     with pytest.raises(ValueError, match="expected a readable tokenizer.json"):
         Tokenizer.load(path, END)

@@ -187,6 +187,12 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
     assert len(products) > 20
     for line in products:
         assert ("HIGHEST" in line) == (precision == "HIGHEST"), line
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:  # and so are the logits that ties are judged by, whatever the dtype
+        real = jax.default_matmul_precision
+        patch.setattr(jax, "default_matmul_precision", lambda name: (asked.append(name), real(name))[1])
+        decoder.logits_at([1, 2, 3], "float32")
+    assert asked[-1] == "highest"
 
 
 @pytest.mark.optimised

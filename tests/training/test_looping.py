@@ -219,6 +219,8 @@ def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, lo
     assert train.run(config, str(stopped)).finished
     resolved = open_workdir(str(stopped)).read_config()
     assert resolved.init.num_heads == 5
+    origins = [restored(tmp_path / name, resolved)[1]["origin"] for name in ("stopped", "whole")]
+    assert origins[0] == origins[1] and len(origins[0]["sources"]) == 2  # the extended run's data, and its trunk's
     assert_bitwise(restored(stopped, resolved)[0], restored(tmp_path / "whole", resolved)[0])
     assert_bitwise(evaluated(tmp_path / "whole")["embedding"], evaluated(extended)["embedding"])
 

@@ -1,0 +1,95 @@
+"""What a run writes while it trains: names, and figures that are what their names say."""
+
+import numpy as np
+import pytest
+
+from mtpd_jax import train
+from mtpd_jax.config import MeshConfig
+from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training import loop as loop_module
+from mtpd_jax.training import metrics as metrics_module
+from tests.builders import replace, tiny_config
+from tests.training.test_run import lines, restored
+
+
+@pytest.fixture(scope="module")
+def run_config(text_file):
+    return tiny_config(data__source="text", data__paths=(text_file,))
+
+
+@pytest.fixture(scope="module")
+def whole_run(run_config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("metrics") / "run"
+    train.run(run_config, str(workdir))
+    return workdir
+
+
+def test_metrics_have_the_documented_names(whole_run):
+    training = [line for line in lines(whole_run) if "loss" in line]
+    evaluation = [line for line in lines(whole_run) if "eval/main/ce" in line]
+    assert [line["step"] for line in lines(whole_run)] == [5, 10, 15, 20]  # one object per step
+    assert len(training) == 4
+    assert [line["step"] for line in evaluation] == [10, 20]
+    heads = {f"head_{k}/{name}" for k in (1, 2) for name in ("ce", "kl", "agreement")}
+    assert heads | {"main/ce", "tokens", "learning_rate", "grad_norm", "tokens_per_second", "mfu"} <= set(training[0])
+    assert {f"eval/{name}" for name in heads} | {"eval/main/bits_per_byte"} <= set(evaluation[0])
+    assert training[-1]["tokens"] == 20 * 8 * 32  # cumulative; no padding in this stream
+    assert training[-1]["mfu"] is None  # the peak of a CPU is not known
+    assert training[0]["loss"] > training[-1]["loss"]
+    assert all(line["tokens_per_second"] > 0 for line in training)
+    assert list((whole_run / "tb").glob("events*"))
+
+
+@pytest.mark.parametrize("beta", [0.0, (0.0, 0.5)], ids=str)
+def test_a_head_without_a_kl_in_its_loss_reports_none(run_config, tmp_path, beta):
+    train.run(replace(run_config, objective__beta=beta, training__steps=5), str(tmp_path))
+    (line,) = lines(tmp_path)
+    assert line["head_1/kl"] is None and line["head_1/agreement"] is not None
+    assert (line["head_2/kl"] is None) == (beta == 0.0)
+    assert line["eval/head_1/kl"] > 0 and line["eval/head_2/kl"] > 0
+
+
+def test_the_learning_rate_is_that_of_the_step(run_config, tmp_path):
+    """Adam's first step moves what is not decayed by the learning rate itself, whatever the gradient."""
+    config = replace(run_config, training__steps=3, logging__every_steps=1, checkpoint__every_steps=1)
+    config = replace(config, checkpoint__keep=3)
+    train.run(config, str(tmp_path))
+    first = restored(tmp_path, config, step=1)[0].parameters["backbone"]["final_norm"]["scale"]
+    moved = np.abs(first - 1).max()  # norm scales begin at one
+    rates = [line["learning_rate"] for line in lines(tmp_path)]
+    assert rates[0] == pytest.approx(moved, rel=1e-2)
+    assert rates[:2] == pytest.approx([1.5e-3, 3e-3])  # two steps of warm-up, to the peak
+
+
+def test_utilisation_is_of_the_devices_in_use(monkeypatch):
+    """Two of eight devices at half their peak, whatever the other six do."""
+    monkeypatch.setitem(metrics_module._PEAK_FLOPS, "cpu", 1e12)
+    config = tiny_config()
+    for devices in (1, 2):
+        mesh = make_mesh(MeshConfig(devices, 1, 1, 1))
+        rate = 0.5 * devices * 1e12 / metrics_module.model_flops_per_token(config)
+        assert metrics_module.utilisation(config, mesh, rate) == pytest.approx(0.5)
+    monkeypatch.delitem(metrics_module._PEAK_FLOPS, "cpu")
+    assert metrics_module.utilisation(config, mesh, 1.0) is None
+
+
+def test_tokens_per_second_leave_out_what_is_no_training(monkeypatch):
+    """Compilation before the first result, and pauses for evaluating and saving, take no time."""
+    clock = [0.0]
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: clock[0])
+    meter = loop_module._Meter()
+
+    def work(seconds, tokens):
+        clock[0] += seconds
+        meter.tokens += tokens
+
+    clock[0] += 50  # compilation
+    assert meter.read() is None
+    work(2, 300)
+    meter.pause()
+    clock[0] += 100  # an evaluation
+    meter.resume()
+    work(1, 300)
+    assert meter.read() == 200
+    work(2, 100)
+    assert meter.read() == 50  # counted anew
