@@ -25,8 +25,6 @@ from mtpd_jax.training.looping import held_out_note
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.restore import TrainedRun, open_run
 
-VALIDATION = "validation"  # the name of the run's own held-out documents
-
 
 @dataclasses.dataclass(frozen=True)
 class PromptReport:
@@ -100,7 +98,7 @@ def run(
     """
     if not (text or split_name or prompts):
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
-    if split_name not in (None, VALIDATION):
+    if split_name not in (None, "validation"):
         raise ValueError(f"--split={split_name}: expected validation")
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -113,10 +111,12 @@ def run(
     numbers = _head_numbers(heads, trained.config.heads.num_heads)
     for number in numbers:
         dataclasses.replace(options, num_heads=number).validate(trained.config.heads.num_heads)
+    note = ""
     documents = {str(file): [file.read_text(encoding="utf-8", errors="replace")] for file in files}
     if split_name:
         documents[split_name] = list(trained.held_out_documents())[:limit]
-    scores = _score_text(trained, documents, batch_size) if documents else {}
+        note = held_out_note(trained.sources)
+    scores = _score_text(trained, documents, batch_size, note) if documents else {}
     decoding = {}
     if prompts is not None:
         options = options.sharing_width(max(numbers)) if bit_exact else options
@@ -124,12 +124,14 @@ def run(
     return Report(scores, decoding)
 
 
-def _score_text(trained: TrainedRun, documents: dict[str, list[str]], batch_size: int) -> dict[str, TextScore]:
+def _score_text(
+    trained: TrainedRun, documents: dict[str, list[str]], batch_size: int, note: str
+) -> dict[str, TextScore]:
     scorer = make_scorer(trained.model, scoring_objective(trained.config), trained.mesh)
     parts = trained.mesh.devices.size
     scores = {}
     with Progress("scoring", sum(map(len, documents.values()))) as progress:
-        if VALIDATION in documents and (note := held_out_note(trained.sources)):
+        if note:
             progress.say(note)
         for name, texts in documents.items():
             score = score_documents(

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -126,22 +127,35 @@ def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
 
     The first process writes it, and all read what it wrote: one that made its own could differ.
     """
-    if not place.tokenizer_file.exists():
-        given = _given_tokenizer(config)
-        _wait_for_all("workdir looked at")  # none writes before all have
-        if jax.process_index() == 0:
-            made = given or Tokenizer.train(
-                split(source, config.data.validation_fraction, validation=False),
-                config.model.vocabulary_size,
-                config.tokenizer.end_token,
-                config.tokenizer.train_bytes,
-            )
-            place.write_config(config)
-            write_atomically(place.tokenizer_file, made.to_json())
-    else:
-        _wait_for_all("workdir looked at")
-    _wait_for_all("workdir written")
+    new = not place.tokenizer_file.exists()
+    given = _given_tokenizer(config) if new else None
+    if jax.process_count() > 1:  # none writes before all have looked at what was there
+        multihost_utils.sync_global_devices("workdir looked at")
+    error = None
+    if new and jax.process_index() == 0:
+        try:
+            _create(config, place, source, given)
+        except (ValueError, OSError) as caught:
+            error = caught
+    # All learn whether it went well: whoever waited for a process that is gone would wait for ever.
+    failed = jax.process_count() > 1 and bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
+    if error is not None:
+        raise error
+    if failed:
+        raise ValueError(f"{place.path}: the first process could not create it; its own message says why")
     return _checked(place.read_tokenizer(config), config)
+
+
+def _create(config: Config, place: Workdir, source: Source, given: Tokenizer | None) -> None:
+    """Writes config and tokenizer; one that is not given is trained, on training documents only."""
+    tokenizer = given or Tokenizer.train(
+        split(source, config.data.validation_fraction, validation=False),
+        config.model.vocabulary_size,
+        config.tokenizer.end_token,
+        config.tokenizer.train_bytes,
+    )
+    place.write_config(config)
+    write_atomically(place.tokenizer_file, tokenizer.to_json())
 
 
 def _given_tokenizer(config: Config) -> Tokenizer | None:
@@ -161,12 +175,6 @@ def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:
             f"for the tokenizer's largest id is {tokenizer.size - 1}"
         )
     return tokenizer
-
-
-def _wait_for_all(place: str) -> None:
-    """Returns once every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(place)
 
 
 def _beginning(config: Config, mesh: Mesh, trained: int) -> str:

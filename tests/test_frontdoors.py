@@ -133,7 +133,7 @@ def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatc
     text, stands beside it."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran by and"}\n')
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "80")
     status, output, _ = call("evaluate", f"--workdir={workdir}", f"--prompts={prompts}", "--bit_exact",
                              "--max_new_tokens=10", f"--json={tmp_path / 'e.json'}")  # fmt: skip
     assert status == 0 and "x padded" in output and "0 padded" in output
@@ -221,6 +221,8 @@ def test_train_answers_mistakes_before_creating_anything(call, tmp_path, monkeyp
 
 def test_an_extension_that_does_not_fit_is_one_line(call, workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(pathlib.Path(base.__file__).parents[1])
+    here = ["--config=configs/quickstart.py", f"--workdir={workdir}", "--config.objective.mode=loop"]
+    assert_one_line(call("train", *here, f"--config.init.workdir={workdir}"), "another config", "objective.mode")
     loop = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'w'}", "--config.objective.mode=loop"]
     assert_one_line(call("train", *loop, f"--config.init.workdir={workdir}"), "config.model.vocabulary_size", "has 300")
     assert_one_line(call("train", *loop, f"--config.init.workdir={tmp_path}"), str(tmp_path), "holds no run")
@@ -292,6 +294,10 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
         "broken_config": lambda path: (path / "config.json").write_text("{"),
         "broken_tokenizer": lambda path: (path / "tokenizer.json").write_text("{}"),
         "no_tokenizer": lambda path: (path / "tokenizer.json").unlink(),
+        "other_version": lambda path: [
+            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "origin"}))
+            for file in path.glob("checkpoints/*/progress/metadata")
+        ],
         "empty_arrays": lambda path: [f.write_bytes(b"") for f in (path / "checkpoints").rglob("*") if f.is_file()],
     }.items():
         copy = tmp_path / name

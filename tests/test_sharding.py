@@ -1,5 +1,7 @@
 """What the partitioner is told: constraints in the lowered step, and the traffic of the compiled one."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -33,7 +35,10 @@ def test_the_lowered_step_holds_every_constraint(heads):
     config = tiny_config(heads__num_heads=heads)
     for shape in ((2, 2, 2, 1), (1, 8, 1, 1)):
         text = lowered_step(config, make_mesh(MeshConfig(*shape)))[0].as_text()
-        assert text.count("sharding_constraint") == 2 * (4 + 4 * bool(heads))
+        constraints = re.findall(r"sharding_constraint %\S+ <@mesh, \[(.*?)\]>", text)
+        assert len(constraints) == text.count("sharding_constraint") == 2 * (4 + 4 * bool(heads))
+        batch = {'{"data", "fsdp"}'} if shape[0] > 1 else {'{"data", "fsdp"}', '{"fsdp"}'}
+        assert {constraint.split("}, ")[0] + "}" for constraint in constraints} <= batch  # rows are always split
     alone = lowered_step(config, make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]))[0].as_text()
     assert "sharding_constraint" not in alone
 
@@ -51,6 +56,18 @@ def test_a_constraint_places_by_the_rules():
     with pytest.raises(RuntimeError, match="inside"):
         within(mesh, lambda: (_ for _ in ()).throw(RuntimeError("inside")).__next__())()
     assert constrain(values, "batch", None, None) is values  # nor after an error inside
+
+
+def test_collectives_are_listed_with_their_bytes():
+    text = """
+  %a = bf16[2,8]{1,0} all-gather(bf16[1,8]{1,0} %x), channel_id=1
+  %b = (f32[4]{0}, f32[4]{0}) all-reduce-start(f32[4]{0} %x), channel_id=2
+  %c = f32[4]{0} all-reduce-done((f32[4]{0}, f32[4]{0}) %b)
+  %d = (s32[], f8e4m3fn[6]{0}, pred[3]{0}) all-to-all(s32[] %x, f8e4m3fn[6] %y, pred[3] %z)
+"""
+    expected = [("all-gather", 32), ("all-reduce", 16), ("all-to-all", 4), ("all-to-all", 6), ("all-to-all", 3)]
+    assert collectives(text) == expected
+    assert [size for _, size in collectives(text, in_elements=True)] == [16, 4, 1, 6, 3]
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is not installed: make .cache/libtpu")

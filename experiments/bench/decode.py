@@ -260,6 +260,24 @@ def draw(path: str, rows: Sequence[dict[str, Any]], predictions: Sequence[dict[s
     curves(path, panels)
 
 
+def trained_run(flags: argparse.Namespace) -> tuple[TrainedRun | None, list[str]]:
+    """The run to measure, on one device, as all costs here are of one; and its prompts. None without ``--workdir``.
+
+    Raises:
+      ValueError: one flag without the other, or fewer prompts than a batch holds.
+    """
+    if (flags.workdir is None) != (flags.prompts is None):
+        raise ValueError("--workdir and --prompts belong together")
+    if flags.workdir is None:
+        return None, []
+    prompts = read_prompts(flags.prompts)
+    if max(flags.batches) > len(prompts):
+        raise ValueError(f"--batches={max(flags.batches)}: expected at most the {len(prompts)} prompts of --prompts")
+    trained = open_run(flags.workdir)
+    parameters = jax.device_put(trained.parameters, jax.devices()[0])
+    return dataclasses.replace(trained, parameters=parameters), prompts
+
+
 def main(arguments: list[str]) -> int:
     """Parses flags, measures, prints tables, and writes JSON and picture."""
     parser = frontdoor.Parser(prog="python -m experiments.bench.decode", description=__doc__)
@@ -282,13 +300,8 @@ def main(arguments: list[str]) -> int:
     for name in ("heads", "widths", "batches"):
         if min(getattr(flags, name)) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)}: expected numbers from 1 up")
-    if (flags.workdir is None) != (flags.prompts is None):
-        raise ValueError("--workdir and --prompts belong together")
     frontdoor.check_json_path(flags.json)
-    prompts = read_prompts(flags.prompts) if flags.prompts else []
-    if flags.prompts and max(flags.batches) > len(prompts):
-        raise ValueError(f"--batches={max(flags.batches)}: expected at most the {len(prompts)} prompts of --prompts")
-    trained = open_run(flags.workdir) if flags.workdir else None
+    trained, prompts = trained_run(flags)
     if trained:
         subjects = [Subject(pathlib.Path(flags.workdir).name, trained.model, trained.parameters)]
     else:

@@ -104,11 +104,11 @@ def collectives(text: str, in_elements: bool = False) -> list[tuple[str, int]]:
     """
     operations = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     found = []
-    for result, operation in re.findall(rf"= (\S.*?) ({operations})(?:-start)?\(", text):
-        for kind, bits, shape in re.findall(r"\b([a-z]+)(\d*)\[([\d,]*)\]", result):
+    # Of an operation in two halves the second yields the result; the first one's also holds its operands.
+    for result, operation in re.findall(rf"= (\S.*?) ({operations})(?:-done)?\(", text):
+        for bits, shape in re.findall(r"\b[a-z]+(\d*)[a-z\d]*\[([\d,]*)\]", result):
             size = int(np.prod([int(n) for n in shape.split(",") if n]))
-            item = 1 if kind == "pred" else int(bits) / 8
-            found.append((operation, size if in_elements else int(size * item)))
+            found.append((operation, size if in_elements else size * int(bits or 8) // 8))
     return found
 
 

@@ -4,8 +4,9 @@ Every way of training is run for a few steps on a text made here, scored and dec
 fixed logits. Losses, gradient norms, parameters, scores and decoded tokens are compared with those in
 ``behaviour.json``: within rounding, which kinds of CPU and optimisation levels do differently, they are of the recorded
 version, so that code that changes no result disowns no row. Anything else is a new version, named by a hash of what was
-found. ``python -m experiments.sweep.fingerprint`` says which version the code is, and where it differs;
-``--record`` makes the present behaviour the recorded one.
+found; record it before a sweep that kinds of machines share, or they may name it differently.
+``python -m experiments.sweep.fingerprint`` says which version the code is; ``--record`` makes the present behaviour the
+recorded one.
 """
 
 import contextlib
@@ -24,10 +25,12 @@ import numpy as np
 import rich.console
 
 from configs import base
-from experiments.sweep.measure import measure
+from experiments.sweep.measure import MODES, held_out_texts, measure
 from experiments.sweep.runs import Run, Variant, digest
 from experiments.sweep.scale import Scale
 from mtpd_jax import frontdoor, train
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.terms import Distillation, chunk_loss
 from mtpd_jax.training.restore import open_run
@@ -61,7 +64,7 @@ def _scale(text_file: pathlib.Path) -> Scale:
         config.data.update(source="text", paths=(str(text_file),), validation_fraction=0.3, shuffle_window=8)
         config.model.update(
             vocabulary_size=300, width=32, layers=2, query_heads=4, kv_heads=2, head_size=8, mlp_width=48,
-            dtype="float32",
+            dtype="float32", remat=True,
         )  # fmt: skip
         config.objective.top_n = 20
         # Where a gradient is nearly zero, Adam turns rounding into whole steps unless epsilon is larger.
@@ -102,7 +105,9 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
     def train_in(run: Run) -> pathlib.Path:
         workdir = folder / run.variant.name
         with contextlib.redirect_stderr(None):
-            train.run(run.config(train_in(run.start) if run.start else None), str(workdir))
+            result = train.run(run.config(train_in(run.start) if run.start else None), str(workdir))
+        if not result.finished:  # asked to stop: what it did is not what the code does
+            raise SystemExit(128 + (result.signal or 0))
         return workdir
 
     workdir = train_in(run)
@@ -110,11 +115,32 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
     parameters = jax.tree_util.tree_leaves_with_path(jax.device_get(open_run(str(workdir)).parameters))
     found = {
         "metrics": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
-        "parameters": {jax.tree_util.keystr(path): float(np.linalg.norm(leaf)) for path, leaf in parameters},
+        "parameters": {jax.tree_util.keystr(path): _sketch(leaf) for path, leaf in parameters},
     }
     if decoded:
         found["measured"] = measure(str(workdir), run.heads(), run.scale)
+        found["decoded"] = _decoded(str(workdir), run)
     return dict(_flat(found))
+
+
+def _sketch(leaf: np.ndarray) -> list[float]:
+    """The norm of an array, and its product with a fixed random direction, which knows signs and places."""
+    direction = np.random.RandomState(0).standard_normal(leaf.shape)
+    size = float(np.linalg.norm(leaf))
+    # Beside the norm, so that a product near zero is not compared with zero.
+    return [size, size + float(np.vdot(leaf, direction))]
+
+
+def _decoded(workdir: str, run: Run) -> dict[str, list[list[int]]]:
+    """The ids that all heads write after a prompt, greedily and at temperature 1."""
+    opened, scale = open_run(workdir), run.scale
+    texts = held_out_texts(opened, scale.texts, scale.prompt_tokens + scale.new_tokens)
+    prompts, most = [text[: scale.prompt_tokens] for text in texts], run.heads()[-1]
+    decoder = decoder_of(opened)
+    return {
+        mode: [list(one.tokens) for one in decoder.run(prompts, Options(most, scale.new_tokens, sampling))]
+        for mode, sampling in MODES.items()
+    }
 
 
 def divergences(_: pathlib.Path) -> Numbers:

@@ -10,6 +10,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from mtpd_jax.config import DataConfig
 
 # Tests, and modules that are tables of data rather than code.
@@ -53,15 +55,16 @@ class SpanSource:
       paths: the files.
       find: yields the (start, end) of every document in a file's bytes.
       parse: turns the bytes of one document into its text.
+      reads: says what ``parse`` takes of the bytes.
     """
 
-    def __init__(self, paths: Sequence[pathlib.Path], find: Any, parse: Any):
+    def __init__(self, paths: Sequence[pathlib.Path], find: Any, parse: Any, reads: str):
         self._maps: list[bytes | mmap.mmap] = [_map(path) for path in paths]
-        self._parse = parse
+        self._parse, self._reads = parse, reads
         self._spans = [(file, *span) for file, content in enumerate(self._maps) for span in find(content)]
 
     def digest(self) -> str:
-        return _digest_of([repr(self._spans).encode(), *self._maps])
+        return _digest_of([self._reads.encode(), np.asarray(self._spans, np.int64).tobytes(), *self._maps])
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -91,7 +94,7 @@ class TfdsSource:
             ) from error
         self._field = field
         info = builder.info
-        self._outline = f"{info.full_name} {split} {len(self._records)} {info.dataset_size}"
+        self._outline = f"{info.full_name} {split} {field} {len(self._records)} {info.dataset_size}"
         first = self._records[0] if len(self._records) else {field: b""}
         if not isinstance(first.get(field), bytes):
             texts = [name for name, value in first.items() if isinstance(value, bytes)]
@@ -122,12 +125,14 @@ def open_source(config: DataConfig) -> Source:
             expand(config.paths, "config.data.paths"),
             lambda content: _between(content, separator),
             lambda raw: raw.decode("utf-8", errors="replace").strip("\n"),
+            reads="text",
         )
     elif config.source == "jsonl":
         source = SpanSource(
             expand(config.paths, "config.data.paths"),
             lambda content: _json_lines(content, config.field),
             lambda raw: json_field(raw, config.field),
+            reads=config.field,
         )
     else:
         source = TfdsSource(config.name, config.split, config.directory, config.field)

@@ -123,8 +123,9 @@ class Decoder:
         network = Network(self._model, self._scanned, True if options.adaptive else None)
         layout = (network.scanned, network.scanned_heads)
         if layout not in self._laid_out:
-            whole = NamedSharding(Mesh(np.array(self._devices), "rows"), PartitionSpec())
-            self._laid_out[layout] = network, jax.jit(network.parameters, out_shardings=whole)(self._parameters)
+            devices = Mesh(np.array(self._devices), "rows")
+            lay_out = jax.jit(network.parameters, out_shardings=NamedSharding(devices, PartitionSpec()))
+            self._laid_out[layout] = network, lay_out(_on(devices, self._parameters))
         return self._laid_out[layout]
 
     def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
@@ -179,7 +180,7 @@ class Decoder:
         return self._compiled[options, shape]
 
 
-def _on(mesh: Mesh, parameters: DecodingParameters) -> DecodingParameters:
+def _on(mesh: Mesh, parameters: Any) -> Any:
     """The copies of the parameters that the mesh's devices hold already, as arrays of these devices."""
     devices, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
 

@@ -52,26 +52,27 @@ def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
 def decoding_table(
     name: str, by_heads: dict[str, DecodingScore], padded_plain: DecodingScore | None = None
 ) -> rich.table.Table:
-    """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals over prompts.
+    """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals.
 
-    With ``padded_plain``, plain decoding at the width of all passes has a row and a column, too.
+    With ``padded_plain``, plain decoding at the width of all passes has a row and a column, in place of one head's.
     """
     prompts = next(iter(by_heads.values())).prompts
     # Narrow enough for a terminal of 80 columns at four heads.
     table = rich.table.Table(
         title=f"decoding: {name} ({prompts} prompts, ± 95 % interval)", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    padded = {} if padded_plain is None else {"padded": padded_plain}
-    speeds = ("tok/s", "x plain", *(f"x {name}" for name in padded), "x K=1")
-    for column in ("heads", "accepted %", "cumulative", "tokens/pass", *speeds, "same"):
+    second = "x K=1" if padded_plain is None else "x padded"
+    for column in ("heads", "accepted %", "cumulative", "tokens/pass", "tok/s", "x plain", second, "same"):
         table.add_column(column, justify="right", no_wrap=True)
-    first, *others = by_heads.items()
-    for heads, score in (first, *((f"{first[0]} {name}", one) for name, one in padded.items()), *others):
+    rows = list(by_heads.items())
+    if padded_plain is not None:
+        rows.insert(1, ("0 padded", padded_plain))
+    for heads, score in rows:
         conditional, cumulative = (
             " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates)
             for rates in (score.acceptance.conditional, score.acceptance.cumulative)
         )
-        one_head = None if score.speedup_over_one_head is None else score.speedup_over_one_head.mean
+        over = score.speedup_over_one_head if padded_plain is None else score.speedup_over_padded_plain
         table.add_row(
             heads,
             conditional or "–",
@@ -79,8 +80,7 @@ def decoding_table(
             bounded(score.tokens_per_pass),
             number(score.tokens_per_second.mean, 0),
             bounded(score.speedup_over_plain),
-            *(number(score.speedup_over_padded_plain.mean) for _ in padded if score.speedup_over_padded_plain),
-            number(one_head),
+            number(None if over is None else over.mean),
             "–" if score.identical is None else "yes" if score.identical else "NO" if score.failed else "tie",
         )
     return table

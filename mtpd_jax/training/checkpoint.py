@@ -11,6 +11,8 @@ from mtpd_jax.training.partition import merge
 from mtpd_jax.training.state import TrainState
 from mtpd_jax.training.workdir import Workdir
 
+# What stands beside every state.
+_RECORDED = {"config", "versions", "data", "origin", "tokens", "seconds"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
 
@@ -72,16 +74,23 @@ class Checkpointer:
           ValueError: it cannot be read, or its shapes are others.
         """
         state = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-        restored = self._restore(ocp.args.Composite(state=state, progress=ocp.args.JsonRestore()))
-        return restored["state"], restored["progress"]
+        # The record first: a checkpoint of other code is better named than by the shapes that do not fit.
+        record = self.record()
+        return self._restore(ocp.args.Composite(state=state))["state"], record
 
     def record(self) -> dict[str, Any]:
         """What was stored beside the newest state: ``progress`` of ``save``, config and package versions.
 
         Raises:
-          ValueError: there is no checkpoint, or it cannot be read.
+          ValueError: there is no checkpoint, it cannot be read, or another version of this code wrote it.
         """
-        return self._restore(ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        record = self._restore(ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+        if not record.keys() >= _RECORDED:
+            raise ValueError(
+                f"{self._path}: written by another version of this code (without {min(_RECORDED - record.keys())}); "
+                "train the run again"
+            )
+        return record
 
     def restore_parameters(self, abstract: TrainState) -> Any:
         """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.

@@ -32,15 +32,25 @@ def with_source(config: Config, place: Workdir) -> Config:
     if latest_step(place) is None:
         return _with_heads(config, _checked_source(config).heads.num_heads)
     begun = place.read_config()
+    if begun.objective.mode != "loop":
+        return config  # and is refused, as any other config
     if config.init.workdir != begun.init.workdir:
-        moved, origin = source_of(config), Config.build(stored_record(place)["origin"]["config"])
-        if not moved.config_file.exists() or differences(moved.read_config(), origin):
+        if not _is_origin(source_of(config), stored_record(place)["origin"]):
             raise ValueError(
                 f"config.init.workdir = {config.init.workdir!r}: not the run that {place.path} began from, which is "
                 f"{begun.init.workdir!r}; name that one, though it need not be there any more"
             )
         config = _replace_init(config, workdir=begun.init.workdir)
     return _with_heads(config, begun.init.num_heads or 0)
+
+
+def _is_origin(found: Workdir, origin: dict[str, Any]) -> bool:
+    """Whether a folder holds the run that another one began from: by its config, and by what it was trained on."""
+    return (
+        latest_step(found) is not None
+        and not differences(found.read_config(), Config.build(origin["config"]))
+        and trained_on(stored_record(found)) == origin["sources"]
+    )
 
 
 def source_of(config: Config) -> Workdir:

@@ -127,6 +127,7 @@ def test_fewer_drafts_while_the_heads_are_not_sure():
     assert rates[1] > rates[0]  # what is still drafted is what the heads are sure of
 
 
+@pytest.mark.optimised
 def test_batch_neighbours_change_nothing():
     """Adaptive rounds run as deep as any row wants; the others' drafts, and so their counts, are as alone."""
     model, parameters = small_vocabulary()

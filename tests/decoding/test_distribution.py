@@ -109,6 +109,7 @@ def name_of(options):
     return " ".join(map(str, [options.num_heads, sampling.temperature, *filter(None, extra)]))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "options",
     [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES if case not in CASES)],

@@ -12,6 +12,7 @@ from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import (
     acceptance_intervals,
     acceptance_of,
@@ -244,5 +245,14 @@ def test_agreement_beside_acceptance(scanned):
             assert agreed[k - 1, number] == sum(choice[k, t - 1 - k] == choice[0, t - 1] for t in places)
     assert np.all(agreed.sum(1) > 5) and np.all(agreed.sum(1)[:4] < counted.sum(1)[:4] - 5)
     assert len({tuple(row) for row in agreed}) == 6  # every head has its own, looped ones too
+    # On sampled text, the main head's choice is not what was written.
+    drawn = decoder.run(PROMPTS, Options(0, 40, Sampling(2.0)))
+    for number, (prompt, found) in enumerate(zip(PROMPTS, drawn, strict=True)):
+        text = [*prompt.tolist(), *found.tokens]
+        choice = logits(text).argmax(-1)
+        places = [target for target in range(len(prompt) + 1, len(text)) if target - 2 >= 0]
+        expected = sum(choice[1, t - 2] == choice[0, t - 1] for t in places)
+        assert count_agreement(decoder, PROMPTS, drawn, 1)[0][0, number] == expected
+        assert expected != sum(choice[1, t - 2] == text[t] for t in places)
     rates = agreement_of_heads(decoder, PROMPTS, plain, 6)
     assert [rate.mean for rate in rates] == pytest.approx((agreed.sum(1) / counted.sum(1)).tolist())

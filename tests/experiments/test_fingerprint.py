@@ -1,6 +1,7 @@
 """The code version: the same for code that does the same, another for other mathematics, and that of the rows."""
 
 import json
+import signal
 
 import pytest
 
@@ -9,6 +10,7 @@ from experiments.sweep.runner import RESULTS
 from mtpd_jax.config import ObjectiveConfig
 from mtpd_jax.losses import terms
 from mtpd_jax.losses.divergences import forward_kl
+from tests.training.test_run import stop_after
 
 
 def named(monkeypatch, behaviour):
@@ -42,6 +44,13 @@ def test_this_code_does_what_is_recorded(part, tmp_path):
         found = fingerprint.PARTS[part](tmp_path)
     assert fingerprint.changes(found, fingerprint.recorded()[part]) == []
     assert len(found) > 30
+
+
+def test_a_run_that_is_asked_to_stop_names_no_version(monkeypatch, tmp_path):
+    stop_after(monkeypatch, 3)
+    with pytest.raises(SystemExit) as ended:
+        fingerprint.trained("next_token", tmp_path)
+    assert ended.value.code == 128 + signal.SIGTERM
 
 
 def test_the_committed_rows_are_of_the_recorded_version():

@@ -16,6 +16,7 @@ import pathlib
 import queue
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -73,16 +74,24 @@ def load(path: pathlib.Path = MUTANTS) -> list[Mutant]:
     return [Mutant(file=group["file"], **mutant) for group in tree["file"] for mutant in group["mutant"]]
 
 
-def run_tests(root: pathlib.Path, tests: str) -> int:
-    """Pytest's exit status in a checkout: 0 if all passed, 1 if one failed; a run that hangs has failed."""
-    # The cache of compiled programs is shared: it is keyed by what is compiled.
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+def run_tests(root: pathlib.Path, tests: str) -> str:
+    """What became of the tests in a checkout: passed, failed, "timeout", "signal", or what kept them from running."""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
-    try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return 1
-    return 1 if done.returncode < 0 else done.returncode
+    with subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and whatever the tests have started
+            return "timeout"
+    if process.returncode < 0:
+        return "signal"
+    if process.returncode == 0 and " passed" not in output.splitlines()[-1]:
+        return "nothing ran"  # all of it was skipped
+    return {0: "passed", 1: "failed"}.get(process.returncode, f"pytest exits with {process.returncode}")
 
 
 def outcome(mutant: Mutant, root: pathlib.Path) -> str:
@@ -90,16 +99,16 @@ def outcome(mutant: Mutant, root: pathlib.Path) -> str:
     original = (root / mutant.file).read_text()
     try:
         mutant.apply(root)
-        status = run_tests(root, mutant.tests)
+        found = run_tests(root, mutant.tests)
     except ValueError as error:
         return f"NOT APPLIED: {error}"
     finally:
         (root / mutant.file).write_text(original)
-    if status not in (0, 1):
-        return f"NOT RUN: pytest exits with {status}"
     if mutant.proof:
-        return "equivalent" if status == 0 else "NOTICED, though proven to change nothing"
-    return "SURVIVED" if status == 0 else "killed"
+        return "equivalent" if found == "passed" else "NOTICED, though proven to change nothing"
+    return {"passed": "SURVIVED", "failed": "killed", "timeout": "killed (timeout)", "signal": "killed (signal)"}.get(
+        found, f"NOT RUN: {found}"
+    )
 
 
 def copies(folder: pathlib.Path, count: int) -> "queue.Queue[pathlib.Path]":
@@ -111,6 +120,8 @@ def copies(folder: pathlib.Path, count: int) -> "queue.Queue[pathlib.Path]":
         for name in COPIED:
             source = ROOT / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
+        (ROOT / ".cache").mkdir(exist_ok=True)
+        (root / ".cache").symlink_to(ROOT / ".cache")  # compiled programs, and libtpu
         roots.put(root)
     return roots
 
@@ -144,16 +155,16 @@ def main() -> int:
                     yield found
 
             clean = list(mapped(lambda tests, root: run_tests(root, tests), selections))
-            red = [tests for tests, status in zip(selections, clean, strict=True) if status]
+            red = [f"{tests}: {found}" for tests, found in zip(selections, clean, strict=True) if found != "passed"]
             if red:
-                console.print(f"these fail, or do not run, without any change: {'; '.join(red)}", style="red")
+                console.print("without any change: " + "; ".join(red), style="red")
                 return 1
             outcomes = list(mapped(outcome, mutants))
     report(console, mutants, outcomes)
     if flags.json:
         rows = [{**dataclasses.asdict(m), "outcome": found} for m, found in zip(mutants, outcomes, strict=True)]
         flags.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    return int(any(found not in ("killed", "equivalent") for found in outcomes))
+    return int(any(not found.startswith(("killed", "equivalent")) for found in outcomes))
 
 
 def report(console: rich.console.Console, mutants: list[Mutant], outcomes: list[str]) -> None:
@@ -166,7 +177,7 @@ def report(console: rich.console.Console, mutants: list[Mutant], outcomes: list[
         by_module[mutant.file.removeprefix("mtpd_jax/")].append(found)
     everything = [found for each in by_module.values() for found in each]
     for module, found in [*sorted(by_module.items()), ("all", everything)]:
-        counts = [found.count(kind) for kind in ("killed", "equivalent")]
+        counts = [sum(one.startswith(kind) for one in found) for kind in ("killed", "equivalent")]
         table.add_row(module, str(len(found)), *map(str, counts), str(len(found) - sum(counts)))
     console.print(table)
     for mutant, found in zip(mutants, outcomes, strict=True):

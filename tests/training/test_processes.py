@@ -53,7 +53,11 @@ def start(number, devices, config, workdir, folder):
 
 def run_together(number, devices, config, workdir, folder):
     processes = start(number, devices, config, workdir, folder)
-    errors = [process.communicate(timeout=300)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
 
 
