@@ -53,11 +53,15 @@ def start(number, devices, config, workdir, folder):
 
 def run_together(number, devices, config, workdir, folder):
     processes = start(number, devices, config, workdir, folder)
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    deadline = time.monotonic() + 300
+    # One that fails leaves the others waiting for it.
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.poll() for process in processes):
+            break
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+    errors = [process.communicate()[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
 
 
