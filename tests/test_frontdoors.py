@@ -19,6 +19,7 @@ from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.acceptance import Acceptance
 from mtpd_jax.evaluation.comparison import Divergence
+from mtpd_jax.training.restore import open_run
 from tests.builders import tiny_config
 
 DOORS = {"train": train, "generate": generate, "evaluate": evaluate}
@@ -91,6 +92,10 @@ def test_evaluate_writes_what_is_documented(call, workdir, tmp_path, text_file):
         assert set(score) == {"main", "heads", "tokens", "bytes"}
         assert set(score["main"]) == {"ce", "bits_per_byte"}
         assert [set(head) for head in score["heads"]] == [{"ce", "kl", "agreement"}] * 2
+    opened = open_run(str(workdir))
+    everything = [opened.tokenizer.encode_document(text) for text in opened.held_out_documents()]
+    assert len(everything) > 5
+    assert report["text"]["validation"]["tokens"] == sum(len(ids) - 1 for ids in everything)
     by_heads = report["decoding"][str(prompts)]["heads"]
     assert list(by_heads) == ["0", "1", "2"]  # the baselines always run
     for heads, score in by_heads.items():

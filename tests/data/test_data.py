@@ -211,6 +211,8 @@ def test_order_depends_on_the_seed_and_changes_every_epoch(stream):
     with TrainingData(unshuffled, source, tokenizer) as data:
         stream_of_tokens = np.concatenate(draw(data, 60))[::3].ravel()
     drawn = np.split(stream_of_tokens, np.nonzero(stream_of_tokens == tokenizer.end_id)[0] + 1)
+    with TrainingData(replace(unshuffled, training__seed=1), source, tokenizer) as data:
+        assert np.any(np.concatenate(draw(data, 60))[::3].ravel() != stream_of_tokens)
     names = [piece.tobytes() for piece in drawn[:-1]]
     epoch = sum(1 for _ in split(source, 0.2, False))
     assert len(names) > 2 * epoch

@@ -66,6 +66,7 @@ def test_a_difference_is_paired():
     assert (interval.mean, interval.low, interval.high) == (0, 0, 0) and seeds == [0, 0, 0]
     better = Counts(arm.numerators + 0.05 * arm.denominators, arm.denominators)
     interval, seeds = difference(better, arm)
+    assert seeds == pytest.approx([0.05] * SEEDS)
     assert interval.low == pytest.approx(0.05) and interval.high == pytest.approx(0.05)
     alone = mean_of(arm)
     assert alone.high - alone.low > 0.01

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.bench.tpu import largest_collective
 from mtpd_jax.config import MeshConfig
+from mtpd_jax.losses import fused
 from mtpd_jax.losses.dense import dense_loss
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.fused import choose_tiling, fused_loss
@@ -55,6 +56,14 @@ def test_equals_float64(kind, top_n):
     assert_trees_close(found, reference(arguments, distillation), 3e-6)
     alone = fused_loss(*arguments, distillation=distillation, chunk_rows=7)[0]  # without gradients: another program
     assert_trees_close(alone, found[0], 1e-6)
+
+
+@pytest.mark.parametrize("block", [20, 24, 48, 100])
+def test_the_unembeddings_gradient_in_blocks(monkeypatch, block):
+    """Blocks that divide the vocabulary and blocks that do not, and one that holds more than all of it."""
+    monkeypatch.setattr(fused, "_BLOCK_ELEMENTS", block * D)
+    arguments = problem()
+    assert_trees_close(value_and_gradients(arguments, chunk_rows=8), reference(arguments), 3e-6)
 
 
 @pytest.mark.parametrize(("heads", "rows", "vocabulary", "chunk"), [(1, 1, 3, None), (2, 5, 131, 1), (5, 33, 64, 32)])

@@ -87,7 +87,9 @@ def test_tokens_per_second_leave_out_what_is_no_training(monkeypatch):
     assert meter.read() is None
     work(2, 300)
     meter.pause()
-    clock[0] += 100  # an evaluation
+    clock[0] += 100  # an evaluation, in which a checkpoint is saved
+    meter.pause()
+    clock[0] += 10
     meter.resume()
     work(1, 300)
     assert meter.read() == 200

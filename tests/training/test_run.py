@@ -356,6 +356,8 @@ def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path):
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert "5" in names and "10" not in names
     assert any(name.startswith("10.") for name in names), "it was not killed in the middle of a save"
+    # From here on step 10 is not saved any more, which would replace what is left of it.
+    arguments = command(run_config, tmp_path / "run", checkpoint__every_steps=15)[3:]
     again = subprocess.run(
         [sys.executable, "-m", "mtpd_jax.train", *arguments],
         cwd=ROOT,
