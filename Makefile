@@ -17,7 +17,7 @@ test-all: $(INSTALLED) .cache/libtpu
 	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 	OPTIMISED=1 $(BIN)/python -m pytest -n 2 -m optimised
 
-# One-line faults, each against the tests beside it; prints those that no test notices. An hour on two cores.
+# One-line faults, each against the tests beside it; prints those that no test notices. Forty minutes on two cores.
 mutants: $(INSTALLED) .cache/libtpu
 	$(BIN)/python -m tests.mutation.run
 
