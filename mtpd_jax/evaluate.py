@@ -111,11 +111,10 @@ def run(
     numbers = _head_numbers(heads, trained.config.heads.num_heads)
     for number in numbers:
         dataclasses.replace(options, num_heads=number).validate(trained.config.heads.num_heads)
-    note = ""
     documents = {str(file): [file.read_text(encoding="utf-8", errors="replace")] for file in files}
     if split_name:
         documents[split_name] = list(trained.held_out_documents())[:limit]
-        note = held_out_note(trained.sources)
+    note = held_out_note(trained.sources) if split_name else ""
     scores = _score_text(trained, documents, batch_size, note) if documents else {}
     decoding = {}
     if prompts is not None:
