@@ -110,7 +110,7 @@ def run(
     trained = open_run(workdir)
     numbers = _head_numbers(heads, trained.config.heads.num_heads)
     for number in numbers:
-        dataclasses.replace(options, num_heads=number).validate(trained.config.heads.num_heads)
+        options.with_heads(number).validate(trained.config.heads.num_heads)
     documents = {str(file): [file.read_text(encoding="utf-8", errors="replace")] for file in files}
     if split_name:
         documents[split_name] = list(trained.held_out_documents())[:limit]

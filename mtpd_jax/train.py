@@ -28,7 +28,7 @@ from mtpd_jax.sharding import check_divisible, make_mesh
 from mtpd_jax.training.checkpoint import Checkpointer, latest_step
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.loop import Evaluate, Loop
-from mtpd_jax.training.looping import beginning, held_out_note, source_of, with_source
+from mtpd_jax.training.looping import all_sources, beginning, held_out_note, source_of, with_source
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from mtpd_jax.training.progress import Progress
@@ -99,6 +99,7 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
             state, record = checkpointer.restore(abstract)
             done, tokens, seconds = int(state.step), record["tokens"], record["seconds"]
             data.set_state(record["data"])
+            origin = record["origin"]
             finished = f"already finished, at step {done} of {steps}"
             news = finished if done >= steps else f"resuming from step {done} of {steps}"
         if done < steps and jax.process_index() == 0:
@@ -107,7 +108,7 @@ def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult
             Progress("training", steps, done) as progress,
             MetricsLog(place, done, config.logging.tensorboard) as metrics,
         ):
-            note = held_out_note([data.identity, *(origin or {"sources": []})["sources"]])
+            note = held_out_note(all_sources(data.identity, origin))
             progress.say(f"{place.path}: {news}" + (f"\n{note}" if note else ""))
             evaluate = _evaluator(config, model, mesh, source, tokenizer)
             loop = Loop(

@@ -33,7 +33,7 @@ from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.terms import Distillation, chunk_loss
-from mtpd_jax.training.restore import open_run
+from mtpd_jax.training.restore import TrainedRun, open_run
 
 RECORDED = pathlib.Path(__file__).with_name("behaviour.json")
 
@@ -112,14 +112,15 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
 
     workdir = train_in(run)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    parameters = jax.tree_util.tree_leaves_with_path(jax.device_get(open_run(str(workdir)).parameters))
+    opened = open_run(str(workdir))
+    parameters = jax.tree_util.tree_leaves_with_path(jax.device_get(opened.parameters))
     found = {
         "metrics": [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines],
         "parameters": {jax.tree_util.keystr(path): _sketch(leaf) for path, leaf in parameters},
     }
     if decoded:
         found["measured"] = measure(str(workdir), run.heads(), run.scale)
-        found["decoded"] = _decoded(str(workdir), run)
+        found["decoded"] = _decoded(opened, run)
     return dict(_flat(found))
 
 
@@ -131,9 +132,9 @@ def _sketch(leaf: np.ndarray) -> list[float]:
     return [size, size + float(np.vdot(leaf, direction))]
 
 
-def _decoded(workdir: str, run: Run) -> dict[str, list[list[int]]]:
+def _decoded(opened: TrainedRun, run: Run) -> dict[str, list[list[int]]]:
     """The ids that all heads write after a prompt, greedily and at temperature 1."""
-    opened, scale = open_run(workdir), run.scale
+    scale = run.scale
     texts = held_out_texts(opened, scale.texts, scale.prompt_tokens + scale.new_tokens)
     prompts, most = [text[: scale.prompt_tokens] for text in texts], run.heads()[-1]
     decoder = decoder_of(opened)

@@ -105,7 +105,9 @@ class Decoder:
         network, parameters = self.network(options)
         mesh = Mesh(np.array(self._devices[:parts]), "rows")
         split = NamedSharding(mesh, PartitionSpec("rows"))
-        arguments = (_on(mesh, parameters), *jax.device_put((padded, lengths, keys), split))
+        if parts < len(self._devices):
+            parameters = _on(mesh, parameters)
+        arguments = (parameters, *jax.device_put((padded, lengths, keys), split))
         loop = self._loop(network, arguments, options, mesh)
         start = time.perf_counter()
         found: Rows = jax.device_get(jax.block_until_ready(loop(*arguments)))

@@ -21,7 +21,7 @@ def with_source(config: Config, place: Workdir) -> Config:
     """Fills in what a loop takes from the run that it extends: how many heads are frozen.
 
     Once a run has begun, its own config.json says so, and the run that it began from may be gone. It may also have
-    been moved; another one in its place is told by its config.
+    been moved; another one in its place is told by its config and its data.
 
     Raises:
       ValueError: the run to extend is not there, is another model, or has too many heads already; or it is not the one
@@ -62,17 +62,15 @@ def beginning(config: Config, place: Workdir, mesh: Mesh) -> tuple[Any, dict[str
     """What a run starts from: the newest parameters of the run to extend (its average if it keeps one), and its origin.
 
     Returns:
-      The parameters, None for a run that starts from nothing, or that has a checkpoint of its own; and what the run's
-      checkpoints say of where it comes from, None if from nothing: ``config`` of the run that it extends, and
-      ``sources``, which documents that run and those before it were trained on (see ``sources.identity``).
+      The parameters, and what the run's checkpoints will say of where it comes from: ``config`` of the run that it
+      extends, and ``sources``, which documents that run and those before it were trained on (see
+      ``sources.identity``). Both None for a run that starts from nothing, or that has a checkpoint of its own.
 
     Raises:
       ValueError: the run to extend has no checkpoint, or none that can be read.
     """
-    if config.objective.mode != "loop":
+    if config.objective.mode != "loop" or latest_step(place) is not None:
         return None, None
-    if latest_step(place) is not None:
-        return None, stored_record(place)["origin"]
     source = _checked_source(config)
     abstract = abstract_state(build_model(source), make_optimizer(source), source, mesh)
     parameters, record = restored_parameters(source_of(config), abstract)
@@ -80,8 +78,13 @@ def beginning(config: Config, place: Workdir, mesh: Mesh) -> tuple[Any, dict[str
 
 
 def trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which documents a run was trained on, by its record: see ``all_sources``."""
+    return all_sources(record["data"]["source"], record["origin"])
+
+
+def all_sources(own: dict[str, Any], origin: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Which documents a run was trained on (see ``sources.identity``), its own first, then those of what it extends."""
-    return [record["data"]["source"], *(record["origin"] or {"sources": []})["sources"]]
+    return [own] if origin is None else [own, *origin["sources"]]
 
 
 def held_out_note(sources: Sequence[dict[str, Any]]) -> str:
