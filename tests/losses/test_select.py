@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from mtpd_jax.losses import select
 from mtpd_jax.losses.select import nth_largest, ordered_key, value_of_key
 from mtpd_jax.losses.vocabulary import Vocabulary
 
@@ -65,10 +66,38 @@ def test_keys_are_ordered_as_the_numbers_are():
     np.testing.assert_array_equal(value_of_key(ordered_key(jnp.asarray(values))), values)
 
 
-@pytest.mark.parametrize("vocabulary", PLATFORMS, ids=str)
+class LeavesNanOut(Vocabulary):
+    """What XLA makes of a minimum and a maximum on CPUs, depending on the program around them."""
+
+    def min(self, values):
+        return jnp.min(jnp.where(jnp.isnan(values), jnp.inf, values), axis=-1)
+
+    def max(self, values):
+        return jnp.max(jnp.where(jnp.isnan(values), -jnp.inf, values), axis=-1)
+
+
+@pytest.mark.parametrize("vocabulary", [*PLATFORMS, LeavesNanOut(), LeavesNanOut(on_cpu=False)], ids=str)
 def test_nan_ends_the_search(vocabulary):
     """Rows with NaN need not have an answer, but the rows beside them do."""
-    values = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
-    values[1, 3], values[2] = np.nan, np.nan
-    threshold = search(jnp.asarray(values), 9, vocabulary)
+    values = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    values[1, 3], values[2], values[3, 1:], values[4, 0] = np.nan, np.nan, np.nan, -np.nan
+    threshold, passes = jax.jit(select.search, static_argnums=(1, 2))(jnp.asarray(values), 9, vocabulary)
     np.testing.assert_array_equal(values[:1] >= np.asarray(threshold[:1])[:, None], by_sorting(values[:1], 9))
+    assert threshold[2] == -np.inf
+    assert passes <= 32
+
+
+def test_no_counts_keep_the_search_going():
+    """Counts that contradict each other never settle a row: no input has such, but its end must not depend on that."""
+
+    class Inconsistent(Vocabulary):
+        def min(self, values):
+            return jnp.full(values.shape[0], -1.0)
+
+        def max(self, values):
+            return jnp.full(values.shape[0], 1e30)
+
+        def count(self, values):
+            return jnp.full(values.shape[0], jnp.nan)
+
+    assert select.search(jnp.zeros((1, 40)), 9, Inconsistent())[1] == 32
