@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import ml_collections
+
 PerHead = float | tuple[float, ...] | None
 
 
@@ -145,9 +147,11 @@ class EvaluationConfig:
 
 # A run may be resumed with other values of these: none of them changes what a given step computes, except that another
 # mesh rounds differently, and that the number of steps also moves the end of a decaying learning rate, which is what
-# someone who prolongs a run asks for.
+# someone who prolongs a run asks for. Where the data lie is free, for what they hold is told by a digest.
 RESUMABLE = frozenset(
     {
+        "data.paths",
+        "data.directory",
         "training.steps",
         "checkpoint.every_steps",
         "checkpoint.keep",
@@ -199,6 +203,22 @@ class Config:
         config = _build(cls, tree, "config")
         config.validate()
         return config
+
+    @classmethod
+    def of(cls, config: Any) -> "Config":
+        """The config that a caller gave: a ``Config``, a ConfigDict, or a nested mapping.
+
+        Raises:
+          ValueError: it is none of these; or see ``build``.
+        """
+        if isinstance(config, Config):
+            config.validate()
+            return config
+        if isinstance(config, ml_collections.ConfigDict):
+            return cls.build(config.to_dict())
+        if isinstance(config, Mapping):
+            return cls.build(config)
+        raise ValueError(f"config = {config!r}: expected a Config, a ConfigDict, or a nested mapping")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as nested plain dictionaries, ready for JSON."""
@@ -369,6 +389,7 @@ def _validate_training(config: Config) -> None:
     for name in ("b1", "b2", "ema_decay"):
         value = getattr(optimizer, name)
         _require(value is None or value < 1, f"optimizer.{name}", value, "less than one")
+    _require(training.steps < 2**31, "training.steps", training.steps, "less than 2**31: they are counted in 32 bits")
     _require(
         optimizer.warmup_steps < training.steps,
         "optimizer.warmup_steps",

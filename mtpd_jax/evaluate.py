@@ -10,17 +10,21 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import rich.console
 
 from mtpd_jax import frontdoor
-from mtpd_jax.data.sources import expand, json_field
-from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.evaluation.decoding import PADDED_PLAIN, DecodingScore, decode_prompts, score_decoding, ways_of
+from mtpd_jax.data.files import json_field, read_text
+from mtpd_jax.data.sources import expand
+from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.options import Options, check_seed
+from mtpd_jax.decoding.sampling import GREEDY, Sampling, check_integer
+from mtpd_jax.evaluation.decoding import PADDED_PLAIN, DecodingScore, Ways, decode_prompts, score_decoding, ways_of
 from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
 from mtpd_jax.evaluation.scoring import TextScore, make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.training.feasibility import check_scoring
 from mtpd_jax.training.looping import held_out_note
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.restore import TrainedRun, open_run
@@ -75,8 +79,9 @@ def run(
     seed: int = 0,
     min_confidence: float = 0.0,
     bit_exact: bool = False,
+    checkpoint: int | None = None,
 ) -> Report:
-    """Measures the newest checkpoint of a workdir.
+    """Measures a checkpoint of a workdir.
 
     Args:
       workdir: of a trained run.
@@ -92,34 +97,44 @@ def run(
       seed: of sampling.
       min_confidence: see ``Options``.
       bit_exact: run all passes at one width, see ``Options.pass_width``.
+      checkpoint: its step; None: the newest that is whole.
 
     Raises:
-      ValueError: bad workdir, file or option, or nothing to measure.
+      ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
     """
+    if isinstance(text, str):
+        raise ValueError(f"text = {text!r}: expected a list of files")
     if not (text or split_name or prompts):
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
     if split_name not in (None, "validation"):
         raise ValueError(f"--split={split_name}: expected validation")
     for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}={value}: expected at least one")
-    options = Options(0, max_new_tokens, sampling or Sampling(), min_confidence)
+        if value is not None:
+            check_integer(name, value)
+            if value < 1:
+                raise ValueError(f"--{name}={value}: expected at least one")
+    check_seed(seed)
+    options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence)
     options.validate(modules=0)
-    files = expand(text, "--text")
+    documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
     prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
-    trained = open_run(workdir)
+    for number in heads or ():
+        check_integer("heads", number)
+    trained = open_run(workdir, checkpoint)
+    check_scoring(trained.config, batch_size)
     numbers = _head_numbers(heads, trained.config.heads.num_heads)
     for number in numbers:
         options.with_heads(number).validate(trained.config.heads.num_heads)
-    documents = {str(file): [file.read_text(encoding="utf-8", errors="replace")] for file in files}
+    options = options.sharing_width(max(numbers)) if bit_exact else options
+    decoder, ways = decoder_of(trained), ways_of(options, numbers)
+    ids = [trained.tokenizer.encode(prompt) for prompt in prompt_texts]
+    for way in ways.values() if prompts is not None else ():
+        decoder.check(ids, way, batch_size)
     if split_name:
         documents[split_name] = list(trained.held_out_documents())[:limit]
     note = held_out_note(trained.sources) if split_name else ""
     scores = _score_text(trained, documents, batch_size, note) if documents else {}
-    decoding = {}
-    if prompts is not None:
-        options = options.sharing_width(max(numbers)) if bit_exact else options
-        decoding[prompts] = _decode(trained, prompt_texts, numbers, options, batch_size, seed)
+    decoding = {} if prompts is None else {prompts: _decode(decoder, ids, ways, batch_size, seed)}
     return Report(scores, decoding)
 
 
@@ -146,21 +161,12 @@ def _score_text(
     return scores
 
 
-def _decode(
-    trained: TrainedRun,
-    prompts: list[str],
-    numbers: list[int],
-    options: Options,
-    batch_size: int,
-    seed: int,
-) -> PromptReport:
-    decoder = decoder_of(trained)
-    ids = [trained.tokenizer.encode(prompt) for prompt in prompts]
-    ways = ways_of(options, numbers)
+def _decode(decoder: Decoder, prompts: list[np.ndarray], ways: Ways, batch_size: int, seed: int) -> PromptReport:
     with Progress("decoding", len(prompts) * len(ways)) as progress:
-        found = decode_prompts(decoder, ids, ways, batch_size=batch_size, seed=seed, on_batch=progress.advance)
-    scores = score_decoding(decoder, ids, ways, found, batch_size)
-    return PromptReport({str(number): scores[number] for number in numbers}, scores.get(PADDED_PLAIN))
+        found = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed, on_batch=progress.advance)
+    scores = score_decoding(decoder, prompts, ways, found, batch_size)
+    by_heads = {str(name): score for name, score in scores.items() if name != PADDED_PLAIN}
+    return PromptReport(by_heads, scores.get(PADDED_PLAIN))
 
 
 def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
@@ -176,14 +182,13 @@ def read_prompts(path: str, limit: int | None = None) -> list[str]:
     Raises:
       ValueError: there is no such file, it holds no prompt, or a line has none.
     """
+    if not isinstance(path, str):
+        raise ValueError(f"prompts = {path!r:.80}: expected the name of a file of JSON lines")
     (file,) = expand([path], "--prompts")[:1]
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [(number, line) for number, line in enumerate(read_text(file, "--prompts").split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"--prompts={path}: holds no prompt")
-    try:
-        return [json_field(line, "prompt") for line in lines[:limit]]
-    except ValueError as error:
-        raise ValueError(f"--prompts={path}: {error}") from error
+    return [json_field(line, "prompt", f"--prompts={path}, line {number}") for number, line in lines[:limit]]
 
 
 def main() -> int:
@@ -200,11 +205,12 @@ def main() -> int:
     parser.add_argument("--json", help="write the report to this file")
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
+    checkpoint = frontdoor.checkpoint_step(flags.checkpoint)
     report = run(
         flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
         sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
-        bit_exact=flags.bit_exact,
+        bit_exact=flags.bit_exact, checkpoint=checkpoint,
     )  # fmt: skip
     console = rich.console.Console()
     if report.text:

@@ -1,18 +1,29 @@
 """What the front doors share: one clear line and exit status 2 for a user's mistake."""
 
 import argparse
+import dataclasses
+import logging
+import os
 import pathlib
+import runpy
+import signal
 import sys
+import threading
+import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
-from absl import flags, logging
+import ml_collections
+from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.training.loop import DivergedError
+from mtpd_jax.training.interrupt import end_on_signals, leave
+from mtpd_jax.training.state import DivergedError
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,32 +38,59 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Writes one line on standard error and exits."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.encode(errors="backslashreplace").decode().split())
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def guarded(main: Callable[[], int]) -> NoReturn:
-    """Runs a front door and exits with its status.
+    """Runs a front door in this process, and ends the process with its status: see ``status_of``.
 
-    Bad input (ValueError), files that cannot be read or written, and a device out of memory end it with one line and
-    status 2; a diverged loss with status 1.
+    It ends at once, so that no library adds lines of its own to an error, or crashes on the way out, while threads of
+    it are still at work.
     """
-    logging.set_verbosity(logging.ERROR)  # orbax warns about what is meant: reading a run without writing to it
+    end_on_signals()
+    # Whatever fails in a thread or a callback of a library reaches the front door as an exception as well.
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    threading.excepthook = sys.unraisablehook = lambda _: None
+    leave(status_of(main))
+
+
+def status_of(main: Callable[[], int]) -> int:
+    """Runs a front door; returns its exit status.
+
+    Bad input (ValueError, TypeError of ours), files that cannot be read or written, and a device out of memory are one
+    line and status 2; a diverged loss is status 1; being interrupted, or a reader of the output that has left, 128
+    plus the number of the signal that stands for it.
+    """
     try:
-        status = main()
-    except (ValueError, OSError) as error:
-        fail(str(error))
-    except DivergedError as error:
-        fail(str(error), status=1)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        fail(f"out of memory: take a smaller batch, model or number of tokens ({str(error)[:200]})")
-    raise SystemExit(status)
+        try:
+            status = main()
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            return 128 + signal.SIGPIPE
+        except KeyboardInterrupt:
+            fail("interrupted", 128 + signal.SIGINT)
+        except (ValueError, OSError) as error:
+            fail(str(error))
+        except DivergedError as error:
+            fail(str(error), status=1)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            fail(f"out of memory: take a smaller batch, model or number of tokens ({str(error)[:200]})")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 2
+    except Exception:
+        traceback.print_exc()  # a defect of ours, which has to be seen whole
+        return 1
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``sampling_of`` reads, and --max_new_tokens, --min_confidence and --bit_exact."""
+    """Adds what ``sampling_of`` reads, and --checkpoint, --max_new_tokens, --min_confidence and --bit_exact."""
+    parser.add_argument("--checkpoint", default="newest", help="the step of a checkpoint (default: newest)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
@@ -75,8 +113,7 @@ def sampling_of(flags: argparse.Namespace) -> Sampling:
     Raises:
       ValueError: a value is out of range.
     """
-    if not 0 <= flags.seed < 2**32:
-        raise ValueError(f"--seed={flags.seed}: expected 0 to 2**32 - 1")
+    check_seed(flags.seed)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.greedy_drafts)
     sampling.validate()
     return sampling
@@ -86,10 +123,17 @@ def check_json_path(path: str | None) -> None:
     """Checks that a ``--json`` file can be written, before the work whose figures it is for.
 
     Raises:
-      ValueError: its folder is not there.
+      ValueError: its folder is not there, or cannot be written to; or it is a folder itself, or no name.
     """
-    if path is not None and not epath.Path(path).parent.is_dir():
-        raise ValueError(f"--json={path}: there is no folder {epath.Path(path).parent}")
+    if path is None:
+        return
+    if not path or epath.Path(path).is_dir():
+        raise ValueError(f"--json={path}: expected the name of a file")
+    folder = epath.Path(path).parent
+    if not folder.is_dir():
+        raise ValueError(f"--json={path}: there is no folder {folder}")
+    if "://" not in path and not os.access(path if epath.Path(path).exists() else folder, os.W_OK):
+        raise ValueError(f"--json={path}: may not be written to")
 
 
 def integers(text: str) -> list[int]:
@@ -97,7 +141,17 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def parse_config_flags(arguments: list[str], description: str) -> tuple[Any, str]:
+@dataclasses.dataclass(frozen=True)
+class TrainFlags:
+    """What the command line of training says; see ``train.run``."""
+
+    config: ml_collections.ConfigDict
+    workdir: str
+    checkpoint: int | None
+    break_lock: bool
+
+
+def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     """Parses ``--config=FILE --workdir=DIR [--config.section.field=value …]``.
 
     Args:
@@ -105,7 +159,7 @@ def parse_config_flags(arguments: list[str], description: str) -> tuple[Any, str
       description: shown by ``--help``.
 
     Returns:
-      The ConfigDict, overrides applied, and the workdir.
+      The flags, overrides applied to the config.
 
     Raises:
       ValueError: a flag is unknown, missing or does not fit its field, or the config file cannot be loaded.
@@ -117,20 +171,62 @@ def parse_config_flags(arguments: list[str], description: str) -> tuple[Any, str
         flag_values=values, sys_argv=command_line,
     )  # fmt: skip
     flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
+    flags.DEFINE_string("checkpoint", "newest", "go on from this step (newest: the last)", flag_values=values)
+    flags.DEFINE_boolean("break_lock", False, "take the run from a process that trains in it", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
         print(f"{description}\n\nflags:\n{values.main_module_help() or values.get_help()}")
         raise SystemExit(0)
     named = next((argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")), None)
     if named is not None and not pathlib.Path(named.split(":")[0]).is_file():
         raise ValueError(f"--config={named}: no such file")
+    if named is not None:
+        _check_overrides(named, arguments)
     try:
         left_over = values(command_line)[1:]
         config = values["config"].value
-    except Exception as error:  # a config file is a program of the user's, and may raise anything
+    except Exception as error:
         raise ValueError(f"bad config or flag: {type(error).__name__}: {error}") from error
     if left_over:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
-    for name in ("config", "workdir"):
-        if not values[name].value:
+    for name, given in (("config", named), ("workdir", values["workdir"].value)):
+        if not given:
             raise ValueError(f"--{name} is missing")
-    return config, str(values["workdir"].value)
+    assert config is not None  # for it was named, and is one
+    checkpoint = checkpoint_step(str(values["checkpoint"].value))
+    return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value))
+
+
+def _check_overrides(named: str, arguments: list[str]) -> None:
+    """Runs a config file, and checks that the sections that the command line names are there.
+
+    Raises:
+      ValueError: the file, which is a program of the user's, fails, exits or returns something else; or there is no
+        such section.
+    """
+    path, _, argument = named.partition(":")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config(argument) if argument else get_config()
+    except KeyError as error:
+        raise ValueError(f"--config={path}: expected a file with a function get_config ({error} is missing)") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--config={path}: fails with {type(error).__name__}: {error}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(f"--config={path}: get_config returns {config!r:.80}: expected an ml_collections.ConfigDict")
+    for given in arguments:
+        section = given.removeprefix("--config.").partition("=")[0].partition(".")[0]
+        if given.startswith("--config.") and section not in config:
+            raise ValueError(f"{given}: there is no section {section!r}; sections are {', '.join(config)}")
+
+
+def checkpoint_step(text: str) -> int | None:
+    """Reads ``--checkpoint``: a step, or None for the newest.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if text == "newest":
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"--checkpoint={text}: expected newest, or the step of a checkpoint")
+    return int(text)

@@ -5,14 +5,14 @@ text that differs from plain decoding's by more than a tie exits with status 1.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import rich.console
 
 from mtpd_jax import frontdoor
+from mtpd_jax.data.files import read_text
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.evaluation.generation import Generation, generate, options_for, show
+from mtpd_jax.evaluation.generation import Generation, check_prompts, generate, options_for, show
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.training.restore import open_run
 
@@ -28,8 +28,9 @@ def run(
     min_confidence: float = 0.0,
     bit_exact: bool = False,
     compare: bool = False,
+    checkpoint: int | None = None,
 ) -> list[Generation]:
-    """Continues prompts, one after the other, with the newest checkpoint of a workdir.
+    """Continues prompts, one after the other, with a checkpoint of a workdir.
 
     Args:
       workdir: of a trained run.
@@ -41,12 +42,14 @@ def run(
       min_confidence: see ``Options``.
       bit_exact: run plain and speculative passes at one width, see ``Options.pass_width``.
       compare: decode plainly, too.
+      checkpoint: its step; None: the newest that is whole.
 
     Raises:
       ValueError: bad workdir, prompt or option.
     """
-    trained = open_run(workdir)
-    options = options_for(trained, heads, max_new_tokens, sampling or Sampling(), min_confidence, bit_exact)
+    check_prompts(prompts)
+    trained = open_run(workdir, checkpoint)
+    options = options_for(trained, heads, max_new_tokens, sampling, min_confidence, bit_exact)
     return generate(trained, prompts, options, seed=seed, compare=compare)
 
 
@@ -65,22 +68,16 @@ def main() -> int:
     parser.add_argument("--json", help="write the figures to this file")
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
-    text = flags.prompt if flags.prompt is not None else _read(flags.prompt_file)
+    text = flags.prompt if flags.prompt is not None else read_text(flags.prompt_file, "--prompt_file")
+    check_prompts([text])
     sampling = frontdoor.sampling_of(flags)
-    trained = open_run(flags.workdir)
+    trained = open_run(flags.workdir, frontdoor.checkpoint_step(flags.checkpoint))
     options = options_for(trained, flags.heads, flags.max_new_tokens, sampling, flags.min_confidence, flags.bit_exact)
     generation = generate(trained, [text], options, seed=flags.seed, compare=flags.compare)[0]
     show(rich.console.Console(highlight=False), text, generation, trained.tokenizer.decode)
     if flags.json:
         write_json(flags.json, dataclasses.asdict(generation))
     return int(generation.divergence is not None and not generation.divergence.tie)
-
-
-def _read(path: str) -> str:
-    try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt_file={path}: not readable as UTF-8 text ({error})") from error
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 import contextvars
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtpd_jax.config import MeshConfig, ModelConfig, TrainingConfig
@@ -56,9 +56,9 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
-    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes.values())
-    used = int(np.prod(shape))
+    used = math.prod(shape)
     too_few = -1 in sizes.values() or jax.process_count() > 1
     if used > len(devices) or used == 0 or (used < len(devices) and too_few):
         raise ValueError(
@@ -86,7 +86,7 @@ def check_divisible(mesh: Mesh, model: ModelConfig, training: TrainingConfig) ->
     )
     for name, size, axes in checks:
         names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = int(np.prod([mesh.shape[axis] for axis in names]))
+        parts = math.prod(mesh.shape[axis] for axis in names)
         if size % parts:
             raise ValueError(f"config.{name} = {size}: expected a multiple of mesh {' x '.join(names)} = {parts}")
 

@@ -1,13 +1,15 @@
 """Trains a model: ``python -m mtpd_jax.train --config=configs/NAME.py --workdir=DIR [--config.section.field=value …]``.
 
-Running the same command again resumes where it stopped; SIGTERM or Ctrl-C saves a checkpoint and exits with 128 plus
-the signal's number. A loss that is not finite exits with status 1.
+Running the same command again resumes where it stopped, or with --checkpoint=STEP from an earlier checkpoint; SIGTERM
+or Ctrl-C saves a checkpoint and exits with 128 plus the signal's number. A loss that is not finite exits with status 1.
+One process at a time trains in a workdir; --break_lock takes it from another.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,22 +21,26 @@ from jax.sharding import Mesh
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import TrainingData
-from mtpd_jax.data.sources import Source, open_source, split
+from mtpd_jax.data.sources import Source, holds_out, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.scoring import make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective, training_objective
 from mtpd_jax.model.backbone import LanguageModel, build_model, count_parameters
 from mtpd_jax.sharding import check_divisible, make_mesh
-from mtpd_jax.training.checkpoint import Checkpointer, latest_step
+from mtpd_jax.training.checkpoint import Checkpointer, latest_step, restore_state, steps_of
+from mtpd_jax.training.feasibility import check_training
 from mtpd_jax.training.interrupt import StopRequest
+from mtpd_jax.training.lock import Lock, take_lock
 from mtpd_jax.training.loop import Evaluate, Loop
-from mtpd_jax.training.looping import all_sources, beginning, held_out_note, source_of, with_source
+from mtpd_jax.training.looping import Origin, all_sources, beginning, held_out_note, source_of, with_source
 from mtpd_jax.training.metrics import MetricsLog
-from mtpd_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.progress import Progress
-from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
+from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
 from mtpd_jax.training.workdir import Workdir, open_workdir, write_atomically
+
+_NOTHING_HELD_OUT = "nothing is held out: there is no evaluation while training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,91 +66,156 @@ class TrainResult:
     seconds: float
 
 
-def run(config: Config | ml_collections.ConfigDict, workdir: str) -> TrainResult:
+def run(
+    config: Config | ml_collections.ConfigDict | Mapping[str, Any],
+    workdir: str,
+    *,
+    checkpoint: int | None = None,
+    break_lock: bool = False,
+) -> TrainResult:
     """Trains, or goes on training, the model of a config in a workdir.
 
     Args:
-      config: a ``Config``, or the ConfigDict of a config file.
+      config: a ``Config``, the ConfigDict of a config file, or the same as nested mappings.
       workdir: the run's folder, local or ``gs://…``; created if it is not there.
+      checkpoint: the step to go on from; None: the newest checkpoint that is whole. Newer ones are set aside.
+      break_lock: take the run from another process that trains here.
 
     Raises:
       ValueError: bad config, data or workdir; raised before anything is created.
       DivergedError: the loss is not finite any more.
+      OSError: something cannot be read or written.
     """
-    config = config if isinstance(config, Config) else Config.build(config.to_dict())
-    config.validate()
-    place = open_workdir(workdir)
+    config, place = Config.of(config), open_workdir(workdir)
     config = with_source(config, place)
-    place.check(config)
+    place.check(config, begun=latest_step(place) is not None)
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.training)
+    notes = [check_training(config, mesh)]
     source = open_source(config.data)
-    start, origin = beginning(config, place, mesh)
-    tokenizer = _prepare(config, place, source)
-    model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
+    origin = beginning(config, place, mesh)
+    given = _given_tokenizer(config, place)
+    model, optimizer = build_model(config), make_optimizer(config)
     abstract = abstract_state(model, optimizer, config, mesh)
-    step = make_step(model, objective, optimizer, mesh, state_shardings(abstract), config.optimizer.ema_decay)
-    steps, trained = config.training.steps, count_parameters(abstract.parameters)
-    with (
-        Checkpointer(place, config.checkpoint.keep) as checkpointer,
-        TrainingData(config, source, tokenizer) as data,
-        StopRequest() as stop,
-    ):
-        done, tokens, seconds = 0, 0, 0.0
-        if checkpointer.latest_step() is None:
-            news = _beginning(config, mesh, trained)
-            state = initial_state(model, optimizer, config, mesh, start)
-            del start  # or it would be held, beside its copy, as long as the run lasts
-        else:
-            state, record = checkpointer.restore(abstract)
-            done, tokens, seconds = int(state.step), record["tokens"], record["seconds"]
-            data.set_state(record["data"])
-            origin = record["origin"]
-            finished = f"already finished, at step {done} of {steps}"
-            news = finished if done >= steps else f"resuming from step {done} of {steps}"
-        if done < steps and jax.process_index() == 0:
-            place.write_config(config)  # with what a resume may change
-        with (
-            Progress("training", steps, done) as progress,
-            MetricsLog(place, done, config.logging.tensorboard) as metrics,
-        ):
-            note = held_out_note(all_sources(data.identity, origin))
-            progress.say(f"{place.path}: {news}" + (f"\n{note}" if note else ""))
-            evaluate = _evaluator(config, model, mesh, source, tokenizer)
-            loop = Loop(
-                config, objective, step, learning_rate_schedule(config), evaluate, data, mesh, checkpointer, metrics,
-                stop, progress, origin,
-            )  # fmt: skip
-            done = loop.run(state, done, tokens, seconds)
-            if stop.signal is not None and done < steps:
-                progress.say(f"{place.path}: asked to stop; saved step {done}")
-    signal = None if done >= steps else stop.signal
-    parameters = trained + count_parameters(abstract.frozen)
-    return TrainResult(str(place.path), done, done >= steps, signal, loop.tokens, parameters, loop.seconds)
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(_begin(config, place, source, given, break_lock))
+        tokenizer = _checked(place.read_tokenizer(config), config)
+        data = stack.enter_context(TrainingData(config, source, tokenizer))
+        stop = stack.enter_context(StopRequest())
+        start = _restored(config, place, abstract, checkpoint, data) or _fresh(config, place, mesh, abstract, origin)
+        del origin  # or its parameters would be held, beside their copy, as long as the run lasts
+        checkpointer = stack.enter_context(Checkpointer(place, config.checkpoint.keep, lock))
+        _record_config(config, place, start.step)
+        progress = stack.enter_context(Progress("training", config.training.steps, start.step))
+        metrics = stack.enter_context(MetricsLog(place, start.step, config.logging.tensorboard))
+        evaluate = _evaluator(config, model, mesh, source, tokenizer)
+        held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
+        notes += [source.note, start.note, metrics.note, held_out]
+        progress.say("\n".join([f"{place.path}: {start.news}", *filter(None, notes)]))
+        step = make_step(
+            model, training_objective(config), optimizer, mesh, state_shardings(abstract), config.optimizer.ema_decay
+        )
+        about = {"tokenizer": place.tokenizer_digest(), "origin": start.origin}
+        loop = Loop(config, step, evaluate, data, mesh, checkpointer, metrics, stop, progress, about)
+        done = loop.run(start.take_state(), start.step, start.tokens, start.seconds)
+        finished = done >= config.training.steps and loop.evaluated
+        if stop.signal is not None and not finished:
+            left = "; its evaluation was cut short: the same command does it again" if not loop.evaluated else ""
+            progress.say(f"{place.path}: asked to stop; saved step {done}{left}")
+    parameters = count_parameters(abstract.parameters) + count_parameters(abstract.frozen)
+    signal = None if finished else stop.signal
+    return TrainResult(str(place.path), done, finished, signal, loop.tokens, parameters, loop.seconds)
 
 
-def _prepare(config: Config, place: Workdir, source: Source) -> Tokenizer:
-    """Creates the workdir, once nothing can be wrong with the config any more; returns its tokenizer.
+@dataclasses.dataclass
+class _Start:
+    """Where a run stands before its first step here.
 
-    The first process writes it, and all read what it wrote: one that made its own could differ.
+    Attributes:
+      state: of ``step`` steps, ``tokens`` tokens and ``seconds`` of earlier calls.
+      origin: of the run that it extends, see ``looping.beginning``.
+      news: what the run is about to do.
+      note: what else has to be said; nothing where there is nothing to say.
     """
-    new = not place.tokenizer_file.exists()
-    given = _given_tokenizer(config) if new else None
+
+    state: TrainState | None
+    step: int
+    tokens: int
+    seconds: float
+    origin: dict[str, Any] | None
+    news: str
+    note: str
+
+    def take_state(self) -> TrainState:
+        """Hands the state over, which nobody else may hold then: the first step consumes it."""
+        state, self.state = self.state, None
+        assert state is not None  # it is taken once
+        return state
+
+
+def _fresh(config: Config, place: Workdir, mesh: Mesh, abstract: TrainState, origin: Origin | None) -> _Start:
+    """A run that begins; what is left of the metrics of one that lost its checkpoints is put aside."""
+    state = initial_state(build_model(config), make_optimizer(config), config, mesh, origin and origin.parameters)
+    steps, trained = config.training.steps, count_parameters(abstract.parameters)
+    news = f"training {trained:,} parameters for {steps} steps on {_describe(mesh)}"
+    if origin is not None:
+        heads = f"heads {(config.frozen_heads or 0) + 1} to {config.heads.num_heads}"
+        news += f": {heads} on top of {config.init.workdir}, step {origin.record['step']}"
+    note = ""
+    if jax.process_index() == 0 and place.metrics_file.exists() and place.metrics_file.stat().length:
+        kept = place.set_aside(place.metrics_file)
+        note = f"no checkpoint is there, so that the run begins anew; the metrics that were there are kept in {kept}"
+    return _Start(state, 0, 0, 0.0, origin and origin.record, news, note)
+
+
+def _restored(
+    config: Config, place: Workdir, abstract: TrainState, checkpoint: int | None, data: TrainingData
+) -> _Start | None:
+    """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside."""
+    if latest_step(place) is None and checkpoint is None:
+        return None
+    found = restore_state(place, config, abstract, checkpoint)
+    place.read_tokenizer(config, found.record["tokenizer"])
+    data.set_state(found.record["data"])
+    if jax.process_index() == 0:
+        for newer in (step for step in steps_of(place) if step > found.step):
+            place.set_aside(place.checkpoints / str(newer))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("newer checkpoints put aside")
+    done, steps, record = found.step, config.training.steps, found.record
+    news = f"resuming from step {done} of {steps}" if done < steps else f"already finished, at step {done} of {steps}"
+    return _Start(found.tree, done, record["tokens"], record["seconds"], record["origin"], news, found.note(place))
+
+
+def _record_config(config: Config, place: Workdir, done: int) -> None:
+    """Writes the config with what a resume may change; of a finished run, only where its data lie."""
+    if jax.process_index() == 0:
+        finished = done >= config.training.steps
+        place.write_config(dataclasses.replace(place.read_config(), data=config.data) if finished else config)
+
+
+def _begin(config: Config, place: Workdir, source: Source, given: Tokenizer | None, break_lock: bool) -> Lock:
+    """Takes the workdir's lock and creates what is not there, once nothing can be wrong with the config any more.
+
+    The first process does both, and all read the tokenizer that it wrote: one that made its own could differ.
+    """
     if jax.process_count() > 1:  # none writes before all have looked at what was there
         multihost_utils.sync_global_devices("workdir looked at")
-    error = None
-    if new and jax.process_index() == 0:
-        try:
+    lock = error = None
+    try:
+        lock = take_lock(place, break_lock)
+        place.check(config, begun=latest_step(place) is not None)  # again: another process may have begun meanwhile
+        if jax.process_index() == 0 and not place.tokenizer_file.exists():
             _create(config, place, source, given)
-        except (ValueError, OSError) as caught:
-            error = caught
+    except (ValueError, OSError) as caught:
+        error = caught
     # All learn whether it went well: whoever waited for a process that is gone would wait for ever.
     failed = jax.process_count() > 1 and bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
-    if error is not None:
-        raise error
-    if failed:
-        raise ValueError(f"{place.path}: the first process could not create it; its own message says why")
-    return _checked(place.read_tokenizer(config), config)
+    if error is None and not failed and lock is not None:
+        return lock
+    if lock is not None:
+        lock.__exit__()
+    raise error or ValueError(f"{place.path}: the first process could not begin; its own message says why")
 
 
 def _create(config: Config, place: Workdir, source: Source, given: Tokenizer | None) -> None:
@@ -159,8 +230,12 @@ def _create(config: Config, place: Workdir, source: Source, given: Tokenizer | N
     write_atomically(place.tokenizer_file, tokenizer.to_json())
 
 
-def _given_tokenizer(config: Config) -> Tokenizer | None:
-    """The tokenizer of the run to extend, or of the config's file; None: one is to be trained."""
+def _given_tokenizer(config: Config, place: Workdir) -> Tokenizer | None:
+    """The tokenizer of the run to extend, or of the config's file; None: there is one, or one is to be trained."""
+    if place.tokenizer_file.exists():
+        return None
+    if latest_step(place) is not None:
+        return place.read_tokenizer(config)  # which says that it is missing
     if config.objective.mode == "loop":
         return _checked(source_of(config).read_tokenizer(config), config)
     if config.tokenizer.path:
@@ -178,15 +253,6 @@ def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:
     return tokenizer
 
 
-def _beginning(config: Config, mesh: Mesh, trained: int) -> str:
-    """What a new run is about to do."""
-    news = f"training {trained:,} parameters for {config.training.steps} steps on {_describe(mesh)}"
-    if config.frozen_heads is None:
-        return news
-    heads = f"heads {config.frozen_heads + 1} to {config.heads.num_heads}"
-    return f"{news}: {heads} on top of {config.init.workdir}, step {latest_step(source_of(config))}"
-
-
 def _describe(mesh: Mesh) -> str:
     """How many devices, and how they are arranged if they are more than one."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
@@ -194,8 +260,12 @@ def _describe(mesh: Mesh) -> str:
     return f"{used} ({axes})" if axes else used
 
 
-def _evaluator(config: Config, model: LanguageModel, mesh: Mesh, source: Source, tokenizer: Tokenizer) -> Evaluate:
-    """The loop's evaluation: held-out documents scored as ``evaluate --split=validation`` does."""
+def _evaluator(
+    config: Config, model: LanguageModel, mesh: Mesh, source: Source, tokenizer: Tokenizer
+) -> Evaluate | None:
+    """The loop's evaluation: held-out documents scored as ``evaluate --split=validation`` does; None without any."""
+    if not holds_out(source, config.data.validation_fraction):
+        return None
     scorer = make_scorer(model, scoring_objective(config), mesh)
 
     def evaluate(parameters: Any, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
@@ -223,8 +293,8 @@ def _evaluator(config: Config, model: LanguageModel, mesh: Mesh, source: Source,
 
 def main() -> int:
     """Parses the flags, trains, reports."""
-    config, workdir = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
-    result = run(config, workdir)
+    flags = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
+    result = run(flags.config, flags.workdir, checkpoint=flags.checkpoint, break_lock=flags.break_lock)
     return 0 if result.signal is None else 128 + result.signal
 
 

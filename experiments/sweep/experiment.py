@@ -14,7 +14,7 @@ from experiments.sweep.runner import RESULTS, Row, Sweep, read_rows
 from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import SCALES, Scale
 from mtpd_jax import frontdoor
-from mtpd_jax.training.loop import DivergedError
+from mtpd_jax.training.state import DivergedError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from experiments.sweep.fingerprint import code_version
 from experiments.sweep.measure import measure
 from experiments.sweep.runs import Run
 from mtpd_jax import train
-from mtpd_jax.training.loop import DivergedError
+from mtpd_jax.training.state import DivergedError
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 

@@ -2,24 +2,34 @@
 
 import glob
 import hashlib
-import json
-import mmap
 import pathlib
-import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from mtpd_jax.config import DataConfig
+from mtpd_jax.data.files import File, json_field, plain_pieces
 
 # Tests, and modules that are tables of data rather than code.
 _LEFT_OUT = {"test", "tests", "idle_test", "testing", "encodings", "pydoc_data", "site-packages", "__pycache__"}
+# A file of more bytes without a separator is cut into documents. Our choice: essays and stories stay whole.
+_PLAIN_FROM = 1 << 16
+
+
+Find = Callable[[File], Iterator[tuple[int, int]]]
+Parse = Callable[[File, int, int], str]
 
 
 class Source(Protocol):
-    """A fixed, ordered collection of documents."""
+    """A fixed, ordered collection of documents.
+
+    Attributes:
+      note: what has to be said of how they were made; nothing where there is nothing to say.
+    """
+
+    note: str
 
     def __len__(self) -> int: ...
 
@@ -33,19 +43,22 @@ class Source(Protocol):
 
 
 class FileSource:
-    """One document per file."""
+    """One document per file: programs, some of which are in another encoding; a byte that is no UTF-8 is replaced."""
+
+    note = ""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
-        self._paths = paths
+        self._files = [File(path) for path in paths]
 
     def digest(self) -> str:
-        return _digest_of(path.read_bytes() for path in self._paths)
+        return _digest_of(file.digest().encode() for file in self._files)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._files)
 
     def __getitem__(self, index: Any) -> str:
-        return self._paths[index].read_text(encoding="utf-8", errors="replace")
+        file = self._files[index]
+        return file.read(0, file.size).decode("utf-8", errors="replace")
 
 
 class SpanSource:
@@ -53,25 +66,28 @@ class SpanSource:
 
     Args:
       paths: the files.
-      find: yields the (start, end) of every document in a file's bytes.
-      parse: turns the bytes of one document into its text.
+      find: yields the (start, end) of every document of a file, each of them checked: a bad one must not turn up hours
+        into a run.
+      parse: turns (file, start, end) into the text of a document.
       reads: says what ``parse`` takes of the bytes.
     """
 
-    def __init__(self, paths: Sequence[pathlib.Path], find: Any, parse: Any, reads: str):
-        self._maps: list[bytes | mmap.mmap] = [_map(path) for path in paths]
+    def __init__(self, paths: Sequence[pathlib.Path], find: Find, parse: Parse, reads: str):
+        self._files = [File(path) for path in paths]
         self._parse, self._reads = parse, reads
-        self._spans = [(file, *span) for file, content in enumerate(self._maps) for span in find(content)]
+        self._spans = [(number, *span) for number, file in enumerate(self._files) for span in find(file)]
+        self.note = ""
 
     def digest(self) -> str:
-        return _digest_of([self._reads.encode(), np.asarray(self._spans, np.int64).tobytes(), *self._maps])
+        spans = np.asarray(self._spans, np.int64).tobytes()
+        return _digest_of([self._reads.encode(), spans, *(file.digest().encode() for file in self._files)])
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: Any) -> str:
-        file, start, end = self._spans[index]
-        return self._parse(self._maps[file][start:end])
+        number, start, end = self._spans[index]
+        return self._parse(self._files[number], start, end)
 
 
 class TfdsSource:
@@ -83,6 +99,7 @@ class TfdsSource:
     def __init__(self, name: str, split: str, directory: str, field: str):
         import tensorflow_datasets as tfds
 
+        self.note = ""
         try:
             builder: Any = tfds.builder(name, data_dir=directory or None)
             self._records = builder.as_data_source(split)
@@ -107,7 +124,13 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: Any) -> str:
-        return self._records[index][self._field].decode("utf-8", errors="replace")
+        raw = self._records[index][self._field]
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"config.data.field = {self._field!r}, record {index}: byte {error.start} is not UTF-8"
+            ) from error
 
 
 def open_source(config: DataConfig) -> Source:
@@ -120,18 +143,12 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "python":
         source: Source = FileSource(_python_files(config.packages))
     elif config.source == "text":
-        separator = config.separator.encode()
-        source = SpanSource(
-            expand(config.paths, "config.data.paths"),
-            lambda content: _between(content, separator),
-            lambda raw: raw.decode("utf-8", errors="replace").strip("\n"),
-            reads="text",
-        )
+        source = _text_source(config)
     elif config.source == "jsonl":
         source = SpanSource(
             expand(config.paths, "config.data.paths"),
-            lambda content: _json_lines(content, config.field),
-            lambda raw: json_field(raw, config.field),
+            lambda file: _json_lines(file, config.field),
+            lambda file, start, end: json_field(file.read(start, end), config.field, str(file.path)),
             reads=config.field,
         )
     else:
@@ -147,6 +164,11 @@ def open_source(config: DataConfig) -> Source:
 def identity(source: Source) -> dict[str, Any]:
     """What a run records of its documents, to know them again: how many there are, and their digest."""
     return {"documents": len(source), "digest": source.digest()}
+
+
+def holds_out(source: Source, fraction: float) -> bool:
+    """Whether any document belongs to the validation split."""
+    return fraction > 0 and next(split(source, fraction, validation=True), None) is not None
 
 
 def held_out(text: str, fraction: float) -> bool:
@@ -167,7 +189,7 @@ def split(source: Source, fraction: float, validation: bool) -> Iterator[str]:
             yield text
 
 
-def _digest_of(parts: Iterable[bytes | mmap.mmap]) -> str:
+def _digest_of(parts: Iterable[bytes]) -> str:
     """One hash of several pieces of bytes, and of where each ends."""
     whole = hashlib.sha256()
     for part in parts:
@@ -190,27 +212,34 @@ def expand(patterns: Sequence[str], name: str) -> list[pathlib.Path]:
     return list(found)
 
 
-def json_field(line: str | bytes, field: str) -> str:
-    """Reads a text field of one line of JSON.
+def _text_source(config: DataConfig) -> Source:
+    separator, cut = config.separator.encode(), []
 
-    Raises:
-      ValueError: the line is not a JSON object with that field as text.
-    """
-    try:
-        value = json.loads(line)[field]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        start = line[:60].decode("utf-8", errors="replace") if isinstance(line, bytes) else line[:60]
-        raise ValueError(f"line {start!r}…: expected a JSON object with a field {field!r}") from error
-    if not isinstance(value, str):
-        raise ValueError(f"field {field!r} = {value!r}: expected text")
-    return value
+    def find(file: File) -> Iterator[tuple[int, int]]:
+        plain = file.size > _PLAIN_FROM and not file.holds(separator)
+        if plain:
+            cut.append(file.path)
+        for start, raw in plain_pieces(file) if plain else file.pieces(separator):
+            file.decode(start, raw)
+            if raw.strip():
+                yield start, start + len(raw)
+
+    paths = expand(config.paths, "config.data.paths")
+    source = SpanSource(paths, find, lambda file, *span: file.text(*span).strip("\n"), reads="text")
+    if cut:
+        which = str(cut[0]) if len(cut) == 1 else f"{len(cut)} files"
+        source.note = (
+            f"{which}: without {config.separator!r}; cut into documents of 4 to 8 kB, at blank lines if possible"
+        )
+    return source
 
 
-def _json_lines(content: bytes | mmap.mmap, field: str) -> Iterator[tuple[int, int]]:
-    """Yields the ranges of lines, each of them checked: a bad one must not turn up hours into a run."""
-    for start, end in _between(content, b"\n"):
-        json_field(content[start:end], field)
-        yield start, end
+def _json_lines(file: File, field: str) -> Iterator[tuple[int, int]]:
+    """Yields the ranges of lines that are not empty."""
+    for number, (start, raw) in enumerate(file.pieces(b"\n"), 1):
+        if raw.strip():
+            json_field(raw, field, f"{file.path}, line {number}")
+            yield start, start + len(raw)
 
 
 def _python_files(packages: bool) -> list[pathlib.Path]:
@@ -223,21 +252,3 @@ def _python_files(packages: bool) -> list[pathlib.Path]:
         relative = sorted(path.relative_to(root) for path in root.rglob("*.py"))
         files += [root / path for path in relative if _LEFT_OUT.isdisjoint(path.parts) and (root / path).stat().st_size]
     return files
-
-
-def _map(path: pathlib.Path) -> bytes | mmap.mmap:
-    if not path.stat().st_size:
-        return b""  # an empty file cannot be mapped
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _between(content: bytes | mmap.mmap, separator: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the ranges between separators, leaving out those that hold white space only."""
-    start = 0
-    for match in re.finditer(re.escape(separator), content):
-        if content[start : match.start()].strip():
-            yield start, match.start()
-        start = match.end()
-    if content[start:].strip():
-        yield start, len(content)

@@ -63,12 +63,15 @@ class Tokenizer:
           ValueError: the file is missing or is not a tokenizer, or lacks the end token.
         """
         try:
-            text = epath.Path(path).read_text()
-            return cls(tokenizers.Tokenizer.from_str(text), end_token)
-        except ValueError:
-            raise
+            text = epath.Path(path).read_bytes().decode("utf-8")
+            library_tokenizer = tokenizers.Tokenizer.from_str(text)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"tokenizer {str(path)!r}: byte {error.start} is not UTF-8") from error
+        except OSError as error:
+            raise ValueError(f"tokenizer {str(path)!r}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
             raise ValueError(f"tokenizer {str(path)!r}: expected a readable tokenizer.json ({error})") from error
+        return cls(library_tokenizer, end_token)
 
     def to_json(self) -> str:
         """The contents of a tokenizer.json."""

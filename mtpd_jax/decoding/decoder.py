@@ -11,15 +11,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
-from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.rows import Rows
 from mtpd_jax.decoding.speculative import make_loop
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply, compute_dtype
 from mtpd_jax.shapes import Array
+from mtpd_jax.training.feasibility import check_decoding
 
 # Tokens that the shortest prompts are padded to. Our choice.
 _SHORTEST = 32
+# Heads that are written out one after the other, at most. Our choice.
+_MOST_WRITTEN_OUT = 32
 # Attention over a chunk holds chunk x slots scores. Our choice.
 _PREFILL_CHUNK = 512
 
@@ -92,6 +95,7 @@ class Decoder:
           ValueError: see ``check``.
         """
         self.check(prompts, options)
+        check_seed(seed)
         per_device = -(-len(prompts) // len(self._devices))
         parts = -(-len(prompts) // per_device)
         # What is missing to rows for all is the last prompt again.
@@ -122,7 +126,9 @@ class Decoder:
 
     def network(self, options: Options) -> tuple[Network, DecodingParameters]:
         """The network for these options, and the parameters in its layout."""
-        network = Network(self._model, self._scanned, True if options.adaptive else None)
+        # A program of many heads written out would take minutes to compile.
+        scanned_heads = options.adaptive or options.num_heads > _MOST_WRITTEN_OUT
+        network = Network(self._model, self._scanned, True if scanned_heads else None)
         layout = (network.scanned, network.scanned_heads)
         if layout not in self._laid_out:
             devices = Mesh(np.array(self._devices), "rows")
@@ -155,13 +161,20 @@ class Decoder:
         with jax.default_matmul_precision("highest"):
             return np.asarray(self._compiled[key](self._parameters, row, len(text) - 1))
 
-    def check(self, prompts: Sequence[np.ndarray], options: Options) -> None:
+    def check(self, prompts: Sequence[np.ndarray], options: Options, batch_size: int | None = None) -> None:
         """Checks what ``run`` would be given; callers with many batches call it for all of them first.
 
+        Args:
+          prompts, options: see ``run``.
+          batch_size: prompts that are decoded together; None: all.
+
         Raises:
-          ValueError: an empty prompt, one that does not leave room in the context, or options out of range.
+          ValueError: an empty prompt, one that does not leave room in the context, options out of range, or more
+            memory needed than there is.
         """
         options.validate(self._model.heads_config.num_heads)
+        if options.num_heads >= self._context:
+            raise ValueError(f"heads = {options.num_heads}: expected fewer than the model's context of {self._context}")
         if not prompts:
             raise ValueError("no prompt was given")
         for number, prompt in enumerate(prompts, 1):
@@ -172,6 +185,9 @@ class Decoder:
                     f"prompt {number} has {len(prompt)} tokens; with max_new_tokens = {options.max_new_tokens} that is "
                     f"more than the model's context of {self._context}: shorten one of them"
                 )
+        rows = -(-min(len(prompts), batch_size or len(prompts)) // len(self._devices))
+        longest = max(map(len, prompts)) + options.max_new_tokens
+        check_decoding(self._model.config, options.num_heads, rows, longest, self._devices[0])
 
     def _loop(self, network: Network, arguments: tuple[Any, ...], options: Options, mesh: Mesh) -> Any:
         shape = arguments[1].shape

@@ -2,7 +2,18 @@
 
 import dataclasses
 
-from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.decoding.sampling import GREEDY, Sampling, check_integer, check_number
+
+
+def check_seed(seed: int) -> None:
+    """Checks a seed of sampling.
+
+    Raises:
+      ValueError: it is none of those that give different texts.
+    """
+    check_integer("seed", seed)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed = {seed}: expected 0 to 2**32 - 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +78,12 @@ class Options:
         Raises:
           ValueError: naming the value and what is allowed.
         """
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling = {self.sampling!r}: expected a Sampling")
         self.sampling.validate()
+        for name in ("num_heads", "max_new_tokens"):
+            check_integer(name.removeprefix("num_"), getattr(self, name))
+        check_number("min_confidence", self.min_confidence)
         if self.num_heads < 0:
             raise ValueError(f"heads = {self.num_heads}: expected 0 (plain decoding) or more")
         if self.num_heads and not modules:

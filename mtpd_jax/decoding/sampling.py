@@ -9,6 +9,22 @@ from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array, Bool, Float, Int
 
 
+def check_integer(name: str, value: object) -> None:
+    """Checks the type of an option.
+
+    Raises:
+      ValueError: naming the option and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} = {value!r}: expected an integer")
+
+
+def check_number(name: str, value: object) -> None:
+    """Checks the type of an option; see ``check_integer``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} = {value!r}: expected a number")
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; by default the same for the main head and for drafts, which is best for acceptance.
@@ -41,6 +57,11 @@ class Sampling:
         Raises:
           ValueError: naming the value and what is allowed.
         """
+        check_number("temperature", self.temperature)
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p)
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature = {self.temperature}: expected zero (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
@@ -56,7 +77,11 @@ GREEDY = Sampling()
 
 def probabilities(logits: Float[Array, "*rows V"], sampling: Sampling) -> Float[Array, "*rows V"]:
     """The distribution that tokens are drawn from: temperature, then top-k, then top-p, renormalised (float32)."""
-    logits = logits.astype(jnp.float32) / sampling.temperature
+    logits = logits.astype(jnp.float32)
+    # Differences first: however cold, the largest is 0 and the others fall to minus infinity, where quotients of large
+    # numbers would all be infinite.
+    coldest = float(jnp.finfo(jnp.float32).tiny)
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / max(sampling.temperature, coldest)
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         smallest = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         logits = jnp.where(logits >= smallest, logits, -jnp.inf)

@@ -82,7 +82,7 @@ def decode_prompts(
       on_batch: called with the number of prompts just decoded in one of the ways.
     """
     for options in ways.values():
-        decoder.check(prompts, options)
+        decoder.check(prompts, options, batch_size)
     found: dict[int | str, list[Continuation]] = {name: [] for name in ways}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

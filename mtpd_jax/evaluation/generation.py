@@ -8,9 +8,10 @@ import rich.console
 import rich.table
 import rich.text
 
+from mtpd_jax.data.files import check_text
 from mtpd_jax.decoding.decoder import Continuation, Decoder
-from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.decoding.options import Options, check_seed
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
 from mtpd_jax.evaluation.report import percent
@@ -90,23 +91,44 @@ def generate(
     Raises:
       ValueError: bad prompt or option.
     """
+    check_seed(seed)
+    check_prompts(prompts)
     decoder = decoder_of(trained)
     encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
-    decoder.check(encoded, options)
+    decoder.check(encoded, options, batch_size=1)
     return [_generate(trained, decoder, ids, options, seed, compare, row) for row, ids in enumerate(encoded)]
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+    """Checks that prompts are texts.
+
+    Raises:
+      ValueError: naming the prompt, and what in it is no text.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts = {prompts!r:.80}: expected a list of texts")
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt {number} = {prompt!r:.80}: expected a text")
+        check_text(prompt, f"prompt {number}")
 
 
 def options_for(
     trained: TrainedRun,
     heads: int | None,
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: Sampling | None,
     min_confidence: float,
     bit_exact: bool,
 ) -> Options:
-    """The options for one number of heads: None for all that the run has; one pass width for all if ``bit_exact``."""
+    """The options for one number of heads: None for all that the run has; one pass width for all if ``bit_exact``.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
     heads = trained.config.heads.num_heads if heads is None else heads
-    options = Options(heads, max_new_tokens, sampling, min_confidence)
+    options = Options(heads, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence)
+    options.validate(trained.config.heads.num_heads)
     return options.sharing_width(heads) if bit_exact else options
 
 

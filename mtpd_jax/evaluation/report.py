@@ -11,6 +11,7 @@ from etils import epath
 from mtpd_jax.evaluation.acceptance import Interval
 from mtpd_jax.evaluation.decoding import DecodingScore
 from mtpd_jax.evaluation.scoring import TextScore
+from mtpd_jax.training.workdir import write_atomically
 
 
 def percent(share: float | None) -> str:
@@ -104,12 +105,21 @@ def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.tabl
 
 
 def write_json(path: str, value: Any) -> None:
-    """Writes indented JSON.
+    """Writes indented JSON, whole or not at all; a number that is not finite, which JSON has none for, becomes null.
 
     Raises:
       ValueError: the file cannot be written.
     """
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        epath.Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(epath.Path(path), text)
     except OSError as error:
-        raise ValueError(f"--json={path}: cannot be written ({error})") from error
+        raise ValueError(f"--json={path}: cannot be written ({error.strerror or error})") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

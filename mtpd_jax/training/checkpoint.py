@@ -1,19 +1,35 @@
-"""Checkpoints with orbax: written in the background, complete or absent, restored onto whatever mesh there is."""
+"""Checkpoints with orbax: written in the background, complete or absent, restored onto whatever mesh there is.
 
+What is read is held to digests of what was written. One that differs is passed over for the one before.
+"""
+
+import dataclasses
+import hashlib
 import importlib.metadata
-from typing import Any
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
-from mtpd_jax.config import Config
+from mtpd_jax.config import Config, differences
+from mtpd_jax.training.digests import digests_of
+from mtpd_jax.training.lock import Lock
 from mtpd_jax.training.partition import merge
-from mtpd_jax.training.state import TrainState
+from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.workdir import Workdir
 
 # What stands beside every state.
-_RECORDED = {"config", "versions", "data", "origin", "tokens", "seconds"}
+_RECORDED = {"config", "versions", "digests", "tokenizer", "data", "origin", "tokens", "seconds"}
+_Read = TypeVar("_Read")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not what was written."""
 
 
 def package_versions() -> dict[str, str]:
@@ -22,33 +38,37 @@ def package_versions() -> dict[str, str]:
 
 
 class Checkpointer:
-    """Saves and restores a run: the state, and beside it the data iterator, counters, config and package versions.
+    """Saves a run: the state, and beside it its digests, the data iterator, counters, config and package versions.
 
     Orbax writes into a temporary folder that it renames when all is there, so a process killed at any moment leaves
     the checkpoint before. A context manager: leaving it waits for a save that is still being written.
     """
 
-    def __init__(self, workdir: Workdir, keep: int | None = None):
-        """Opens a run's checkpoints; ``keep`` of them are retained, newest first (None: opened for reading)."""
-        self._path = workdir.checkpoints
+    def __init__(self, workdir: Workdir, keep: int, lock: Lock):
+        """Opens a run's checkpoints for writing; ``keep`` of them are retained, newest first."""
+        self._workdir, self._lock = workdir, lock
+        self._newest = latest_step(workdir)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            create=keep is not None,
-            read_only=keep is None,
-            cleanup_tmp_directories=keep is not None,  # what a killed process left of a save
-            enable_async_checkpointing=keep is not None,
+            cleanup_tmp_directories=True,  # what a killed process left of a save
+            enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._manager = ocp.CheckpointManager(workdir.checkpoints, options=options)
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:  # else what went wrong before is what is reported
+                raise self._failure(error) from error
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
-        return self._manager.latest_step()
+    @property
+    def newest(self) -> int | None:
+        """The step that was saved last, complete or not yet; None without any."""
+        return self._newest
 
     def save(self, step: int, state: TrainState, config: Config, progress: dict[str, Any]) -> None:
         """Starts saving; returns when the state has been copied off the devices.
@@ -57,93 +77,211 @@ class Checkpointer:
           step: optimizer steps done.
           state: may be donated as soon as this returns.
           config: written beside the state.
-          progress: JSON: the data iterator's state and the counters of the loop.
+          progress: JSON: digest of the tokenizer, the data iterator's state, and the counters of the loop.
+
+        Raises:
+          DivergedError: the state holds a number that is not finite; nothing is saved.
+          ValueError: another process has taken the run over.
+          OSError: this one, or the one before, cannot be written.
         """
-        record = {"config": config.to_dict(), "versions": package_versions(), **progress}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(record))
-        self._manager.save(step, args=items, force=True)
+        self._lock.check()
+        digests, broken = digests_of(state)
+        if broken is not None:
+            raise DivergedError(f"step {step}: {broken} is not finite any more; {self.kept()}")
+        record = {"config": config.to_dict(), "versions": package_versions(), "digests": digests, **progress}
+        sealed = {"sha256": _seal(record), **record}
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(sealed))
+        try:
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:
+            raise self._failure(error) from error
+        self._newest = step
 
     def wait(self) -> None:
-        """Waits until what was saved is complete on disk."""
-        self._manager.wait_until_finished()
-
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the newest checkpoint into an explicit tree of shapes and shardings.
+        """Waits until what was saved is complete on disk.
 
         Raises:
-          ValueError: it cannot be read, or its shapes are others.
+          OSError: it cannot be written.
         """
-        state = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-        # The record first: a checkpoint of other code is better named than by the shapes that do not fit.
-        record = self.record()
-        return self._restore(ocp.args.Composite(state=state))["state"], record
-
-    def record(self) -> dict[str, Any]:
-        """What was stored beside the newest state: ``progress`` of ``save``, config and package versions.
-
-        Raises:
-          ValueError: there is no checkpoint, it cannot be read, or another version of this code wrote it.
-        """
-        record = self._restore(ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-        if not record.keys() >= _RECORDED:
-            raise ValueError(
-                f"{self._path}: written by another version of this code (without {min(_RECORDED - record.keys())}); "
-                "train the run again"
-            )
-        return record
-
-    def restore_parameters(self, abstract: TrainState) -> Any:
-        """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
-
-        Raises:
-          ValueError: there is no checkpoint, it cannot be read, or its shapes are others.
-        """
-        name = "parameters" if abstract.average is None else "average"
-        wanted = {name: getattr(abstract, name), "frozen": abstract.frozen}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        state = ocp.args.PyTreeRestore(wanted, restore_args, partial_restore=True)
-        restored = self._restore(ocp.args.Composite(state=state))["state"]
-        return merge(restored[name], restored["frozen"])
-
-    def _restore(self, items: ocp.args.Composite) -> Any:
-        step = self.latest_step()
-        if step is None:
-            raise ValueError(f"{self._path}: holds no complete checkpoint")
         try:
-            return self._manager.restore(step, args=items)
-        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged or foreign checkpoint
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ValueError(
-                f"{self._path / str(step)}: not a readable checkpoint of this run ({reason[:200]}); "
-                "delete that folder to go on from the one before"
-            ) from error
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def kept(self) -> str:
+        """What of the run is safe, for messages."""
+        good = latest_step(self._workdir)
+        return "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
+
+    def _failure(self, error: Exception) -> OSError:
+        return OSError(f"{self._workdir.checkpoints}: a checkpoint cannot be written ({reason(error)}); {self.kept()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+      tree: what was asked for: a ``TrainState``, or the parameters of the whole model.
+      record: what was stored beside it: ``progress`` of ``save``, config, package versions and digests.
+      step: optimizer steps done.
+      damaged: newer ones that could not be used, and why.
+    """
+
+    tree: Any
+    record: dict[str, Any]
+    step: int
+    damaged: tuple[tuple[int, str], ...]
+
+    def note(self, workdir: Workdir) -> str:
+        """What has to be said of it; nothing where there is nothing to say."""
+        if not self.damaged:
+            return ""
+        steps = ", ".join(f"{step} ({why})" for step, why in self.damaged)
+        return f"{workdir.checkpoints}: damaged: {steps}; step {self.step}, the one before, is used"
+
+
+def steps_of(workdir: Workdir) -> list[int]:
+    """The steps of a run's complete checkpoints, newest first; creates nothing."""
+    if not workdir.checkpoints.is_dir():
+        return []
+    return sorted(ocp.utils.checkpoint_steps(workdir.checkpoints), reverse=True)
 
 
 def latest_step(workdir: Workdir) -> int | None:
     """The newest complete checkpoint's step, or None; creates nothing."""
-    if not workdir.checkpoints.exists():
-        return None
-    with Checkpointer(workdir) as checkpointer:
-        return checkpointer.latest_step()
+    return next(iter(steps_of(workdir)), None)
 
 
-def stored_record(workdir: Workdir) -> dict[str, Any]:
-    """The newest checkpoint's record.
+def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: int | None = None) -> Restored:
+    """Restores the state of a run into an explicit tree of shapes and shardings.
 
-    Raises:
-      ValueError: see ``Checkpointer.record``.
-    """
-    with Checkpointer(workdir) as checkpointer:
-        return checkpointer.record()
-
-
-def restored_parameters(workdir: Workdir, abstract: TrainState) -> tuple[Any, dict[str, Any]]:
-    """The newest checkpoint's evaluated parameters, and its record.
+    Args:
+      workdir, config: of the run.
+      abstract: what the checkpoint was, wherever it is to lie now.
+      step: which checkpoint; None: the newest that is whole.
 
     Raises:
-      ValueError: see ``Checkpointer.restore_parameters``.
+      ValueError: there is none, none that can be read, or config.json is not that of the run any more.
     """
-    if not workdir.checkpoints.exists():
+    wanted = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+    return _read_tree(workdir, config, wanted, lambda state: state, step)
+
+
+def restore_parameters(workdir: Workdir, config: Config, abstract: TrainState, step: int | None = None) -> Restored:
+    """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
+
+    For arguments and errors see ``restore_state``.
+    """
+    name = "parameters" if abstract.average is None else "average"
+    parts = {name: getattr(abstract, name), "frozen": abstract.frozen}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(parts)
+    wanted = ocp.args.PyTreeRestore(parts, restore_args, partial_restore=True)
+    return _read_tree(workdir, config, wanted, lambda found: merge(found[name], found["frozen"]), step)
+
+
+def read_record(workdir: Workdir) -> dict[str, Any]:
+    """The record of the newest checkpoint that has one; see ``Restored``.
+
+    Raises:
+      ValueError: there is none.
+    """
+    return _newest_whole(workdir, None, lambda step: _record(workdir, step))[0]
+
+
+def _read_tree(
+    workdir: Workdir, config: Config, wanted: Any, tree: Callable[[Any], Any], chosen: int | None
+) -> Restored:
+    def read(step: int) -> tuple[Any, dict[str, Any]]:
+        # The record first: another config is better named than by the shapes that do not fit.
+        record = _record(workdir, step)
+        _check_config(workdir, config, record)
+        found = _restore(workdir, step, ocp.args.Composite(state=wanted))["state"]
+        digests, broken = digests_of(found)
+        changed = next((name for name, digest in digests.items() if record["digests"].get(name) != digest), None)
+        if changed is not None:
+            raise DamagedError(f"{changed} is not what was written")
+        if broken is not None:
+            raise DamagedError(f"{broken} holds numbers that are not finite")
+        return found, record
+
+    (found, record), step, damaged = _newest_whole(workdir, chosen, read)
+    return Restored(tree(found), record, step, damaged)
+
+
+def _newest_whole(
+    workdir: Workdir, chosen: int | None, read: Callable[[int], _Read]
+) -> tuple[_Read, int, tuple[tuple[int, str], ...]]:
+    """What the newest checkpoint that is not damaged holds, its step, and the newer ones that are, with the reasons."""
+    steps, damaged = [], []
+    for _ in range(3):  # a run that goes on meanwhile deletes its oldest
+        steps = steps_of(workdir)
+        if chosen is not None and chosen not in steps:
+            there = f"has {', '.join(map(str, sorted(steps)))}" if steps else "holds no complete checkpoint"
+            raise ValueError(f"checkpoint = {chosen}: {workdir.checkpoints} {there}")
+        damaged = []
+        for step in steps if chosen is None else [chosen]:
+            try:
+                return read(step), step, tuple(damaged)
+            except DamagedError as error:
+                damaged.append((step, str(error)))
+        if steps == steps_of(workdir):
+            break
+    if not steps:
         raise ValueError(f"{workdir.checkpoints}: holds no complete checkpoint")
-    with Checkpointer(workdir) as checkpointer:
-        return jax.block_until_ready(checkpointer.restore_parameters(abstract)), checkpointer.record()
+    why = "; ".join(f"step {step}: {cause}" for step, cause in damaged)
+    raise ValueError(f"{workdir.checkpoints}: no checkpoint that can be used: {why}")
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _record(workdir: Workdir, step: int) -> dict[str, Any]:
+    sealed = _restore(workdir, step, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
+    if not isinstance(sealed, dict):
+        raise DamagedError("its record is no record")
+    record = {name: value for name, value in sealed.items() if name != "sha256"}
+    if sealed.get("sha256") != _seal(record):
+        raise DamagedError("its record is not what was written, or another version of this code wrote it")
+    if not record.keys() >= _RECORDED:
+        raise ValueError(
+            f"{workdir.checkpoints}: written by another version of this code (without "
+            f"{min(_RECORDED - record.keys())}); train the run again"
+        )
+    return record
+
+
+def _check_config(workdir: Workdir, config: Config, record: dict[str, Any]) -> None:
+    try:
+        changed = differences(Config.build(record["config"]), config)
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir.checkpoints}: written by another version of this code ({error}); train the run again"
+        ) from error
+    if changed:
+        raise ValueError(
+            f"{workdir.config_file}: {', '.join(changed)} is not what the run's checkpoints were written with; "
+            "config.json was changed, and has to be put back"
+        )
+
+
+def _restore(workdir: Workdir, step: int, items: ocp.args.Composite) -> Any:
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            return reader.restore(workdir.checkpoints / str(step), args=items)
+    except MemoryError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise many kinds for a damaged or foreign checkpoint
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # of the device, not of the files
+        raise DamagedError(f"not readable: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be read or written, in a few words: what the operating system said, if it spoke."""
+    text = " ".join(str(error).split())
+    number = error.errno if isinstance(error, OSError) else None
+    found = re.search(r"os_error_code='(\d+)'", text)
+    number = int(found[1]) if found else number
+    return os.strerror(number) if number else text[:160] or type(error).__name__

@@ -1,11 +1,22 @@
-"""Being asked to stop: SIGTERM or Ctrl-C set a flag, which the loop reads between steps and inside evaluations."""
+"""Being asked to stop: SIGTERM or Ctrl-C, which end a command at once, and a run of training where it can go on."""
 
+import contextlib
+import os
+import select
 import signal
 import threading
-from typing import Any
+import time
+from typing import Any, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Seconds that a run which was asked to stop may go without hearing it. Our choice: clusters kill after 30 to 120.
+_PATIENCE = 60.0
+_leaving = threading.Lock()
+# The run that is to stop by itself, if there is one.
+_heeding: "StopRequest | None" = None
 
 
 class StopRequest:
@@ -18,18 +29,23 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked: int | None = None
         self._questions = 0
+        self._heard = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        global _heeding
         # Only the main thread may set handlers; a loop that runs in another one is stopped by whoever started it.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            _heeding = self
+            for number in _SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: Any) -> None:
+        global _heeding
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        _heeding = None
 
     def _handle(self, number: int, _: Any) -> None:
         if self._asked is not None and number == signal.SIGINT:
@@ -41,6 +57,11 @@ class StopRequest:
         """The signal that asked, or None."""
         return self._asked
 
+    @property
+    def heard(self) -> bool:
+        """Whether whoever asks ``asked`` has been told to stop."""
+        return self._heard
+
     def asked(self) -> bool:
         """Whether to stop now. With several processes all must ask equally often, and all get the same answer."""
         if jax.process_count() > 1 and self._asked is None:
@@ -49,4 +70,58 @@ class StopRequest:
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
                 self._asked = int(signal.SIGTERM)
-        return self._asked is not None
+        self._heard = self._asked is not None
+        return self._heard
+
+
+def end_on_signals() -> None:
+    """Lets SIGTERM and Ctrl-C end this process with one line, wherever it is: for commands, which call it once.
+
+    Python hears of a signal between two of its own instructions, which compiled code may be far from; so a thread
+    waits for it. A signal that was ignored when the process began (``nohup``) stays so. A run that stops by itself
+    (``StopRequest``) is left to do so, but not for ever.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _left_to_the_thread)
+    threading.Thread(target=_wait, args=(reader,), daemon=True).start()
+
+
+def _left_to_the_thread(number: int, frame: Any) -> None:
+    """Takes the place of what would end the process otherwise."""
+
+
+def _wait(reader: int) -> None:
+    """Reads the numbers of signals as they come, and ends the process when it is time."""
+    first, deadline = None, None
+    while True:
+        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+        arrived = os.read(reader, 1)[0] if select.select([reader], [], [], seconds)[0] else None
+        if arrived is not None and arrived not in _SIGNALS:
+            continue
+        stopping = _heeding
+        if first is None and arrived is not None and stopping is not None:
+            first, deadline = arrived, time.monotonic() + _PATIENCE
+        elif arrived is None and first is not None:
+            deadline = None
+            if stopping is not None and not stopping.heard:
+                leave(128 + first, f"error: what runs did not end within {_PATIENCE:.0f} s of being asked to stop")
+        elif arrived is not None and (stopping is None or arrived == signal.SIGINT):
+            leave(128 + arrived, "interrupted")
+
+
+def leave(status: int, line: str | None = None) -> NoReturn:
+    """Ends the process here and now: what other threads and libraries would still say has been said in one line.
+
+    Args:
+      status: the exit status.
+      line: written on standard error.
+    """
+    _leaving.acquire()  # the first one speaks; nobody gives it back
+    shown = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides the cursor
+    with contextlib.suppress(OSError):  # closed, or full, and there is nobody left to tell
+        os.write(2, (shown + ("" if line is None else line + "\n")).encode())
+    os._exit(status)

@@ -8,27 +8,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
-from mtpd_jax.losses.objective import Objective
+from mtpd_jax.losses.objective import training_objective
 from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.checkpoint import Checkpointer
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.metrics import MetricsLog, utilisation
+from mtpd_jax.training.optimizer import learning_rate_schedule
 from mtpd_jax.training.progress import Progress
-from mtpd_jax.training.state import TrainState
+from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.step import StepResult
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
 # (parameters, keep going?) -> metrics without prefix, or None if it was told to stop.
 Evaluate = Callable[[Any, Callable[[], bool]], Mapping[str, float | None] | None]
-
-
-class DivergedError(RuntimeError):
-    """The loss or the gradient is not finite any more."""
 
 
 @dataclasses.dataclass
@@ -71,27 +67,31 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        objective: Objective,
         step: Step,
-        schedule: optax.Schedule,
-        evaluate: Evaluate,
+        evaluate: Evaluate | None,
         data: TrainingData,
         mesh: Mesh,
         checkpointer: Checkpointer,
         metrics: MetricsLog,
         stop: StopRequest,
         progress: Progress,
-        origin: Mapping[str, Any] | None,
+        about: Mapping[str, Any],
     ):
-        """See ``train.run``; ``origin`` is kept in every checkpoint (see ``looping.beginning``)."""
-        self._config, self._objective, self._step, self._schedule = config, objective, step, schedule
+        """See ``train.run``.
+
+        ``about`` is kept in every checkpoint: the digest of the tokenizer, and the origin (see ``looping.Origin``).
+        ``evaluate`` is None where nothing is held out.
+        """
+        self._config, self._step = config, step
+        self._objective, self._schedule = training_objective(config), learning_rate_schedule(config)
         self._evaluate, self._data, self._checkpointer = evaluate, data, checkpointer
-        self._metrics, self._stop, self._progress, self._origin = metrics, stop, progress, origin
+        self._metrics, self._stop, self._progress, self._about = metrics, stop, progress, about
         self._mesh, self._sharding = mesh, batch_sharding(mesh)
         self._meter = _Meter()
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
         self._begin = time.monotonic()
+        self._evaluated = True
 
     def run(self, state: TrainState, done: int, tokens: int, seconds: float) -> int:
         """Trains until the last step or until asked to stop; returns the step reached.
@@ -120,7 +120,7 @@ class Loop:
                 self._run_evaluation(state, done)
             if done % config.checkpoint.every_steps == 0 or done == last:
                 self._save(state, done)
-        if self._checkpointer.latest_step() != done:  # asked to stop in between
+        if self._checkpointer.newest != done:  # asked to stop in between
             self._save(state, done)
         self._checkpointer.wait()
         return done
@@ -135,8 +135,15 @@ class Loop:
         """Wall time of the loop, compilation and evaluation included, over all calls."""
         return time.monotonic() - self._begin
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether no evaluation was cut short by being asked to stop."""
+        return self._evaluated
+
     def _evaluation_due(self, done: int) -> bool:
-        return done > 0 and (done % self._config.evaluation.every_steps == 0 or done == self._config.training.steps)
+        if self._evaluate is None or not done:
+            return False
+        return done % self._config.evaluation.every_steps == 0 or done == self._config.training.steps
 
     def _read_results(self, leave: int) -> StepResult | None:
         """Reads results off the devices, but for the newest ``leave``; returns the last one read."""
@@ -146,9 +153,7 @@ class Loop:
             loss, grad_norm, tokens = jax.device_get((result.loss, result.grad_norm, result.tokens))
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 self._checkpointer.wait()
-                good = self._checkpointer.latest_step()
-                kept = "there is no checkpoint yet" if good is None else f"the last good checkpoint is step {good}"
-                raise DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {kept}")
+                raise DivergedError(f"step {step}: loss {loss}, gradient norm {grad_norm}; {self._checkpointer.kept()}")
             self._tokens += int(tokens)
             if self._meter.since is None:  # the first result came with compilation, which is not training speed
                 self._meter.run()
@@ -186,7 +191,9 @@ class Loop:
     def _run_evaluation(self, state: TrainState, done: int) -> None:
         self._read_results(leave=0)
         self._meter.pause()
+        assert self._evaluate is not None  # or none would be due
         found = self._evaluate(state.evaluated, lambda: not self._stop.asked())
+        self._evaluated = found is not None
         if found is not None:
             self._metrics.write(done, {f"eval/{name}": value for name, value in found.items()})
             shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
@@ -197,7 +204,7 @@ class Loop:
         self._read_results(leave=0)
         self._meter.pause()
         counters = {"tokens": self._tokens, "seconds": self.seconds}
-        progress = {"data": self._data.get_state(), "origin": self._origin, **counters}
+        progress = {"data": self._data.get_state(), **self._about, **counters}
         self._metrics.publish()  # first, so that no checkpoint is newer than the metrics
         self._checkpointer.save(done, state, self._config, progress)
         self._meter.resume()

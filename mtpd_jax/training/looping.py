@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, differences
 from mtpd_jax.model.backbone import build_model
-from mtpd_jax.training.checkpoint import latest_step, restored_parameters, stored_record
+from mtpd_jax.training.checkpoint import latest_step, read_record, restore_parameters
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import Workdir, open_workdir
@@ -35,7 +35,7 @@ def with_source(config: Config, place: Workdir) -> Config:
     if begun.objective.mode != "loop":
         return config  # and is refused, as any other config
     if config.init.workdir != begun.init.workdir:
-        if not _is_origin(source_of(config), stored_record(place)["origin"]):
+        if not _is_origin(source_of(config), read_record(place)["origin"]):
             raise ValueError(
                 f"config.init.workdir = {config.init.workdir!r}: not the run that {place.path} began from, which is "
                 f"{begun.init.workdir!r}; name that one, though it need not be there any more"
@@ -49,7 +49,7 @@ def _is_origin(found: Workdir, origin: dict[str, Any]) -> bool:
     return (
         latest_step(found) is not None
         and not differences(found.read_config(), Config.build(origin["config"]))
-        and trained_on(stored_record(found)) == origin["sources"]
+        and trained_on(read_record(found)) == origin["sources"]
     )
 
 
@@ -58,23 +58,35 @@ def source_of(config: Config) -> Workdir:
     return open_workdir(config.init.workdir)
 
 
-def beginning(config: Config, place: Workdir, mesh: Mesh) -> tuple[Any, dict[str, Any] | None]:
-    """What a run starts from: the newest parameters of the run to extend (its average if it keeps one), and its origin.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What an extension begins from.
 
-    Returns:
-      The parameters, and what the run's checkpoints will say of where it comes from: ``config`` of the run that it
-      extends, and ``sources``, which documents that run and those before it were trained on (see
-      ``sources.identity``). Both None for a run that starts from nothing, or that has a checkpoint of its own.
+    Attributes:
+      parameters: of the run to extend (its average if it keeps one).
+      record: what the new run's checkpoints will say of where it comes from: ``config`` and ``step`` of the run that it
+        extends, and ``sources``, which documents that run and those before it were trained on (see
+        ``sources.identity``).
+    """
+
+    parameters: Any
+    record: dict[str, Any]
+
+
+def beginning(config: Config, place: Workdir, mesh: Mesh) -> Origin | None:
+    """The newest parameters of the run to extend; None for a run that starts from nothing, or that has a checkpoint.
 
     Raises:
       ValueError: the run to extend has no checkpoint, or none that can be read.
     """
     if config.objective.mode != "loop" or latest_step(place) is not None:
-        return None, None
+        return None
     source = _checked_source(config)
     abstract = abstract_state(build_model(source), make_optimizer(source), source, mesh)
-    parameters, record = restored_parameters(source_of(config), abstract)
-    return parameters, {"config": source.to_dict(), "sources": trained_on(record)}
+    found = restore_parameters(source_of(config), source, abstract)
+    source_of(config).read_tokenizer(source, found.record["tokenizer"])
+    record = {"config": source.to_dict(), "step": found.step, "sources": trained_on(found.record)}
+    return Origin(found.tree, record)
 
 
 def trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,22 +1,31 @@
 """What a run reports while it trains: metrics.jsonl, TensorBoard, and model FLOP utilisation."""
 
+import contextlib
 import json
+import math
+import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import tensorboardX
+import tensorboardX.event_file_writer
+import tensorboardX.summary
 from etils import epath
 from jax.sharding import Mesh
+from tensorboardX.proto import event_pb2
 
 from mtpd_jax.config import Config
 from mtpd_jax.training.workdir import Workdir, write_atomically
 
+# Made when the module is imported, which type checkers do not do.
+Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
 # Dense bfloat16 peak per JAX device, in FLOP/s, from the vendors' data sheets; keyed by jax.Device.device_kind.
-_PEAK_FLOPS = {
+PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5": 459e12,
     "TPU v5p": 459e12,
@@ -52,14 +61,42 @@ def model_flops_per_token(config: Config) -> float:
 
 def utilisation(config: Config, mesh: Mesh, tokens_per_second: float) -> float | None:
     """Model FLOP utilisation of the mesh's devices, which need not be all, or None where their peak is not known."""
-    peak = _PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
     if peak is None:
         return None
     return tokens_per_second * model_flops_per_token(config) / (peak * mesh.size)
 
 
+class _TensorBoard:
+    """A file of TensorBoard events, written as they come: the library's own writer hands them to a thread, and waits
+    for ever for one that a full disk has ended."""
+
+    def __init__(self, folder: pathlib.Path, resumed_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tensorboardX.event_file_writer.EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        # What was written for later steps is not shown any more.
+        start = SessionLog(status=SessionLog.SessionStatus.Value("START"))
+        self._write(resumed_step + 1, session_log=start)
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._file.write_event(Event(wall_time=time.time(), step=step, **what))
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in values.items():
+            if value is not None:
+                self._write(step, summary=tensorboardX.summary.scalar(name, value))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MetricsLog:
     """Appends to metrics.jsonl and to TensorBoard. Lines beyond the step that a run resumes from are dropped.
+
+    A line that is no metrics of a step is put aside with those like it, and the others are kept.
 
     For a run in a bucket both are written to a local folder, and uploaded whole by ``publish``. Only the first
     process writes. A context manager.
@@ -72,29 +109,42 @@ class MetricsLog:
         self._local = self._folder / "metrics.jsonl"
         self._lines: list[dict[str, Any]] = []
         self._writing = jax.process_index() == 0
-        stored = workdir.path / "metrics.jsonl"
+        self._note = ""
+        stored = workdir.metrics_file
         if stored.exists():
-            self._lines = [line for line in _parse(stored.read_text()) if line["step"] <= resumed_step]
+            good, broken = _parse(stored.read_bytes())
+            self._lines = [line for line in good if line["step"] <= resumed_step]
+            if broken and self._writing:
+                place = workdir.set_aside(stored)
+                self._note = f"{stored}: {broken} lines that are no metrics were left out; all of it is kept in {place}"
         self._writer = None
         if not self._writing:
             return
         self._rewrite()
         if tensorboard:
-            self._writer = tensorboardX.SummaryWriter(str(self._folder / "tb"), purge_step=resumed_step + 1)
+            self._writer = _TensorBoard(self._folder / "tb", resumed_step)
+
+    @property
+    def note(self) -> str:
+        """What has to be said of the lines that were there; nothing where there is nothing to say."""
+        return self._note
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._writing:
-            self.publish()
-            if self._writer is not None:
-                self._writer.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        # What went wrong before is what is reported: a full disk, say, which these would run into again.
+        with contextlib.suppress(*([OSError] if kind else [])):
+            if self._writing:
+                self.publish()
+                if self._writer is not None:
+                    self._writer.close()
         if self._scratch:
             self._scratch.cleanup()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Adds values to the step's line; None becomes null, and is left out of TensorBoard."""
+        """Adds values to the step's line; None and what is not finite become null, and are left out of TensorBoard."""
+        values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         again = bool(self._lines) and self._lines[-1]["step"] == step
         if again:
             self._lines[-1].update(values)
@@ -107,9 +157,8 @@ class MetricsLog:
         else:
             with self._local.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self._lines[-1]) + "\n")
-        for name, value in values.items():
-            if self._writer is not None and value is not None:
-                self._writer.add_scalar(name, value, step)
+        if self._writer is not None:
+            self._writer.write(step, values)
 
     def _rewrite(self) -> None:
         write_atomically(epath.Path(self._local), "".join(json.dumps(line) + "\n" for line in self._lines))
@@ -132,12 +181,20 @@ class MetricsLog:
                     shutil.copyfileobj(local, uploaded)
 
 
-def _parse(text: str) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics file; a last line that a crash cut short is dropped."""
-    lines = []
-    for line in text.splitlines():
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Reads the lines of a metrics file; returns those that are metrics, and how many others there are.
+
+    A last line that a crash cut short, without its end, is dropped.
+    """
+    lines, broken = [], 0
+    *whole, _ = content.split(b"\n")
+    for line in filter(None, whole):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            found = json.loads(line)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict) and type(found.get("step")) is int:
+            lines.append(found)
+        else:
+            broken += 1
+    return lines, broken

@@ -8,13 +8,20 @@ import rich.console
 import rich.progress
 
 
+def say(text: str) -> None:
+    """Writes a line on standard error, from the first process only."""
+    console = rich.console.Console(stderr=True, quiet=jax.process_index() != 0)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Progress:
     """A bar where somebody watches; elsewhere the lines that the job writes through ``say``. A context manager."""
 
     def __init__(self, label: str, total: int, done: int = 0):
         self._console = rich.console.Console(stderr=True, quiet=jax.process_index() != 0)
-        self._total, self._done, self._first_done = total, done, done
-        self._start = time.monotonic()
+        self._total, self._done = total, done
+        # What is done first takes longer, for it is compiled: time is counted from its end.
+        self._first: tuple[int, float] | None = None
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(),
@@ -38,6 +45,8 @@ class Progress:
     def advance(self, steps: int = 1) -> None:
         """Moves on."""
         self._done += steps
+        if self._first is None:
+            self._first = self._done, time.monotonic()
         self._bar.update(self._task, completed=self._done)
 
     def say(self, text: str) -> None:
@@ -46,8 +55,8 @@ class Progress:
 
     def remaining(self) -> str:
         """Estimated time left, as m:ss, for lines in a log."""
-        moved = self._done - self._first_done
-        if not moved:
-            return "-:--"
-        seconds = (time.monotonic() - self._start) / moved * (self._total - self._done)
+        first, since = self._first or (self._done, 0.0)
+        if self._done == first:
+            return "0:00" if self._done >= self._total else "-:--"
+        seconds = (time.monotonic() - since) / (self._done - first) * (self._total - self._done)
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -12,21 +12,23 @@ from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.model.backbone import LanguageModel, build_model
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training.checkpoint import restored_parameters
+from mtpd_jax.training.checkpoint import restore_parameters
 from mtpd_jax.training.looping import trained_on
 from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.progress import say
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run's newest checkpoint, ready to use.
+    """A checkpoint of a run, ready to use.
 
     Attributes:
       config, tokenizer, model: of the run.
       parameters: the averaged ones if the run keeps an average; a whole copy on every device.
       mesh: all devices along ``data``, whatever mesh the run was trained on.
+      step: optimizer steps done.
       sources: the documents that it was trained on (see ``sources.identity``); if it extends another run, that one's
         after its own.
     """
@@ -36,6 +38,7 @@ class TrainedRun:
     model: LanguageModel
     parameters: Any
     mesh: Mesh
+    step: int
     sources: tuple[dict[str, Any], ...]
 
     def held_out_documents(self) -> Iterator[str]:
@@ -57,16 +60,26 @@ class TrainedRun:
         return split(source, data.validation_fraction, validation=True)
 
 
-def open_run(workdir: str) -> TrainedRun:
-    """Loads a run's config, tokenizer and newest parameters.
+def open_run(workdir: str, checkpoint: int | None = None) -> TrainedRun:
+    """Loads a run's config, tokenizer and parameters.
+
+    A damaged checkpoint is passed over for the one before, and a line on standard error says so.
+
+    Args:
+      workdir: of the run.
+      checkpoint: its step; None: the newest that is whole.
 
     Raises:
-      ValueError: there is no run in the folder, or no checkpoint that can be read.
+      ValueError: there is no run in the folder, no checkpoint that can be read, or the run's files were changed.
     """
     place = open_workdir(workdir)
     config = place.read_config()
-    tokenizer = place.read_tokenizer(config)
     model = build_model(config)
     mesh = make_mesh(MeshConfig(data=jax.device_count(), fsdp=1, tensor=1, expert=1))
-    parameters, record = restored_parameters(place, abstract_state(model, make_optimizer(config), config, mesh))
-    return TrainedRun(config, tokenizer, model, parameters, mesh, tuple(trained_on(record)))
+    abstract = abstract_state(model, make_optimizer(config), config, mesh)
+    found = restore_parameters(place, config, abstract, checkpoint)
+    tokenizer = place.read_tokenizer(config, found.record["tokenizer"])
+    if note := found.note(place):
+        say(note)
+    sources = tuple(trained_on(found.record))
+    return TrainedRun(config, tokenizer, model, jax.block_until_ready(found.tree), mesh, found.step, sources)

@@ -16,6 +16,10 @@ from mtpd_jax.sharding import shardings_of, within
 from mtpd_jax.training.partition import extend_heads, merge, split
 
 
+class DivergedError(RuntimeError):
+    """The loss, the gradient or the parameters are not finite any more."""
+
+
 @struct.dataclass
 class TrainState:
     """All that a training step reads and writes on the devices.

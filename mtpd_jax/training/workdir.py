@@ -1,7 +1,10 @@
 """The folder of a run: its config and tokenizer, written once and checked on every later use."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import os
 
 from etils import epath
 
@@ -28,18 +31,46 @@ class Workdir:
         return self.path / "checkpoints"
 
     @property
+    def metrics_file(self) -> epath.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def lock_file(self) -> epath.Path:
+        return self.path / "lock"
+
+    @property
     def remote(self) -> bool:
         """Whether the folder lies in a bucket, where files cannot be appended to."""
         return "://" in str(self.path)
 
-    def check(self, config: Config) -> None:
+    def set_aside(self, file: epath.Path) -> epath.Path:
+        """Moves a file or folder of the run to where it is in nobody's way, and returns its new place.
+
+        Nothing that a run has written is deleted because it cannot be used.
+        """
+        folder = self.path / "set_aside"
+        folder.mkdir(parents=True, exist_ok=True)
+        names = itertools.chain([file.name], (f"{file.name}.{number}" for number in itertools.count(2)))
+        place = next(folder / name for name in names if not (folder / name).exists())
+        file.rename(place)
+        return place
+
+    def check(self, config: Config, begun: bool) -> None:
         """Checks that a config may be run here; creates nothing.
+
+        Args:
+          config: to be run.
+          begun: whether the run has a checkpoint, which tells its data wherever they lie now.
 
         Raises:
           ValueError: the folder holds a run with another config, or files that are no run at all.
         """
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise ValueError(f"{self.checkpoints}: expected the folder of the run's checkpoints, found a file")
         if self.config_file.exists():
-            changed = differences(self.read_config(), config)
+            stored = self.read_config()
+            changed = differences(stored, config)
+            changed += ["data.paths"] if not begun and stored.data.paths != config.data.paths else []
             if changed:
                 verb = "differs" if len(changed) == 1 else "differ"
                 raise ValueError(
@@ -47,7 +78,7 @@ class Workdir:
                     "use another --workdir, or the config that it was made with"
                 )
         elif self.path.exists() and not (
-            self.path.is_dir() and all(_is_temporary(file) for file in self.path.iterdir())
+            self.path.is_dir() and all(_is_temporary(file) or file == self.lock_file for file in self.path.iterdir())
         ):
             raise ValueError(f"{self.path} exists and holds no run (no config.json): use a new or an empty folder")
 
@@ -60,8 +91,8 @@ class Workdir:
         if not self.config_file.exists():
             raise ValueError(f"{self.path}: holds no run (no config.json); train one with mtpd_jax.train")
         try:
-            return Config.build(json.loads(self.config_file.read_text()))
-        except ValueError as error:
+            return Config.build(json.loads(self.config_file.read_bytes()))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.config_file}: not a readable config ({error})") from error
 
     def write_config(self, config: Config) -> None:
@@ -69,23 +100,39 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
 
-    def read_tokenizer(self, config: Config) -> Tokenizer:
+    def read_tokenizer(self, config: Config, digest: str | None = None) -> Tokenizer:
         """Reads tokenizer.json.
 
+        Args:
+          config: of the run.
+          digest: what ``tokenizer_digest`` was when the run was trained; None: it is new.
+
         Raises:
-          ValueError: it is missing or cannot be read.
+          ValueError: it is missing, cannot be read, or is another one.
         """
         if not self.tokenizer_file.exists():
-            raise ValueError(f"{self.tokenizer_file} is missing: the run stopped before it began; train it again")
+            raise ValueError(f"{self.tokenizer_file} is missing, without which the run's tokens cannot be read")
+        if digest not in (None, self.tokenizer_digest()):
+            raise ValueError(
+                f"{self.tokenizer_file}: not the tokenizer that the run was trained with; its own has to be put back"
+            )
         return Tokenizer.load(self.tokenizer_file, config.tokenizer.end_token)
 
+    def tokenizer_digest(self) -> str:
+        """A hash of tokenizer.json, as it lies there."""
+        return hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
 
-def open_workdir(path: str) -> Workdir:
+
+def open_workdir(path: str | os.PathLike[str]) -> Workdir:
     """Names a run's folder. A local path is made absolute, which is what checkpoints need.
 
     Raises:
-      ValueError: it is a bucket, and what reads buckets is not installed.
+      ValueError: it is no name of a folder; or it is a bucket, and what reads buckets is not installed.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"workdir = {path!r}: expected the name of a folder, or a bucket path (gs://…)")
+    if "\0" in str(path) or ("://" in str(path) and not str(path).startswith("gs://")):
+        raise ValueError(f"--workdir={path}: expected a local folder, or a bucket path (gs://…)")
     try:
         named = epath.Path(path)
         named.exists()
@@ -102,5 +149,5 @@ def _is_temporary(path: epath.Path) -> bool:
 def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, finds either the old contents or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(text.encode())
     temporary.replace(path)

@@ -34,12 +34,12 @@ def stream(text_file):
 def test_python_source_is_the_standard_library_without_tests():
     source = open_source(data_config(source="python"))
     assert 400 < len(source) < 1500
-    paths = [str(path) for path in source._paths]
+    paths = [str(file.path) for file in source._files]
     assert any(path.endswith("argparse.py") for path in paths)
     assert not any("/test/" in path or "/tests/" in path or "site-packages" in path for path in paths)
     more = open_source(data_config(source="python", packages=True))
     assert len(more) > len(source) + 500
-    assert any("site-packages" in str(path) and "jax" in str(path) for path in more._paths)
+    assert any("site-packages" in str(file.path) and "jax" in str(file.path) for file in more._files)
 
 
 def test_text_source_splits_at_separators(tmp_path):

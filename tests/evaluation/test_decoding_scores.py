@@ -95,7 +95,7 @@ class Recorder:
     def __init__(self):
         self.asked = []
 
-    def check(self, prompts, options):
+    def check(self, prompts, options, batch_size):
         assert not self.asked, "something ran before everything was checked"
 
     def run(self, prompts, options, *, seed, first_row):

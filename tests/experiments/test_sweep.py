@@ -19,7 +19,7 @@ from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import mean_of
 from mtpd_jax import train
-from mtpd_jax.training.loop import DivergedError
+from mtpd_jax.training.state import DivergedError
 from tests.builders import tiny_config
 from tests.training.test_run import stop_after
 

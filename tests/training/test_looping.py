@@ -15,7 +15,7 @@ from mtpd_jax.losses.objective import training_objective
 from mtpd_jax.model.backbone import build_model, further_heads
 from mtpd_jax.model.layers import apply
 from mtpd_jax.sharding import make_mesh, within
-from mtpd_jax.training.checkpoint import restored_parameters
+from mtpd_jax.training.checkpoint import restore_parameters
 from mtpd_jax.training.metrics import model_flops_per_token
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.partition import extend_heads, merge, split
@@ -61,7 +61,7 @@ def evaluated(workdir):
     config = open_workdir(str(workdir)).read_config()
     mesh = make_mesh(config.mesh)
     abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
-    return jax.device_get(restored_parameters(open_workdir(str(workdir)), abstract)[0])
+    return jax.device_get(restore_parameters(open_workdir(str(workdir)), config, abstract).tree)
 
 
 @pytest.mark.parametrize(("heads", "wanted"), [(1, 8), (4, 8), (3, 7)])

@@ -63,13 +63,13 @@ def test_the_learning_rate_is_that_of_the_step(run_config, tmp_path):
 
 def test_utilisation_is_of_the_devices_in_use(monkeypatch):
     """Two of eight devices at half their peak, whatever the other six do."""
-    monkeypatch.setitem(metrics_module._PEAK_FLOPS, "cpu", 1e12)
+    monkeypatch.setitem(metrics_module.PEAK_FLOPS, "cpu", 1e12)
     config = tiny_config()
     for devices in (1, 2):
         mesh = make_mesh(MeshConfig(devices, 1, 1, 1))
         rate = 0.5 * devices * 1e12 / metrics_module.model_flops_per_token(config)
         assert metrics_module.utilisation(config, mesh, rate) == pytest.approx(0.5)
-    monkeypatch.delitem(metrics_module._PEAK_FLOPS, "cpu")
+    monkeypatch.delitem(metrics_module.PEAK_FLOPS, "cpu")
     assert metrics_module.utilisation(config, mesh, 1.0) is None
 
 

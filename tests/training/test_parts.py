@@ -33,17 +33,20 @@ def test_a_second_interrupt_is_heeded_at_once_and_the_old_handlers_come_back():
 
 
 def test_time_left_is_that_of_the_steps_made_here(monkeypatch):
-    """A run resumed at step 40 of 100 that makes ten steps in five seconds needs 25 more for the other fifty."""
-    clock = iter([100.0, 105.0, 105.0])
+    """A run resumed at step 40 of 100 whose first step is compiled for an hour, and that makes ten more in five
+    seconds, needs 24.5 for the 49 that are left."""
+    clock = iter([3700.0, 3705.0, 3705.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(progress_module.rich.progress, "Progress", Bar)
     progress = Progress("training", 100, 40)
     assert progress.remaining() == "-:--"
+    progress.advance(1)
+    assert progress.remaining() == "-:--"
     progress.advance(10)
-    assert progress.remaining() == "0:25"
+    assert progress.remaining() == "0:24"
     progress.advance(25)
     assert progress.remaining() == "0:03"
-    assert progress._bar.completed == 75
+    assert progress._bar.completed == 76
 
 
 class Bar:

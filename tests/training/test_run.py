@@ -20,12 +20,11 @@ from mtpd_jax import evaluate, train
 from mtpd_jax.data.sources import held_out
 from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training.checkpoint import Checkpointer
+from mtpd_jax.training.checkpoint import restore_state
 from mtpd_jax.training.interrupt import StopRequest
-from mtpd_jax.training.loop import DivergedError
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.restore import open_run
-from mtpd_jax.training.state import abstract_state
+from mtpd_jax.training.state import DivergedError, abstract_state
 from mtpd_jax.training.workdir import Workdir, open_workdir
 from tests.builders import assert_trees_close, replace, tiny_config
 
@@ -43,11 +42,9 @@ def restored(workdir, config, step=None, mesh=None):
     """A checkpoint's state as NumPy arrays, and what was stored beside it."""
     mesh = mesh or make_mesh(config.mesh)
     abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
-    with Checkpointer(open_workdir(str(workdir))) as checkpointer:
-        if step is not None:
-            checkpointer.latest_step = lambda: step
-        state, record = checkpointer.restore(abstract)
-        return jax.device_get(state), record
+    place = open_workdir(str(workdir))
+    found = restore_state(place, place.read_config(), abstract, step)
+    return jax.device_get(found.tree), found.record
 
 
 def assert_bitwise(left, right):
@@ -252,8 +249,9 @@ def test_a_damaged_checkpoint_is_one_clear_error(run_config, tmp_path):
     for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"no checkpoint that can be used: step 5: not readable") as error:
         train.run(replace(run_config, training__steps=6), str(tmp_path))
+    assert "delete" not in str(error.value) and "before" not in str(error.value)  # there is none before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run_config, tmp_path, monkeypatch):

@@ -1,0 +1,207 @@
+"""Files of text: read at random for as long as a run lasts, refused with file and place where they are no text."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator
+
+_CHUNK = 1 << 24
+_BOM = b"\xef\xbb\xbf"
+# Digests of larger files are kept from start to start. Our choice: smaller ones are read in milliseconds.
+_CACHED_FROM = 1 << 22
+# Text without separators is cut at the first blank line, line end or space between these many bytes. Our choice: the
+# shorter is about the 1,024 tokens of a sequence.
+_PIECE, _LONGEST_PIECE = 4096, 8192
+
+
+class File:
+    """A file that must stay as it is while it is read: it is never mapped into memory, where a cut would be fatal."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        with path.open("rb") as file:
+            self._state = _state(os.fstat(file.fileno()))
+            self._begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._state[0]
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from ``start`` to ``end``.
+
+        Raises:
+          ValueError: the file is not what it was when it was opened.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            found = os.pread(file.fileno(), end - start, start)
+            while len(found) < end - start and (
+                more := os.pread(file.fileno(), end - start - len(found), start + len(found))
+            ):
+                found += more  # a single call reads 2 GiB at most
+            if len(found) < end - start or _state(os.fstat(file.fileno())) != self._state:
+                raise ValueError(f"{self.path}: was changed while it was in use; put it back and run the command again")
+            return found
+
+    @property
+    def begin(self) -> int:
+        """The place of the first byte that is text: after a byte order mark."""
+        return self._begin
+
+    def chunks(self) -> Iterator[bytes]:
+        """All of its text, in order."""
+        for start in range(self._begin, self.size, _CHUNK):
+            yield self.read(start, min(self.size, start + _CHUNK))
+
+    def pieces(self, separator: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yields what stands between separators: the place of its first byte, and the bytes."""
+        held, place, searched = bytearray(), self._begin, 0
+        for chunk in self.chunks():
+            held += chunk
+            begin = 0
+            while (end := held.find(separator, max(begin, searched))) >= 0:
+                yield place + begin, bytes(held[begin:end])
+                begin = end + len(separator)
+            del held[:begin]
+            place += begin
+            searched = max(0, len(held) - len(separator) + 1)
+        yield place, bytes(held)
+
+    def holds(self, separator: bytes) -> bool:
+        """Whether the separator occurs."""
+        tail = b""
+        for chunk in self.chunks():
+            if separator in tail + chunk:
+                return True
+            tail = chunk[len(chunk) - len(separator) + 1 :]
+        return False
+
+    def line_of(self, place: int) -> int:
+        """The line, from 1, that a byte is in."""
+        return 1 + self.read(0, place).count(b"\n")
+
+    def text(self, start: int, end: int) -> str:
+        """Decodes a part of the file.
+
+        Raises:
+          ValueError: it is not UTF-8; the message says where.
+        """
+        return self.decode(start, self.read(start, end))
+
+    def decode(self, start: int, raw: bytes) -> str:
+        """Decodes bytes that were read from ``start`` on; see ``text``."""
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            raise ValueError(
+                f"{self.path}, line {self.line_of(at)}: byte {at} (0x{raw[error.start]:02x}) is not UTF-8"
+            ) from None
+
+    def digest(self) -> str:
+        """SHA-256 of the contents, kept from start to start for a large file that nobody has touched since."""
+        if self.size < _CACHED_FROM:
+            return hashlib.sha256(self.read(0, self.size)).hexdigest()
+        kept = _kept_digest(self.path)
+        with contextlib.suppress(OSError):
+            return kept.read_text(encoding="ascii")
+        whole = hashlib.sha256()
+        for start in range(0, self.size, _CHUNK):
+            whole.update(self.read(start, min(self.size, start + _CHUNK)))
+        # A file that was written a moment ago can be written again without its time changing.
+        if time.time() - self.path.stat().st_mtime > 2:
+            _keep(kept, whole.hexdigest())
+        return whole.hexdigest()
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
+
+
+def _kept_digest(path: pathlib.Path) -> pathlib.Path:
+    """Where a file's digest is kept: by name, size, number and times, of which the last cannot be set back."""
+    found = path.stat()
+    key = [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return root / "mtpd_jax" / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def _keep(kept: pathlib.Path, digest: str) -> None:
+    with contextlib.suppress(OSError, RuntimeError):  # it is a matter of speed alone
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
+        temporary.write_text(digest, encoding="ascii")
+        temporary.replace(kept)
+
+
+def read_text(path: str | pathlib.Path, name: str) -> str:
+    """A whole file of text, a byte order mark left out.
+
+    Raises:
+      ValueError: it cannot be read, or is not UTF-8; ``name`` says where the path was given.
+    """
+    try:
+        file = File(pathlib.Path(path))
+        return file.text(file.begin, file.size)
+    except OSError as error:
+        raise ValueError(f"{name} {str(path)!r}: cannot be read ({error.strerror or error})") from error
+
+
+def json_field(line: str | bytes, field: str, where: str) -> str:
+    """Reads a text field of one line of JSON.
+
+    Raises:
+      ValueError: the line is not a JSON object with that field as text; ``where`` names file and line.
+    """
+    try:
+        value = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        start = line[:60].decode("utf-8", errors="replace") if isinstance(line, bytes) else line[:60]
+        raise ValueError(f"{where}: {start!r}…: expected a JSON object with a field {field!r}") from error
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {field!r} = {value!r}: expected text")
+    check_text(value, f"{where}: field {field!r}")
+    return value
+
+
+def check_text(text: str, where: str) -> None:
+    """Checks that a text is one: half of a surrogate pair, or a byte that was no UTF-8, stands for no character.
+
+    Raises:
+      ValueError: naming the place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start} ({text[error.start]!a}) is no character: not UTF-8"
+        ) from None
+
+
+def plain_pieces(file: File) -> Iterator[tuple[int, bytes]]:
+    """Cuts text without separators into documents, where it can at blank lines; yields places and bytes."""
+    held, place = b"", file.begin
+    for chunk in file.chunks():
+        held += chunk
+        begin = 0
+        while len(held) - begin > _LONGEST_PIECE:
+            end = _end_of_piece(held, begin)
+            yield place + begin, held[begin:end]
+            begin = end
+        held, place = held[begin:], place + begin
+    yield place, held
+
+
+def _end_of_piece(text: bytes, begin: int) -> int:
+    for mark in (b"\n\n", b"\n", b" "):
+        at = text.find(mark, begin + _PIECE, begin + _LONGEST_PIECE)
+        if at >= 0:
+            return at + len(mark)
+    end = begin + _LONGEST_PIECE
+    while text[end] & 0xC0 == 0x80 and end > begin + _PIECE:  # not in the middle of a character
+        end -= 1
+    return end

@@ -1,0 +1,141 @@
+"""What a config needs at least, against what there is: before anything is created, and before anything is compiled.
+
+All sizes are lower bounds, in whole numbers that do not overflow: what is refused cannot run, whatever the compiler
+does; what is not refused may still run out of memory.
+"""
+
+import math
+import os
+import pathlib
+
+import jax
+from jax.sharding import Mesh
+
+from mtpd_jax.config import Config, ModelConfig
+from mtpd_jax.sharding import BATCH_AXES
+from mtpd_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
+
+# No device computes faster than this, in FLOP/s; where the device is known, its own peak counts.
+_ANY_DEVICE_FLOPS = 1e16
+# A core of a CPU: two fused multiply-adds on 16 numbers per cycle, at 4 GHz.
+_CORE_FLOPS = 2.56e11
+_YEAR = 365.25 * 24 * 3600
+# Batches that exist at once on the host: grain reads so many ahead (see ``data.pipeline``).
+_HOST_BATCHES = 4
+
+
+def block_parameters(model: ModelConfig) -> int:
+    """Weights of one Transformer block, without norms and biases."""
+    attention = 2 * model.head_size * (model.query_heads + model.kv_heads)
+    return model.width * (attention + 3 * model.mlp_width)
+
+
+def parameters_of(config: Config) -> tuple[int, int]:
+    """Weights that are trained, and weights that are frozen, without norms and biases."""
+    model, heads = config.model, config.heads
+    matrices = 1 if model.tied_unembedding else 2
+    trunk = matrices * model.vocabulary_size * model.width + model.layers * block_parameters(model)
+    head = block_parameters(model) + 2 * model.width**2
+    modules = min(heads.num_heads, 1) if heads.kind == "recurrent" else heads.num_heads
+    if config.frozen_heads is None:
+        return trunk + modules * head, 0
+    return config.trained_heads * head, trunk + config.frozen_heads * head
+
+
+def check_training(config: Config, mesh: Mesh) -> str:
+    """Checks that a run can fit into memory at all.
+
+    Returns:
+      What has to be said of the time that it takes; nothing where there is nothing to say.
+
+    Raises:
+      ValueError: it needs more memory than a device or the host has, with both numbers.
+    """
+    training, model = config.training, config.model
+    numbers = 3 + (config.optimizer.ema_decay is not None)  # a parameter, two moments, and the average
+    parts = math.prod(size for axis, size in mesh.shape.items() if axis != "data")
+    trained, frozen = parameters_of(config)
+    state = 4 * (numbers * trained + frozen) // parts
+    rows = training.batch_size // training.micro_batches // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    # With rematerialisation a block keeps its input for the backward pass, and without it more than that.
+    blocks = config.trained_heads + (model.layers if config.frozen_heads is None else 0)
+    activations = 2 * max(rows, 1) * training.sequence_length * model.width * blocks
+    device = mesh.devices.flat[0]
+    per_host = sum(other.process_index == device.process_index for other in mesh.devices.flat)
+    limit = device_memory(device, per_host)
+    _require(state + activations, limit, f"training on {device.device_kind}", "model, batch_size or sequence_length")
+    batches = _HOST_BATCHES * training.batch_size + config.data.shuffle_window
+    host = 3 * 4 * batches * training.sequence_length
+    _require(host, host_memory(), "reading its batches on the host", "batch_size, sequence_length or shuffle_window")
+    return _time(config, mesh)
+
+
+def _time(config: Config, mesh: Mesh) -> str:
+    device, training = mesh.devices.flat[0], config.training
+    peak = PEAK_FLOPS.get(device.device_kind, _ANY_DEVICE_FLOPS)
+    devices = mesh.size
+    if device.platform == "cpu":
+        peak, devices = _CORE_FLOPS, os.cpu_count() or 1
+    tokens = training.steps * training.batch_size * training.sequence_length
+    years = tokens * model_flops_per_token(config) / (peak * devices) / _YEAR
+    if years < 1:
+        return ""
+    return f"{training.steps:,} steps take these devices at least {years:,.1f} years"
+
+
+def check_decoding(model: ModelConfig, num_heads: int, batch_size: int, tokens: int, device: jax.Device) -> None:
+    """Checks that decoding can fit into memory at all.
+
+    Args:
+      model: that decodes.
+      num_heads: drafts per round.
+      batch_size: rows on the device.
+      tokens: of a row, prompt and continuation.
+      device: one of those that decode.
+
+    Raises:
+      ValueError: it needs more memory than the device has, with both numbers.
+    """
+    window = num_heads + 1
+    cache = 2 * 2 * tokens * model.kv_heads * model.head_size * (model.layers + num_heads)
+    logits = 4 * window * model.vocabulary_size
+    scores = 4 * window * (tokens + window) * model.query_heads
+    needed = batch_size * (cache + logits + scores)
+    _require(needed, device_memory(device, 1), "decoding", "heads, batch_size or max_new_tokens")
+
+
+def check_scoring(config: Config, batch_size: int) -> None:
+    """Checks that the host can hold a batch of text to score.
+
+    Raises:
+      ValueError: it needs more memory than there is, with both numbers.
+    """
+    _require(3 * 4 * batch_size * config.training.sequence_length, host_memory(), "a batch of text", "batch_size")
+
+
+def host_memory() -> int:
+    """Bytes that this process may use: those of the machine, or of the container that it runs in."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = pathlib.Path(file)
+        text = path.read_text().strip() if path.exists() else ""
+        if text.isdigit():
+            return min(machine, int(text))
+    return machine
+
+
+def device_memory(device: jax.Device, per_host: int) -> int:
+    """Bytes that a device has; devices that are the host's own processor share its memory."""
+    try:
+        found = (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for has no statistics
+        found = None
+    return int(found) if found else host_memory() // per_host
+
+
+def _require(needed: int, there: int, what: str, fields: str) -> None:
+    if needed > there:
+        raise ValueError(
+            f"{what} needs more than {needed / 2**30:,.1f} GiB of memory, and there are {there / 2**30:,.1f} GiB; "
+            f"take a smaller {fields}"
+        )
