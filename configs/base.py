@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.name = ""  # tfds: the data set's name, with its config ("lm1b", "wikipedia/20230601.en")
     config.data.split = "train"  # tfds: the split to read
     config.data.directory = ""  # tfds: where the prepared data set lies; empty: tensorflow-datasets' default
-    config.data.validation_fraction = 0.02  # share of documents held out, chosen by a hash of their text
+    config.data.validation_fraction = 0.02  # share of documents held out, chosen by a hash of their text; 0: none
     config.data.shuffle_window = 1024  # packed sequences shuffled among each other, beyond the shuffle of documents
 
     config.tokenizer = ml_collections.ConfigDict()

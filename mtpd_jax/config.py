@@ -292,7 +292,17 @@ def _require(condition: bool, path: str, value: Any, expected: str) -> None:
         raise ValueError(f"config.{path} = {value!r}: expected {expected}")
 
 
-_MAY_BE_ZERO = {"warmup_steps", "weight_decay", "num_heads", "seed", "shuffle_window", "final_fraction", "b1", "b2"}
+_MAY_BE_ZERO = {
+    "validation_fraction",
+    "warmup_steps",
+    "weight_decay",
+    "num_heads",
+    "seed",
+    "shuffle_window",
+    "final_fraction",
+    "b1",
+    "b2",
+}
 _MAY_BE_MINUS_ONE = {"data", "fsdp"}
 
 

@@ -27,7 +27,7 @@ from mtpd_jax.evaluation.scoring import make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective, training_objective
 from mtpd_jax.model.backbone import LanguageModel, build_model, count_parameters
 from mtpd_jax.sharding import check_divisible, make_mesh
-from mtpd_jax.training.checkpoint import Checkpointer, latest_step, restore_state, steps_of
+from mtpd_jax.training.checkpoint import Checkpointer, check_chosen, latest_step, restore_state, steps_of
 from mtpd_jax.training.feasibility import check_training
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.lock import Lock, take_lock
@@ -89,6 +89,7 @@ def run(
     config, place = Config.of(config), open_workdir(workdir)
     config = with_source(config, place)
     place.check(config, begun=latest_step(place) is not None)
+    check_chosen(place, checkpoint)
     mesh = make_mesh(config.mesh)
     check_divisible(mesh, config.model, config.training)
     notes = [check_training(config, mesh)]

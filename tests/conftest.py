@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["XDG_CACHE_HOME"] = str(CACHE.parent / "user")
 
 import jaxtyping  # noqa: E402
 

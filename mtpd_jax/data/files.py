@@ -73,11 +73,11 @@ class File:
 
     def holds(self, separator: bytes) -> bool:
         """Whether the separator occurs."""
-        tail = b""
+        seen = b""
         for chunk in self.chunks():
-            if separator in tail + chunk:
+            seen = seen[max(0, len(seen) - len(separator) + 1) :] + chunk
+            if separator in seen:
                 return True
-            tail = chunk[len(chunk) - len(separator) + 1 :]
         return False
 
     def line_of(self, place: int) -> int:

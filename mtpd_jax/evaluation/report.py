@@ -107,12 +107,18 @@ def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.tabl
 def write_json(path: str, value: Any) -> None:
     """Writes indented JSON, whole or not at all; a number that is not finite, which JSON has none for, becomes null.
 
+    What is there and is no file, such as a pipe, is written to as it is.
+
     Raises:
       ValueError: the file cannot be written.
     """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    place = epath.Path(path) if "://" in path else epath.Path(path).resolve()
     try:
-        write_atomically(epath.Path(path), text)
+        if place.exists() and "://" not in path and not place.is_file():
+            place.write_text(text)
+        else:
+            write_atomically(place, text)
     except OSError as error:
         raise ValueError(f"--json={path}: cannot be written ({error.strerror or error})") from error
 

@@ -153,6 +153,18 @@ def latest_step(workdir: Workdir) -> int | None:
     return next(iter(steps_of(workdir)), None)
 
 
+def check_chosen(workdir: Workdir, step: int | None) -> None:
+    """Checks that a checkpoint that was asked for is there; None is the newest, if there is any.
+
+    Raises:
+      ValueError: naming those that are there.
+    """
+    steps = sorted(steps_of(workdir))
+    if step is not None and step not in steps:
+        there = f"has {', '.join(map(str, steps))}" if steps else "holds no complete checkpoint"
+        raise ValueError(f"checkpoint = {step!r}: {workdir.checkpoints} {there}")
+
+
 def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: int | None = None) -> Restored:
     """Restores the state of a run into an explicit tree of shapes and shardings.
 
@@ -213,12 +225,10 @@ def _newest_whole(
     workdir: Workdir, chosen: int | None, read: Callable[[int], _Read]
 ) -> tuple[_Read, int, tuple[tuple[int, str], ...]]:
     """What the newest checkpoint that is not damaged holds, its step, and the newer ones that are, with the reasons."""
+    check_chosen(workdir, chosen)
     steps, damaged = [], []
     for _ in range(3):  # a run that goes on meanwhile deletes its oldest
         steps = steps_of(workdir)
-        if chosen is not None and chosen not in steps:
-            there = f"has {', '.join(map(str, sorted(steps)))}" if steps else "holds no complete checkpoint"
-            raise ValueError(f"checkpoint = {chosen}: {workdir.checkpoints} {there}")
         damaged = []
         for step in steps if chosen is None else [chosen]:
             try:

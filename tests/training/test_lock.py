@@ -1,0 +1,105 @@
+"""One process at a time trains in a workdir: on a disk, where the lock dies with its holder, and in a bucket."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mtpd_jax import train
+from mtpd_jax.training import lock as lock_module
+from mtpd_jax.training.lock import take_lock
+from mtpd_jax.training.workdir import Workdir, open_workdir
+from tests.builders import tiny_config
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(Workdir, "remote", request.param == "bucket")
+    (tmp_path / "run").mkdir()
+    return open_workdir(str(tmp_path / "run"))
+
+
+def test_a_second_one_is_told_who_has_it(place):
+    with take_lock(place) as lock:
+        lock.check()
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} on {os.uname().nodename} .*--break_lock"):
+            take_lock(place)
+        lock.check()
+    with take_lock(place):
+        assert place.lock_file.exists()
+    assert not place.lock_file.exists()
+
+
+def test_one_that_was_broken_is_noticed_by_its_holder_and_left_to_the_new_one(place):
+    (place.path / "config.json").write_text("{}")
+    with take_lock(place) as old:
+        new = take_lock(place, break_lock=True)
+        with pytest.raises(ValueError, match=r"process \d+ on .* took this run over; nothing more is saved"):
+            old.check()
+    new.check()  # giving the old one back did not give away the new one
+    with pytest.raises(ValueError, match="--break_lock"):
+        take_lock(place)
+    with new:
+        place.lock_file.unlink()
+        with pytest.raises(ValueError, match="its lock is gone"):
+            new.check()
+
+
+def test_it_dies_with_its_holder(tmp_path):
+    program = """
+        import sys, time
+        from mtpd_jax.training.lock import take_lock
+        from mtpd_jax.training.workdir import open_workdir
+        lock = take_lock(open_workdir(sys.argv[1]))
+        print("taken", flush=True)
+        time.sleep(600)
+    """
+    holder = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "taken\n"
+        with pytest.raises(ValueError, match=f"process {holder.pid} on"):
+            take_lock(open_workdir(str(tmp_path / "run")))
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with take_lock(open_workdir(str(tmp_path / "run"))) as lock:
+        lock.check()
+    assert not (tmp_path / "run").exists()  # nothing came of it
+
+
+def test_in_a_bucket_it_is_renewed_and_left_behind_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(Workdir, "remote", True)
+    monkeypatch.setattr(lock_module, "_RENEWED_EVERY", 0.02)
+    place = open_workdir(str(tmp_path))
+    with take_lock(place):
+        first = json.loads(place.lock_file.read_text())["renewed"]
+        while json.loads(place.lock_file.read_text())["renewed"] == first:
+            pass
+    stale = {"host": "a", "process": 1, "token": "b", "renewed": first - lock_module._LEFT_BEHIND_AFTER + 30}
+    place.lock_file.write_text(json.dumps(stale))
+    with pytest.raises(ValueError, match="process 1 on a"):
+        take_lock(place)
+    place.lock_file.write_text(json.dumps({**stale, "renewed": stale["renewed"] - 60}))
+    with take_lock(place):
+        pass
+
+
+def test_a_run_waits_for_nobody(text_file, tmp_path):
+    """Training where another process trains changes nothing; with the lock broken it goes on, and the other stops."""
+    config = tiny_config(data__source="text", data__paths=(text_file,), training__steps=3)
+    place = open_workdir(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="took this run over"):
+        with take_lock(place) as other:
+            with pytest.raises(ValueError, match="has been training here since"):
+                train.run(config, str(tmp_path / "run"))
+            assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+            assert train.run(config, str(tmp_path / "run"), break_lock=True).finished
+            place.lock_file.write_text("{}")  # as of a process that trains on
+            (tmp_path / "run" / "lock").write_text(json.dumps({"process": 7, "host": "x"}))
+            other.check()
