@@ -73,7 +73,9 @@ def status_of(main: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             fail("interrupted", 128 + signal.SIGINT)
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            fail(f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error))
+        except ValueError as error:
             fail(str(error))
         except DivergedError as error:
             fail(str(error), status=1)

@@ -1,5 +1,7 @@
 """Every bad value is refused with its name."""
 
+import dataclasses
+
 import pytest
 
 from configs import base
@@ -12,7 +14,7 @@ from tests.builders import replace, tiny_config
     [
         ("data.source", "http"),
         ("data.validation_fraction", 1.0),
-        ("data.validation_fraction", 0.0),
+        ("data.validation_fraction", -0.1),
         ("data.paths", 3),
         ("model.vocabulary_size", 100),
         ("model.head_size", 7),
@@ -35,6 +37,7 @@ from tests.builders import replace, tiny_config
         ("training.sequence_length", 3),
         ("mesh.expert", 2),
         ("training.seed", 2**32),
+        ("training.steps", 2**31),
     ],
 )
 def test_bad_values_are_named(field, value):
@@ -55,6 +58,17 @@ def test_missing_and_unknown_fields_are_named():
         Config.build(tree)
 
 
+def test_a_config_is_taken_in_any_form():
+    tree = base.get_config()
+    assert Config.of(tree) == Config.of(tree.to_dict()) == Config.of(Config.build(tree.to_dict()))
+    for value in (None, 3, "configs/base.py", [tree]):
+        with pytest.raises(ValueError, match="expected a Config, a ConfigDict, or a nested mapping"):
+            Config.of(value)
+    replaced = dataclasses.replace(Config.of(tree), training=dataclasses.replace(Config.of(tree).training, steps=0))
+    with pytest.raises(ValueError, match=r"training\.steps = 0"):
+        Config.of(replaced)
+
+
 def test_json_round_trip_changes_nothing():
     import json
 
@@ -65,6 +79,7 @@ def test_json_round_trip_changes_nothing():
 def test_differences_leave_out_what_a_resume_may_change():
     config = tiny_config()
     assert differences(config, replace(config, training__steps=99, logging__every_steps=1, mesh__data=4)) == []
+    assert differences(config, replace(config, data__paths=("b",), data__directory="c")) == []  # a digest tells them
     assert differences(config, replace(config, training__seed=1, objective__top_n=3)) == [
         "objective.top_n",
         "training.seed",

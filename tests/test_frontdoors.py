@@ -5,6 +5,10 @@ import io
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
 
 import pytest
 import rich.console
@@ -211,6 +215,15 @@ def test_seeds_have_an_effect(workdir, tmp_path):
         (["--config=configs/base.py", "--workdir=W", "--config.tokenizer.path=/no/such.json"], ["/no/such.json"]),
         (["--config=configs/base.py", "--workdir=W", "--config.training.seed=4294967296"], ["seed = 4294967296"]),
         (["--config=configs/base.py", "--workdir=W", "extra"], ["extra"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.modle.width=3"], ["'modle'", "mesh, model, objective"]),
+        (["--config=configs/base.py", "--workdir=W", "--config.model.width=10000000000"], ["GiB of memory"]),
+        (["--config=configs/base.py", "--workdir=W", f"--config.training.steps={10**30}"], ["steps = 1", "2**31"]),
+        (
+            ["--config=configs/base.py", "--workdir=W", "--checkpoint=best"],
+            ["--checkpoint=best", "newest, or the step"],
+        ),
+        (["--config=configs/base.py", "--workdir=W", "--checkpoint=3"], ["checkpoint = 3", "no complete checkpoint"]),
+        (["--config=configs/base.py", "--workdir=s3://bucket/run"], ["s3://bucket/run", "gs://"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
@@ -233,11 +246,22 @@ def test_an_extension_that_does_not_fit_is_one_line(call, workdir, tmp_path, mon
     assert not (tmp_path / "w").exists()
 
 
-def test_a_config_file_with_an_error_is_one_line(call, tmp_path):
-    (tmp_path / "broken.py").write_text("def get_config():\n    return undefined_name\n")
-    assert_one_line(
-        call("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'w'}"), "undefined_name"
-    )
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("def get_config(): return undefined_name", ["fails with NameError", "undefined_name"]),
+        ("def get_config(): return None", ["get_config returns None", "ml_collections.ConfigDict"]),
+        ("def get_config(): return {'model': 3}", ["get_config returns {'model': 3}"]),
+        ("import sys\ndef get_config(): sys.exit(0)", ["fails with SystemExit"]),
+        ("raise ValueError('two\\nlines')", ["fails with ValueError: two lines"]),
+        ("x = 3", ["a function get_config"]),
+        ("def get_config(:", ["fails with SyntaxError"]),
+    ],
+)
+def test_a_config_file_with_an_error_is_one_line(call, tmp_path, text, words):
+    (tmp_path / "broken.py").write_text(text)
+    outcome = call("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path / 'w'}")
+    assert_one_line(outcome, f"--config={tmp_path / 'broken.py'}", *words)
 
 
 def test_a_folder_with_something_else_is_left_alone(call, tmp_path, monkeypatch):
@@ -266,6 +290,15 @@ def test_a_folder_with_something_else_is_left_alone(call, tmp_path, monkeypatch)
         (["--workdir=RUN", "--prompt=x", "--seed=9223372036854775808"], ["seed = 9223372036854775808"]),
         (["--workdir=gs://no-bucket/run", "--prompt=x"], ["gs://no-bucket/run"]),
         (["--workdir=RUN", "--prompt=x", "--colour=red"], ["--colour=red"]),
+        (["--workdir=RUN", "--prompt=x\udcff"], ["prompt 1: character 1 ('\\udcff')", "not UTF-8"]),
+        (
+            ["--workdir=RUN", "--prompt=x", "--heads=1000000"],
+            ["heads = 1000000", "fewer than the model's context of 32"],
+        ),
+        (["--workdir=RUN", "--prompt=x", "--json="], ["--json=", "the name of a file"]),
+        (["--workdir=RUN", "--prompt=x", "--json=/"], ["--json=/", "the name of a file"]),
+        (["--workdir=RUN", "--prompt=x", "--checkpoint=7"], ["checkpoint = 7", "has 10"]),
+        (["--workdir=s3://bucket/run", "--prompt=x"], ["s3://bucket/run", "gs://"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
@@ -284,13 +317,87 @@ def test_generate_answers_mistakes(call, workdir, arguments, words):
         (["--split=validation", "--heads=0,-1"], ["heads = -1"]),
         (["--split=validation", "--heads=a"], ["--heads"]),
         (["--split=validation", "--batch_size=0"], ["--batch_size=0"]),
+        (["--split=validation", f"--batch_size={10**10}"], ["GiB of memory"]),
+        (
+            ["--split=validation", "--prompts=LONG", "--max_new_tokens=4"],
+            ["prompt 2 has", "more than the model's context of 32"],
+        ),
+        (["--text=LATIN"], ["LATIN, line 2: byte 7 (0xe9) is not UTF-8"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) and value else None,
 )
-def test_evaluate_answers_mistakes(call, workdir, tmp_path, arguments, words):
+def test_evaluate_answers_mistakes(call, workdir, tmp_path, monkeypatch, arguments, words):
     (tmp_path / "FILE").write_text('{"text": "no prompt here"}\n')
-    arguments = [argument.replace("FILE", str(tmp_path / "FILE")) for argument in arguments]
+    (tmp_path / "LONG").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "the cat " * 100}) + "\n")
+    (tmp_path / "LATIN").write_bytes(b"one\ntwo\xe9")
+    monkeypatch.setattr(evaluate, "score_documents", lambda *_, **__: pytest.fail("scored before all was checked"))
+    for name in ("FILE", "LONG", "LATIN"):
+        arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
     assert_one_line(call("evaluate", f"--workdir={workdir}", *arguments), *words)
+
+
+# What is given from Python where something else is expected, and the words of the answer.
+MISTAKES = (
+    ("train.run(None, new)", "config = None: expected a Config"),
+    ("train.run({**config, 'model': None}, new)", "config.model = None: expected a section"),
+    ("train.run(config, 3)", "workdir = 3: expected the name of a folder"),
+    ("train.run(config, '')", "workdir = '': expected the name of a folder"),
+    ("train.run(config, new, checkpoint='10')", "checkpoint = '10': "),
+    ("generate.run(run, 'Once')", "prompts = 'Once': expected a list of texts"),
+    ("generate.run(run, [3])", "prompt 1 = 3: expected a text"),
+    ("generate.run(run, None)", "prompts = None: expected a list"),
+    ("generate.run(run, ['a'], sampling={})", "sampling = {}: expected a Sampling"),
+    ("generate.run(run, ['a'], seed=-1)", "seed = -1: expected 0 to"),
+    ("generate.run(run, ['a'], seed='1')", "seed = '1': expected an integer"),
+    ("generate.run(run, ['a'], heads='2')", "heads = '2': expected an integer"),
+    ("generate.run(run, ['a'], heads=True)", "heads = True: expected an integer"),
+    ("generate.run(run, ['a'], max_new_tokens=4.0)", "max_new_tokens = 4.0: expected an integer"),
+    ("generate.run(run, ['a'], sampling=Sampling('1'))", "temperature = '1': expected a number"),
+    ("generate.run(run, ['a'], min_confidence=None)", "min_confidence = None: expected a number"),
+    ("evaluate.run(run, text='a.txt')", "text = 'a.txt': expected a list of files"),
+    ("evaluate.run(run, prompts=['a'])", "prompts = ['a']: expected the name of a file"),
+    ("evaluate.run(run, split_name='validation', sampling={})", "sampling = {}: expected a Sampling"),
+    ("evaluate.run(run, split_name='validation', heads=['2'])", "heads = '2': expected an integer"),
+    ("evaluate.run(run, split_name='validation', batch_size='2')", "batch_size = '2': expected an integer"),
+    ("evaluate.run(run, split_name='validation', seed=2**32)", "seed = 4294967296"),
+)
+
+
+def test_the_python_functions_answer_as_the_commands_do(workdir, tmp_path):
+    """With ValueError; in a process whose annotations nobody checks, as users have it."""
+    program = """
+        import json, sys
+        from mtpd_jax import evaluate, generate, train
+        from mtpd_jax.decoding.sampling import Sampling
+        run, new, config, mistakes = json.loads(sys.argv[1])
+        for expression, words in mistakes:
+            try:
+                eval(expression)
+                print(expression, "is taken silently")
+            except ValueError as error:
+                if words not in str(error):
+                    print(expression, "is answered with", error)
+    """
+    given = json.dumps([str(workdir), str(tmp_path / "w"), tiny_config().to_dict(), MISTAKES])
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(program), given], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_python_functions_say_nothing_of_their_own(workdir, text_file, tmp_path, capsys):
+    """A config may be nested mappings; libraries' warnings stay theirs, in figures of one prompt, too."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "the cat"}\n')
+    config = tiny_config(data__source="text", data__paths=(text_file,), training__steps=10).to_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        assert train.run(config, str(shutil.copytree(workdir, tmp_path / "copy"))).finished
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        evaluate.run(str(workdir), prompts=str(prompts), max_new_tokens=4)
+        generate.run(str(workdir), ["the cat"], max_new_tokens=4)
+        generate.run(str(workdir), ("the cat",), max_new_tokens=4, heads=0)
+    assert capsys.readouterr().err == ""
 
 
 def test_damaged_runs_are_one_line(call, workdir, tmp_path):
@@ -300,7 +407,7 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
         "broken_tokenizer": lambda path: (path / "tokenizer.json").write_text("{}"),
         "no_tokenizer": lambda path: (path / "tokenizer.json").unlink(),
         "other_version": lambda path: [
-            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "origin"}))
+            file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "sha256"}))
             for file in path.glob("checkpoints/*/progress/metadata")
         ],
         "empty_arrays": lambda path: [f.write_bytes(b"") for f in (path / "checkpoints").rglob("*") if f.is_file()],

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 from typing import Any
 
 import rich.box
@@ -113,7 +114,7 @@ def write_json(path: str, value: Any) -> None:
       ValueError: the file cannot be written.
     """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    place = epath.Path(path) if "://" in path else epath.Path(path).resolve()
+    place = epath.Path(path) if "://" in path else epath.Path(pathlib.Path(path).resolve())  # where a link leads
     try:
         if place.exists() and "://" not in path and not place.is_file():
             place.write_text(text)

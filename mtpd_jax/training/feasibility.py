@@ -19,6 +19,8 @@ from mtpd_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
 _ANY_DEVICE_FLOPS = 1e16
 # A core of a CPU: two fused multiply-adds on 16 numbers per cycle, at 4 GHz.
 _CORE_FLOPS = 2.56e11
+# Where Linux says how much memory a container has.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _YEAR = 365.25 * 24 * 3600
 # Batches that exist at once on the host: grain reads so many ahead (see ``data.pipeline``).
 _HOST_BATCHES = 4
@@ -116,7 +118,7 @@ def check_scoring(config: Config, batch_size: int) -> None:
 def host_memory() -> int:
     """Bytes that this process may use: those of the machine, or of the container that it runs in."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for file in _LIMITS:
         path = pathlib.Path(file)
         text = path.read_text().strip() if path.exists() else ""
         if text.isdigit():

@@ -190,6 +190,17 @@ def test_drafts_are_drawn_as_the_main_heads_tokens_are(sampling):
     assert (left_out > 0).any() == (sampling.top_k is not None or sampling.top_p is not None)
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-8, 1e-30, 1e-38, 1e-45, 1e-300])
+def test_however_cold_it_is_the_likeliest_token_that_is_drawn(temperature):
+    """Quotients of logits by such temperatures are infinite, and two infinities have no difference."""
+    logits = jnp.asarray([[300.0, -2.0, 301.0, 0.0], [-1e30, -2e30, -1e31, -3e38], [0.0, 1e-4, -1e-4, 0.0]])
+    for top_k, top_p in ((None, None), (3, 0.9), (4, 1.0)):
+        found = probabilities(logits, Sampling(temperature, top_k, top_p))
+        np.testing.assert_array_equal(found, np.eye(4)[[2, 0, 1]])
+    drawn = draw(jax.random.split(jax.random.key(0), 3), probabilities(logits, Sampling(temperature)))
+    assert drawn.tolist() == [2, 0, 1]
+
+
 def test_probabilities_against_numpy():
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(3, 9)) * 2

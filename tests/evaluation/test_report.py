@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 
 import pytest
 import rich.console
@@ -96,3 +97,22 @@ def test_json_that_cannot_be_written_is_named(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"ü": 1}
     with pytest.raises(ValueError, match="cannot be written"):
         write_json(str(tmp_path), {})
+
+
+def test_json_has_no_nan_and_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_json(str(path), {"a": [1.5, float("nan")], "b": {"c": (float("inf"), None, 2, True)}})
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {
+        "a": [1.5, None],
+        "b": {"c": [None, None, 2, True]},
+    }
+    (tmp_path / "link.json").symlink_to(path)
+    write_json(str(tmp_path / "link.json"), 3)
+    assert (tmp_path / "link.json").is_symlink() and json.loads(path.read_text()) == 3
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_json(str(tmp_path / "pipe"), 4)
+    assert os.read(reader, 10) == b"4\n"  # what is no file is written to, and not replaced
+    os.close(reader)
+    with pytest.raises(ValueError, match="No space left on device"):
+        write_json("/dev/full", {})

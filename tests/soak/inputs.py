@@ -39,31 +39,33 @@ _CONTENTS = {
     "random": bytes(random.Random(0).randbytes(3000)),
 }
 
+# Bodies of config files; ``c`` is the base config where one is built.
+_BASE = "from configs import base\nimport ml_collections, sys\ndef get_config():\n c = base.get_config()\n"
 _CONFIGS = {
     "returns None": "def get_config(): return None",
     "returns a dictionary": "def get_config(): return {'model': {}}",
     "returns a number": "def get_config(): return 3",
-    "returns an empty config": "import ml_collections\ndef get_config(): return ml_collections.ConfigDict()",
+    "returns an empty config": _BASE + " return ml_collections.ConfigDict()",
     "raises": "def get_config(): raise RuntimeError('two\\nlines')",
     "raises on import": "raise KeyError('x')",
-    "exits": "import sys\ndef get_config(): sys.exit(0)",
+    "exits": _BASE + " sys.exit(0)",
     "exits on import": "raise SystemExit",
     "interrupts": "def get_config(): raise KeyboardInterrupt",
     "has no function": "x = 1",
     "is no Python": "def get_config(:",
     "is empty": "",
     "is no text": "\udcff\udcfe",
-    "lacks a section": "from configs import base\ndef get_config():\n c = base.get_config()\n del c.model\n return c",
-    "lacks a field": "from configs import base\ndef get_config():\n c = base.get_config()\n del c.model.width\n return c",
-    "has another section": "from configs import base\ndef get_config():\n c = base.get_config()\n c.mine = 3\n return c",
+    "lacks a section": _BASE + " del c.model\n return c",
+    "lacks a field": _BASE + " del c.model.width\n return c",
+    "has another section": _BASE + " c.mine = 3\n return c",
     "wants arguments": "def get_config(a, b): return None",
     "recurses": "def get_config(): return get_config()",
-    "nests itself": "import ml_collections\ndef get_config():\n c = ml_collections.ConfigDict()\n c.model = c\n return c",
+    "nests itself": _BASE + " c.model = c\n return c",
 }
 
 _FLAGS = {
     "generate": {
-        "heads": _NUMBERS + ("300", "1000000"),
+        "heads": (*_NUMBERS, "300", "1000000"),
         "max_new_tokens": _NUMBERS,
         "temperature": (*_NUMBERS, "1e-8", "1e-300", "1e300"),
         "top_k": _NUMBERS,

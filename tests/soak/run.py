@@ -109,7 +109,7 @@ def soak(minutes: float, seed: int, only: str = "", workers: int = 2) -> list[Re
     root = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     # Programs are compiled once for all.
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(root / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": os.getcwd()}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": str(pathlib.Path.cwd())}
     context = multiprocessing.get_context("spawn")
     todo, results = context.Queue(), context.Queue()
     try:
