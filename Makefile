@@ -4,8 +4,10 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(VERSION)
 LIBTPU := 0.0.51
+MINUTES ?= 50
+SEED ?= 0
 
-.PHONY: quickstart test test-all mutants lint clean
+.PHONY: quickstart test test-all mutants soak lint clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
@@ -20,6 +22,10 @@ test-all: $(INSTALLED) .cache/libtpu
 # One-line faults, each against the tests beside it; prints those that no test notices. Forty minutes on two cores.
 mutants: $(INSTALLED) .cache/libtpu
 	$(BIN)/python -m tests.mutation.run
+
+# Kills, signals, full disks, flipped bits and bad input, from a seed, for so many minutes.
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak.run --minutes=$(MINUTES) --seed=$(SEED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

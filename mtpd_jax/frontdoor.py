@@ -26,6 +26,10 @@ from mtpd_jax.training.interrupt import end_on_signals, leave
 from mtpd_jax.training.state import DivergedError
 
 
+_CONFIG_HELP = """  --config=FILE: a config file, such as configs/quickstart.py
+  --config.section.field=value: another value for one of its fields"""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that answers a bad flag with one line."""
 
@@ -167,58 +171,53 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
       ValueError: a flag is unknown, missing or does not fit its field, or the config file cannot be loaded.
     """
     values = flags.FlagValues()
-    command_line = ["mtpd_jax", *arguments]
-    config_flags.DEFINE_config_file(
-        "config", None, "a config file, such as configs/quickstart.py; --config.section.field=value overrides a field",
-        flag_values=values, sys_argv=command_line,
-    )  # fmt: skip
     flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
     flags.DEFINE_string("checkpoint", "newest", "go on from this step (newest: the last)", flag_values=values)
     flags.DEFINE_boolean("break_lock", False, "take the run from a process that trains in it", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
-        print(f"{description}\n\nflags:\n{values.main_module_help() or values.get_help()}")
+        print(f"{description}\n\nflags:\n{_CONFIG_HELP}\n{values.main_module_help() or values.get_help()}")
         raise SystemExit(0)
-    named = next((argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")), None)
-    if named is not None and not pathlib.Path(named.split(":")[0]).is_file():
-        raise ValueError(f"--config={named}: no such file")
-    if named is not None:
-        _check_overrides(named, arguments)
+    named = [argument for argument in arguments if argument.startswith("--config=")]
+    if not named or not named[-1].removeprefix("--config="):
+        raise ValueError("--config is missing")
+    config = _load_config(named[-1].removeprefix("--config="))
+    command_line = ["mtpd_jax", *(argument for argument in arguments if argument not in named)]
+    for given in command_line:
+        section = given.removeprefix("--config.").partition("=")[0].partition(".")[0]
+        if given.startswith("--config.") and section not in config:
+            raise ValueError(f"{given}: there is no section {section!r}; sections are {', '.join(config)}")
     try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command_line)
         left_over = values(command_line)[1:]
-        config = values["config"].value
-    except Exception as error:
+    except Exception as error:  # absl, ml_collections and the parsers of Python's literals raise many kinds
         raise ValueError(f"bad config or flag: {type(error).__name__}: {error}") from error
     if left_over:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
-    for name, given in (("config", named), ("workdir", values["workdir"].value)):
-        if not given:
-            raise ValueError(f"--{name} is missing")
-    assert config is not None  # for it was named, and is one
+    if not values["workdir"].value:
+        raise ValueError("--workdir is missing")
     checkpoint = checkpoint_step(str(values["checkpoint"].value))
     return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value))
 
 
-def _check_overrides(named: str, arguments: list[str]) -> None:
-    """Runs a config file, and checks that the sections that the command line names are there.
+def _load_config(named: str) -> ml_collections.ConfigDict:
+    """Runs a config file, which is a program of the user's: ``FILE``, or ``FILE:ARGUMENT`` for its function.
 
     Raises:
-      ValueError: the file, which is a program of the user's, fails, exits or returns something else; or there is no
-        such section.
+      ValueError: there is no such file; it fails, exits, or returns something else.
     """
     path, _, argument = named.partition(":")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--config={path}: no such file")
     try:
-        get_config = runpy.run_path(path)["get_config"]
-        config = get_config(argument) if argument else get_config()
-    except KeyError as error:
-        raise ValueError(f"--config={path}: expected a file with a function get_config ({error} is missing)") from error
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config(*([argument] if argument else [])) if callable(get_config) else get_config
     except (Exception, SystemExit) as error:
         raise ValueError(f"--config={path}: fails with {type(error).__name__}: {error}") from error
+    if not callable(get_config):
+        raise ValueError(f"--config={path}: expected a file with a function get_config")
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f"--config={path}: get_config returns {config!r:.80}: expected an ml_collections.ConfigDict")
-    for given in arguments:
-        section = given.removeprefix("--config.").partition("=")[0].partition(".")[0]
-        if given.startswith("--config.") and section not in config:
-            raise ValueError(f"{given}: there is no section {section!r}; sections are {', '.join(config)}")
+    return config
 
 
 def checkpoint_step(text: str) -> int | None:

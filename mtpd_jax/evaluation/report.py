@@ -114,12 +114,15 @@ def write_json(path: str, value: Any) -> None:
       ValueError: the file cannot be written.
     """
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    place = epath.Path(path) if "://" in path else epath.Path(pathlib.Path(path).resolve())  # where a link leads
     try:
-        if place.exists() and "://" not in path and not place.is_file():
-            place.write_text(text)
+        if "://" in path:
+            write_atomically(epath.Path(path), text)
+            return
+        place = pathlib.Path(path).resolve()  # where a link leads
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8")
         else:
-            write_atomically(place, text)
+            write_atomically(epath.Path(place), text)
     except OSError as error:
         raise ValueError(f"--json={path}: cannot be written ({error.strerror or error})") from error
 

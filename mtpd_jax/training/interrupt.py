@@ -12,7 +12,8 @@ import jax
 from jax.experimental import multihost_utils
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Seconds that a run which was asked to stop may go without hearing it. Our choice: clusters kill after 30 to 120.
+# Seconds that a run which was asked to stop may go without hearing it, if its steps take no longer. Our choice:
+# clusters kill after 30 to 120.
 _PATIENCE = 60.0
 _leaving = threading.Lock()
 # The run that is to stop by itself, if there is one.
@@ -30,6 +31,7 @@ class StopRequest:
         self._asked: int | None = None
         self._questions = 0
         self._heard = False
+        self._last, self._longest = time.monotonic(), 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -62,6 +64,11 @@ class StopRequest:
         """Whether whoever asks ``asked`` has been told to stop."""
         return self._heard
 
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for the next question: twice the longest time between two so far, and a minute at least."""
+        return max(_PATIENCE, 2 * self._longest)
+
     def asked(self) -> bool:
         """Whether to stop now. With several processes all must ask equally often, and all get the same answer."""
         if jax.process_count() > 1 and self._asked is None:
@@ -70,6 +77,8 @@ class StopRequest:
             self._questions += 1
             if multihost_utils.reached_preemption_sync_point(self._questions):
                 self._asked = int(signal.SIGTERM)
+        now = time.monotonic()
+        self._last, self._longest = now, max(self._longest, now - self._last)
         self._heard = self._asked is not None
         return self._heard
 
@@ -104,11 +113,12 @@ def _wait(reader: int) -> None:
             continue
         stopping = _heeding
         if first is None and arrived is not None and stopping is not None:
-            first, deadline = arrived, time.monotonic() + _PATIENCE
+            first, deadline = arrived, time.monotonic() + stopping.patience
         elif arrived is None and first is not None:
             deadline = None
             if stopping is not None and not stopping.heard:
-                leave(128 + first, f"error: what runs did not end within {_PATIENCE:.0f} s of being asked to stop")
+                waited = stopping.patience
+                leave(128 + first, f"error: what runs did not end within {waited:.0f} s of being asked to stop")
         elif arrived is not None and (stopping is None or arrived == signal.SIGINT):
             leave(128 + arrived, "interrupted")
 

@@ -105,7 +105,6 @@ def small_disk(place: pathlib.Path) -> Disk | None:
 
 def soak(minutes: float, seed: int, only: str = "", workers: int = 2) -> list[Result]:
     """Makes faults happen for so many minutes; returns what came of each."""
-    deadline = time.monotonic() + 60 * minutes
     root = pathlib.Path(tempfile.mkdtemp(prefix="soak-"))
     # Programs are compiled once for all.
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(root / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -114,6 +113,7 @@ def soak(minutes: float, seed: int, only: str = "", workers: int = 2) -> list[Re
     todo, results = context.Queue(), context.Queue()
     try:
         _prepared(root, context)
+        deadline = time.monotonic() + 60 * minutes
         disk = small_disk(root / "disk")
         if disk is not None:
             disk.remove()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -290,6 +291,35 @@ def test_stopped_in_an_evaluation_it_is_done_after_resuming(run_config, tmp_path
     assert not any("eval/main/ce" in line for line in lines(tmp_path))
     train.run(run_config, str(tmp_path))
     assert comparable(tmp_path) == comparable(uninterrupted)
+
+
+def test_stopped_in_the_last_evaluation_a_run_is_not_finished(run_config, uninterrupted, tmp_path, monkeypatch, capsys):
+    """It says so, and the same command does what is left."""
+    real, calls = train.score_documents, []
+
+    def interrupted(*arguments, on_batch, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, on_batch=on_batch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score_documents", interrupted)
+        result = train.run(run_config, str(tmp_path))
+    assert (result.step, result.finished, result.signal) == (20, False, signal.SIGTERM)
+    assert "saved step 20; its evaluation was cut short: the same command does it again" in capsys.readouterr().err
+    assert "eval/main/ce" not in lines(tmp_path)[-1]
+    assert train.run(run_config, str(tmp_path)).finished
+    assert comparable(tmp_path) == comparable(uninterrupted)
+
+
+def test_a_run_that_diverges_ends(run_config, tmp_path):
+    """A real process: what is still on its way through the devices, with weights that are no numbers, ends as well."""
+    wild = command(run_config, tmp_path / "run", optimizer__learning_rate=1e10, optimizer__warmup_steps=0)
+    found = subprocess.run(wild, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert re.search(r"^error: step \d+: .* (nan|inf)", found.stderr.splitlines()[-1])
+    assert found.stderr.count("error:") == 1 and "Traceback" not in found.stderr
 
 
 def command(config, workdir, **more):
