@@ -25,7 +25,6 @@ from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.training.interrupt import end_on_signals, leave
 from mtpd_jax.training.state import DivergedError
 
-
 _CONFIG_HELP = """  --config=FILE: a config file, such as configs/quickstart.py
   --config.section.field=value: another value for one of its fields"""
 

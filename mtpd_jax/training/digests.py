@@ -8,8 +8,8 @@ import numpy as np
 
 from mtpd_jax.shapes import AnyArray, Array, Bool, UInt32
 
-# Elements that the host mixes at a time, so that the copies that it makes of them stay in its cache. Our choice.
-_AT_ONCE = 1 << 17
+# Elements that the host mixes at a time, for it makes copies of them. Our choice.
+_AT_ONCE = 1 << 20
 _SEEDS = (np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B))
 
 

@@ -10,7 +10,14 @@ import rich.progress
 
 def say(text: str) -> None:
     """Writes a line on standard error, from the first process only."""
-    console = rich.console.Console(stderr=True, quiet=jax.process_index() != 0)
+    _print(_console(), text)
+
+
+def _console() -> rich.console.Console:
+    return rich.console.Console(stderr=True, quiet=jax.process_index() != 0)
+
+
+def _print(console: rich.console.Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -18,7 +25,7 @@ class Progress:
     """A bar where somebody watches; elsewhere the lines that the job writes through ``say``. A context manager."""
 
     def __init__(self, label: str, total: int, done: int = 0):
-        self._console = rich.console.Console(stderr=True, quiet=jax.process_index() != 0)
+        self._console = _console()
         self._total, self._done = total, done
         # What is done first takes longer, for it is compiled: time is counted from its end.
         self._first: tuple[int, float] | None = None
@@ -51,7 +58,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Writes a line (above the bar, if there is one)."""
-        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _print(self._bar.console, text)
 
     def remaining(self) -> str:
         """Estimated time left, as m:ss, for lines in a log."""

@@ -59,7 +59,7 @@ def change_weights(monkeypatch, change):
     monkeypatch.setattr(digests_module, "_on_host", changed)
 
 
-def test_digests_are_those_of_bits_and_places():
+def test_digests_are_those_of_bits_and_places(monkeypatch):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(16, 8, 3)).astype(np.float32)
 
@@ -78,6 +78,8 @@ def test_digests_are_those_of_bits_and_places():
         bits[3, 2, 1] ^= np.uint32(1 << bit)
         others.add(digest(bits.view(np.float32)))
     assert len(others) == 36
+    monkeypatch.setattr(digests_module, "_AT_ONCE", 7)
+    assert digest(values) == first
     for kind in (jnp.bfloat16, jnp.int32):
         array = jnp.asarray(values * 100).astype(kind)
         sums, _ = digests_module._on_devices(array)
@@ -85,9 +87,11 @@ def test_digests_are_those_of_bits_and_places():
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_named(number):
+def test_what_is_not_finite_is_named(number, monkeypatch):
     tree = {"a": jnp.zeros(3), "b": {"c": jnp.zeros((2, 2)).at[1, 0].set(number), "d": jnp.arange(3)}}
-    assert digests_of(tree)[1] == "b/c"
+    for at_once in (1 << 20, 1):
+        monkeypatch.setattr(digests_module, "_AT_ONCE", at_once)
+        assert digests_of(tree)[1] == "b/c"
     assert not digests_module._on_devices(tree["b"]["c"])[1]
     assert digests_of({"a": tree["a"]})[1] is None
 

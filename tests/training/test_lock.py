@@ -90,16 +90,33 @@ def test_in_a_bucket_it_is_renewed_and_left_behind_after_a_while(tmp_path, monke
         pass
 
 
-def test_a_run_waits_for_nobody(text_file, tmp_path):
-    """Training where another process trains changes nothing; with the lock broken it goes on, and the other stops."""
-    config = tiny_config(data__source="text", data__paths=(text_file,), training__steps=3)
+@pytest.fixture
+def run_config(text_file):
+    return tiny_config(
+        data__source="text", data__paths=(text_file,), training__steps=3, checkpoint__every_steps=2,
+        evaluation__every_steps=3,
+    )  # fmt: skip
+
+
+def test_a_run_where_another_trains_changes_nothing(run_config, tmp_path):
     place = open_workdir(str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="took this run over"):
-        with take_lock(place) as other:
-            with pytest.raises(ValueError, match="has been training here since"):
-                train.run(config, str(tmp_path / "run"))
-            assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
-            assert train.run(config, str(tmp_path / "run"), break_lock=True).finished
-            place.lock_file.write_text("{}")  # as of a process that trains on
-            (tmp_path / "run" / "lock").write_text(json.dumps({"process": 7, "host": "x"}))
-            other.check()
+    with take_lock(place):
+        with pytest.raises(ValueError, match="has been training here since"):
+            train.run(run_config, str(tmp_path / "run"))
+        assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
+        assert train.run(run_config, str(tmp_path / "run"), break_lock=True).finished
+
+
+def test_a_run_that_was_taken_over_stops_before_it_saves(run_config, tmp_path, monkeypatch):
+    place, taken, real = open_workdir(str(tmp_path / "run")), [], train.make_step
+
+    def taking(*arguments):
+        step = real(*arguments)
+        return lambda state, batch: (taken or taken.append(take_lock(place, break_lock=True)), step(state, batch))[1]
+
+    monkeypatch.setattr(train, "make_step", taking)
+    with pytest.raises(ValueError, match="took this run over; nothing more is saved"):
+        train.run(run_config, str(tmp_path / "run"))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    taken[0].check()
+    taken[0].__exit__()

@@ -1,13 +1,19 @@
 """What a run writes while it trains: names, and figures that are what their names say."""
 
+import json
+import struct
+
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from mtpd_jax import train
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training import loop as loop_module
 from mtpd_jax.training import metrics as metrics_module
+from mtpd_jax.training.metrics import MetricsLog
+from mtpd_jax.training.workdir import open_workdir
 from tests.builders import replace, tiny_config
 from tests.training.test_run import lines, restored
 
@@ -71,6 +77,45 @@ def test_utilisation_is_of_the_devices_in_use(monkeypatch):
         assert metrics_module.utilisation(config, mesh, rate) == pytest.approx(0.5)
     monkeypatch.delitem(metrics_module.PEAK_FLOPS, "cpu")
     assert metrics_module.utilisation(config, mesh, 1.0) is None
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """JSON has no word for it, and TensorBoard no place."""
+    with MetricsLog(open_workdir(str(tmp_path)), 0, tensorboard=True) as metrics:
+        metrics.write(3, {"a": float("nan"), "b": 1.5, "c": float("-inf"), "d": None})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 3, "a": None, "b": 1.5, "c": None, "d": None}
+    assert events(tmp_path) == [("start", 1), (3, {"b": 1.5})]
+
+
+def events(workdir):
+    """What TensorBoard would read: the step of each start, and the values of each step, in the order of writing."""
+    found = []
+    for file in sorted((workdir / "tb").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = file.read_bytes()
+        while content:  # length, checksum, record, checksum
+            (size,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            content = content[16 + size :]
+            if event.HasField("session_log"):
+                found.append(("start", event.step))
+            elif event.HasField("summary"):
+                values = {value.tag: value.simple_value for value in event.summary.value}
+                if found and found[-1][0] == event.step:
+                    found[-1][1].update(values)
+                else:
+                    found.append((event.step, values))
+    return found
+
+
+def test_tensorboard_has_what_metrics_have(whole_run):
+    """From a start on, beyond which what was written before is not shown."""
+    (start, *steps), expected = events(whole_run), lines(whole_run)
+    assert start == ("start", 1)
+    assert [step for step, _ in steps] == [line["step"] for line in expected]
+    for (_, values), line in zip(steps, expected, strict=True):
+        numbers = {name: value for name, value in line.items() if name != "step" and value is not None}
+        assert values == pytest.approx(numbers, rel=1e-6)
 
 
 def test_tokens_per_second_leave_out_what_is_no_training(monkeypatch):

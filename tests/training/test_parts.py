@@ -11,6 +11,7 @@ import rich.console
 
 from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training import interrupt
 from mtpd_jax.training import progress as progress_module
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.optimizer import make_optimizer
@@ -30,6 +31,17 @@ def test_a_second_interrupt_is_heeded_at_once_and_the_old_handlers_come_back():
             os.kill(os.getpid(), signal.SIGTERM)  # whoever sends it again is no user at a keyboard
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_patience_goes_by_the_pace_of_a_run(monkeypatch):
+    """A run whose steps take minutes is not ended in the middle of one."""
+    clock = [0.0]
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: clock[0])
+    stop = StopRequest()
+    for seconds, patience in ((1, 60), (100, 200), (2, 200), (31, 200), (150, 300)):
+        clock[0] += seconds
+        stop.asked()
+        assert stop.patience == patience
 
 
 def test_time_left_is_that_of_the_steps_made_here(monkeypatch):
