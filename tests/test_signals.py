@@ -41,11 +41,16 @@ STUCK = """
 """
 
 
-def start(*arguments):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(STUCK), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+def python(*arguments):
+    """Starts Python as a shell in front of a user does: whoever started these tests may have them ignore Ctrl-C."""
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
+
+
+def start(*arguments):
+    process = python("-c", textwrap.dedent(STUCK), *arguments)
     for _ in range(2 if arguments[0] == "run" else 1):
         assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
@@ -88,20 +93,15 @@ def test_a_run_that_has_heard_may_take_its_time():
 
 
 def test_ctrl_c_while_a_command_imports_says_nothing():
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mtpd_jax.generate", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    process = python("-m", "mtpd_jax.generate", "--help")
     time.sleep(0.4)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=30)
-    assert (process.returncode, output, errors) == (-signal.SIGINT, "", "")
+    assert end(process) == (-signal.SIGINT, "")
 
 
 def test_a_library_does_not_touch_the_handlers():
     program = "import signal, mtpd_jax; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert found.stdout == "True\n"
+    assert python("-c", program).communicate(timeout=60) == ("True\n", "")
 
 
 def test_what_libraries_say_of_a_failure_is_not_shown():
@@ -121,8 +121,5 @@ def test_what_libraries_say_of_a_failure_is_not_shown():
 
         frontdoor.guarded(main)
     """
-    found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, capture_output=True, text=True, timeout=60,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert (found.returncode, found.stderr) == (2, "error: a file: No space left on device\n")
+    process = python("-c", textwrap.dedent(program))
+    assert end(process) == (2, "error: a file: No space left on device\n")

@@ -154,6 +154,7 @@ def run_from_the_start(command: str, arguments: list[str], number: int, delay: f
     process = subprocess.Popen(
         [sys.executable, "-m", f"mtpd_jax.{command}", *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as for a user, whoever started the soak
     )  # fmt: skip
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(delay)
