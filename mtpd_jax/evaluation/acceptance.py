@@ -12,6 +12,7 @@ MTP-D's "acceptance rate" is the conditional one, its "cumulative acceptance rat
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
@@ -76,10 +77,13 @@ def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence
     mean = _number(statistic(*samples))
     if len(samples[0]) < 2 or mean is None:
         return Interval(mean, None, None)
-    found = scipy.stats.bootstrap(
-        samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=1000,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
+    with warnings.catch_warnings():
+        # Resamples without a single denominator have no ratio; then the interval has no end, and is reported so.
+        warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
+        found = scipy.stats.bootstrap(
+            samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=1000,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval  # fmt: skip
     return Interval(mean, _number(found.low), _number(found.high))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,9 @@ def test_intervals_hold_the_mean_and_shrink():
 
     assert width(400) < width(20) / 2
     assert ratio([[3]], [[4]]) == type(ratio([[3]], [[4]]))(0.75, None, None)
+    with warnings.catch_warnings():  # of a library, about resamples in which nothing was tried
+        warnings.simplefilter("error")
+        assert ratio([[1, 0]], [[2, 0]]) == type(ratio([[3]], [[4]]))(0.5, None, None)
 
 
 def test_a_head_never_tried_has_no_rate():
