@@ -68,8 +68,8 @@ class Strike:
     call: int = 1
     delay: float = 0.0
 
-    def arm(self) -> None:
-        """Puts itself in the way of the phase, in the process that is to be struck."""
+    def arm(self, marker: int) -> None:
+        """Puts itself in the way of the phase, in the process that is to be struck, and marks a pipe when it does."""
         module, _, names = PHASES[self.command][self.phase].partition(":")
         owner: Any = importlib.import_module(module)
         *path, name = names.split(".")
@@ -78,13 +78,17 @@ class Strike:
         real, calls = owner.__dict__[name], []
         function = real.__func__ if isinstance(real, classmethod) else real
 
+        def strike() -> None:
+            os.write(marker, b"!")
+            self.action()
+
         def struck(*arguments: Any, **options: Any) -> Any:
             calls.append(None)
             if len(calls) == self.call:
                 if self.delay:
-                    threading.Timer(self.delay, self.action).start()
+                    threading.Timer(self.delay, strike).start()
                 else:
-                    self.action()
+                    strike()
             return function(*arguments, **options)
 
         setattr(owner, name, classmethod(struck) if isinstance(real, classmethod) else struck)
@@ -92,11 +96,12 @@ class Strike:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its status (None: it hung), and what it wrote."""
+    """How a command ended: its status (None: it hung), what it wrote, and whether the fault came before the end."""
 
     status: int | None
     output: str
     errors: str
+    struck: bool = False
 
     def complaint(self, *allowed: int) -> str | None:
         """What is wrong with it, whatever the fault was: it hung, crashed, or said more or less than a line."""
@@ -123,7 +128,7 @@ _KNOWN = re.compile(
 
 def run(command: str, arguments: list[str], strike: Strike | None = None) -> Outcome:
     """Runs a command in a fork of this process, which has imported everything and started nothing."""
-    readers, writers = zip(*(os.pipe() for _ in range(2)), strict=True)
+    readers, writers = zip(*(os.pipe() for _ in range(3)), strict=True)
     child = os.fork()
     if not child:
         _become(command, arguments, strike, writers)
@@ -135,14 +140,14 @@ def run(command: str, arguments: list[str], strike: Strike | None = None) -> Out
 def _become(command: str, arguments: list[str], strike: Strike | None, writers: tuple[int, ...]) -> None:
     try:
         os.setpgid(0, 0)
-        for number, writer in enumerate(writers, 1):
+        for number, writer in enumerate(writers[:2], 1):
             os.dup2(writer, number)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = [command, *arguments]
         module, frontdoor = (importlib.import_module(f"mtpd_jax.{name}") for name in (command, "frontdoor"))
         if strike is not None:
-            strike.arm()
+            strike.arm(writers[2])
         frontdoor.guarded(module.main)
     except BaseException:
         traceback.print_exc()
@@ -158,14 +163,15 @@ def run_from_the_start(command: str, arguments: list[str], number: int, delay: f
     )  # fmt: skip
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(delay)
-    if process.poll() is None:
+    struck = process.poll() is None
+    if struck:
         process.send_signal(number)
     try:
         output, errors = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         process.kill()
-        return Outcome(None, *process.communicate())
-    return Outcome(process.returncode, output, errors)
+        return Outcome(None, *process.communicate(), struck)
+    return Outcome(process.returncode, output, errors, struck)
 
 
 def _gather(child: int, found: dict[int, bytes]) -> Outcome:
@@ -193,4 +199,4 @@ def _gather(child: int, found: dict[int, bytes]) -> Outcome:
             data += more
         os.close(reader)
         texts.append(data.decode(errors="replace"))
-    return Outcome(status, *texts)
+    return Outcome(status, *texts[:2], struck=bool(texts[2]))

@@ -32,6 +32,10 @@ class Fault:
     happen: Callable[["Bench", random.Random], str | None]
 
 
+class MissedError(Exception):
+    """A fault came too late, or its place was never reached: nothing was tried."""
+
+
 class Bench:
     """Where faults happen: an empty folder, beside the data and whole runs to copy from.
 
@@ -65,6 +69,18 @@ class Bench:
             f"--workdir={workdir}", f"--prompts={self.root / 'prompts.jsonl'}", "--split=validation", "--limit=2",
             "--max_new_tokens=6", "--heads=2", f"--json={self.scratch / 'e.json'}",
         ]  # fmt: skip
+
+    def struck(self, command: str, flags: list[str], strike: Strike, *allowed: int) -> str | None:
+        """Runs a command that is struck, and may end with these statuses; what is wrong with how it ended.
+
+        Raises:
+          MissedError: nothing is, but it was not struck.
+        """
+        outcome = run(command, flags, strike)
+        wrong = outcome.complaint(*allowed)
+        if not wrong and not outcome.struck:
+            raise MissedError
+        return wrong
 
     def flags(self, command: str, workdir: pathlib.Path) -> list[str]:
         """The flags of any command."""
@@ -162,10 +178,10 @@ def _signal(command: str, phase: str, number: signal.Signals, bench: Bench, rng:
     training = command == "train"
     workdir = bench.copy("half" if resumed else "whole") if resumed or not training else bench.scratch / "run"
     delay = rng.choice([0.0, rng.uniform(0, 0.02), rng.uniform(0, 0.3)])
-    strike = Strike(command, phase, lambda: os.kill(os.getpid(), number), rng.choice([1, 1, 2, 3]), delay)
-    outcome = run(command, bench.flags(command, workdir), strike)
-    allowed = (-number,) if number == signal.SIGKILL else (128 + number,)
-    wrong = outcome.complaint(0, *allowed)
+    call = rng.choice([1, 2, 3]) if phase in _REPEATED and not resumed else 1
+    strike = Strike(command, phase, lambda: os.kill(os.getpid(), number), call, delay)
+    status = -number if number == signal.SIGKILL else 128 + number
+    wrong = bench.struck(command, bench.flags(command, workdir), strike, 0, status)
     if wrong or training:
         return wrong or bench.goes_on(workdir)
     return run(command, bench.flags(command, workdir)).complaint(0)
@@ -174,8 +190,13 @@ def _signal(command: str, phase: str, number: signal.Signals, bench: Bench, rng:
 def _signal_at_start(command: str, number: signal.Signals, bench: Bench, rng: random.Random) -> str | None:
     workdir = bench.copy("half")
     outcome = run_from_the_start(command, bench.flags(command, workdir), number, rng.uniform(0.15, 4))
+    if not outcome.struck:
+        raise MissedError
     return outcome.complaint(0, -number, 128 + number) or bench.goes_on(workdir)
 
+
+# Phases that a run of all steps comes to more than once.
+_REPEATED = {"step", "logging", "evaluation", "writing metrics", "saving"}
 
 _PARTS = {
     "array data": "checkpoints/*/state/**/d/*",
@@ -233,9 +254,9 @@ def _disappears(what: str, phase: str, bench: Bench, rng: random.Random) -> str 
             workdir.mkdir(exist_ok=True)
             target.write_text("no folder")
 
-    strike = Strike("train", phase, remove, rng.choice([1, 2, 3]), rng.choice([0.0, rng.uniform(0, 0.05)]))
-    flags = [*bench.train_flags(workdir), f"--config.data.paths=('{data}',)"]
-    return run("train", flags, strike).complaint(0, 2)
+    call = rng.choice([1, 2]) if phase in _REPEATED else 1
+    strike = Strike("train", phase, remove, call, rng.choice([0.0, rng.uniform(0, 0.05)]))
+    return bench.struck("train", [*bench.train_flags(workdir), f"--config.data.paths=('{data}',)"], strike, 0, 2)
 
 
 def _no_room_for_json(bench: Bench, rng: random.Random) -> str | None:
@@ -250,7 +271,7 @@ def _no_output(bench: Bench, rng: random.Random) -> str | None:
     def fill() -> None:
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
-    return run(command, bench.flags(command, bench.copy("whole")), Strike(command, "opening", fill)).complaint(2)
+    return bench.struck(command, bench.flags(command, bench.copy("whole")), Strike(command, "opening", fill), 2)
 
 
 def _full(size: int, bench: Bench, rng: random.Random) -> str | None:
@@ -266,8 +287,9 @@ def _fills_up(phase: str, bench: Bench, rng: random.Random) -> str | None:
     """Somebody else takes the room that is left, in the middle of a run."""
     assert bench.disk is not None
     place = bench.disk.make(20_000)
-    strike = Strike("train", phase, functools.partial(fill_up, place, rng.randrange(0, 40_000)), rng.choice([1, 2]))
-    wrong = run("train", bench.train_flags(place / "run"), strike).complaint(0, 2)
+    call = rng.choice([1, 2]) if phase in _REPEATED else 1
+    strike = Strike("train", phase, functools.partial(fill_up, place, rng.randrange(0, 40_000)), call)
+    wrong = bench.struck("train", bench.train_flags(place / "run"), strike, 0, 2)
     (place / "filler").unlink(missing_ok=True)
     return wrong or bench.goes_on(place / "run")
 

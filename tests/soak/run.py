@@ -30,7 +30,7 @@ import rich.progress
 import rich.table
 
 from tests.soak.disks import Disk
-from tests.soak.faults import Bench, Fault, all_faults
+from tests.soak.faults import Bench, Fault, MissedError, all_faults
 from tests.soak.inputs import all_inputs
 
 # Faults of each kind that a whole soak makes at least.
@@ -82,6 +82,9 @@ def work(root: pathlib.Path, name: str, todo: Any, results: Any) -> None:
             start = time.monotonic()
             try:
                 wrong = fault.happen(bench, random.Random(seed))
+            except MissedError:
+                results.put(None)
+                continue
             except Exception as error:  # the soak goes on, and shows it
                 wrong = f"the soak itself: {type(error).__name__}: {error}"
             results.put(Result(fault.kind, fault.name, seed, wrong, time.monotonic() - start))
@@ -161,6 +164,8 @@ def _collect(
                 running += 1
             result = results.get()
             running -= 1
+            if result is None:
+                continue
             found.append(result)
             left = max(0.0, deadline - time.monotonic()) / 60
             bar.update(
