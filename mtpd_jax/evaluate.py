@@ -102,31 +102,17 @@ def run(
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
     """
-    if isinstance(text, str):
-        raise ValueError(f"text = {text!r}: expected a list of files")
     if not (text or split_name or prompts):
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
-    if split_name not in (None, "validation"):
-        raise ValueError(f"--split={split_name}: expected validation")
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None:
-            check_integer(name, value)
-            if value < 1:
-                raise ValueError(f"--{name}={value}: expected at least one")
+    _check_scope(text, split_name, limit, batch_size, heads)
     check_seed(seed)
     options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence)
     options.validate(modules=0)
     documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
     prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
-    for number in heads or ():
-        check_integer("heads", number)
     trained = open_run(workdir, checkpoint)
     check_scoring(trained.config, batch_size)
-    numbers = _head_numbers(heads, trained.config.heads.num_heads)
-    for number in numbers:
-        options.with_heads(number).validate(trained.config.heads.num_heads)
-    options = options.sharing_width(max(numbers)) if bit_exact else options
-    decoder, ways = decoder_of(trained), ways_of(options, numbers)
+    decoder, ways = decoder_of(trained), _ways(trained, heads, options, bit_exact)
     ids = [trained.tokenizer.encode(prompt) for prompt in prompt_texts]
     for way in ways.values() if prompts is not None else ():
         decoder.check(ids, way, batch_size)
@@ -136,6 +122,22 @@ def run(
     scores = _score_text(trained, documents, batch_size, note) if documents else {}
     decoding = {} if prompts is None else {prompts: _decode(decoder, ids, ways, batch_size, seed)}
     return Report(scores, decoding)
+
+
+def _check_scope(
+    text: Sequence[str], split_name: str | None, limit: int | None, batch_size: int, heads: Sequence[int] | None
+) -> None:
+    """Checks what to measure, as far as that goes without the run; for arguments and errors see ``run``."""
+    if isinstance(text, str):
+        raise ValueError(f"text = {text!r}: expected a list of files")
+    if split_name not in (None, "validation"):
+        raise ValueError(f"--split={split_name}: expected validation")
+    for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
+        check_integer(name, value)
+        if value < 1:
+            raise ValueError(f"--{name}={value}: expected at least one")
+    for number in heads or ():
+        check_integer("heads", number)
 
 
 def _score_text(
@@ -167,6 +169,15 @@ def _decode(decoder: Decoder, prompts: list[np.ndarray], ways: Ways, batch_size:
     scores = score_decoding(decoder, prompts, ways, found, batch_size)
     by_heads = {str(name): score for name, score in scores.items() if name != PADDED_PLAIN}
     return PromptReport(by_heads, scores.get(PADDED_PLAIN))
+
+
+def _ways(trained: TrainedRun, heads: Sequence[int] | None, options: Options, bit_exact: bool) -> Ways:
+    """The ways to decode: each number of heads, with passes of one width if they are to be ``bit_exact``."""
+    modules = trained.config.heads.num_heads
+    numbers = _head_numbers(heads, modules)
+    for number in numbers:
+        options.with_heads(number).validate(modules)
+    return ways_of(options.sharing_width(max(numbers)) if bit_exact else options, numbers)
 
 
 def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
