@@ -106,7 +106,7 @@ def run(workdir: str) -> dict[str, Any]:
     console = rich.console.Console(highlight=False)
     config = Config.build(quickstart.get_config().to_dict())
     result = train.run(config, workdir)
-    if not result.finished:
+    if not result.finished or result.signal is not None:
         raise SystemExit(128 + (result.signal or 0))
     place = open_workdir(workdir).path
     trained = open_run(workdir)

@@ -153,7 +153,6 @@ class EvaluationConfig:
 RESUMABLE = frozenset(
     {
         "data.paths",
-        "data.directory",
         "training.steps",
         "checkpoint.every_steps",
         "checkpoint.keep",
@@ -214,8 +213,7 @@ class Config:
           ValueError: it is none of these; or see ``build``.
         """
         if isinstance(config, Config):
-            config.validate()
-            return config
+            return cls.build(config.to_dict())
         if isinstance(config, ml_collections.ConfigDict):
             return cls.build(config.to_dict())
         if isinstance(config, Mapping):

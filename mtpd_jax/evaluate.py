@@ -18,7 +18,7 @@ from mtpd_jax.data.files import json_field, read_text
 from mtpd_jax.data.sources import expand
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options, check_seed
-from mtpd_jax.decoding.sampling import GREEDY, Sampling, check_integer
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.decoding import PADDED_PLAIN, DecodingScore, Ways, decode_prompts, score_decoding, ways_of
 from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
@@ -28,6 +28,7 @@ from mtpd_jax.training.feasibility import check_scoring
 from mtpd_jax.training.looping import held_out_note
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.restore import TrainedRun, open_run
+from mtpd_jax.validation import check_flag, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,7 @@ def run(
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
     _check_scope(text, split_name, limit, batch_size, heads)
     check_seed(seed)
+    check_flag("bit_exact", bit_exact)
     options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence)
     options.validate(modules=0)
     documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
@@ -128,8 +130,10 @@ def _check_scope(
     text: Sequence[str], split_name: str | None, limit: int | None, batch_size: int, heads: Sequence[int] | None
 ) -> None:
     """Checks what to measure, as far as that goes without the run; for arguments and errors see ``run``."""
-    if isinstance(text, str):
+    if not isinstance(text, list | tuple) or not all(isinstance(file, str) for file in text):
         raise ValueError(f"text = {text!r}: expected a list of files")
+    if heads is not None and not isinstance(heads, list | tuple):
+        raise ValueError(f"heads = {heads!r}: expected a list of integers")
     if split_name not in (None, "validation"):
         raise ValueError(f"--split={split_name}: expected validation")
     for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):

@@ -1,6 +1,7 @@
 """What the front doors share: one clear line and exit status 2 for a user's mistake."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,7 +23,7 @@ from ml_collections import config_flags
 
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.training.interrupt import end_on_signals, leave
+from mtpd_jax.training.interrupt import end_on_signals, leave, say_last
 from mtpd_jax.training.state import DivergedError
 
 _CONFIG_HELP = """  --config=FILE: a config file, such as configs/quickstart.py
@@ -41,8 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 def fail(message: str, status: int = 2) -> NoReturn:
     """Writes one line on standard error and exits."""
-    line = " ".join(message.encode(errors="backslashreplace").decode().split())
-    print(f"error: {line}", file=sys.stderr)
+    say_last("error: " + " ".join(message.encode(errors="backslashreplace").decode().split()))
     raise SystemExit(status)
 
 
@@ -57,7 +57,10 @@ def guarded(main: Callable[[], int]) -> NoReturn:
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     threading.excepthook = sys.unraisablehook = lambda _: None
-    leave(status_of(main))
+    status = status_of(main)
+    with contextlib.suppress(OSError, ValueError):  # closed, or full, which was said
+        sys.stdout.flush()
+    leave(status)
 
 
 def status_of(main: Callable[[], int]) -> int:
@@ -75,9 +78,11 @@ def status_of(main: Callable[[], int]) -> int:
         except BrokenPipeError:
             return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
-            fail("interrupted", 128 + signal.SIGINT)
+            say_last("interrupted")
+            return 128 + signal.SIGINT
         except OSError as error:
-            fail(f"{error.filename or 'output'}: {error.strerror}" if error.strerror else str(error))
+            where = f"{error.filename}: " if error.filename else ""
+            fail(where + error.strerror if error.strerror else str(error))
         except ValueError as error:
             fail(str(error))
         except DivergedError as error:
@@ -134,11 +139,15 @@ def check_json_path(path: str | None) -> None:
         return
     if not path or epath.Path(path).is_dir():
         raise ValueError(f"--json={path}: expected the name of a file")
-    folder = epath.Path(path).parent
-    if not folder.is_dir():
-        raise ValueError(f"--json={path}: there is no folder {folder}")
-    if "://" not in path and not os.access(path if epath.Path(path).exists() else folder, os.W_OK):
-        raise ValueError(f"--json={path}: may not be written to")
+    if "://" in path:
+        return
+    place = pathlib.Path(path).resolve()
+    if not place.parent.is_dir():
+        raise ValueError(f"--json={path}: there is no folder {place.parent}")
+    # A file is written beside its place first; what is no file is written to as it is.
+    written = place if place.exists() and not place.is_file() else place.parent
+    if not os.access(written, os.W_OK):
+        raise ValueError(f"--json={path}: {written} may not be written to")
 
 
 def integers(text: str) -> list[int]:

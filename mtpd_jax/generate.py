@@ -15,6 +15,7 @@ from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.generation import Generation, check_prompts, generate, options_for, show
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.training.restore import open_run
+from mtpd_jax.validation import check_flag
 
 
 def run(
@@ -48,6 +49,8 @@ def run(
       ValueError: bad workdir, prompt or option.
     """
     check_prompts(prompts)
+    for name, flag in (("bit_exact", bit_exact), ("compare", compare)):
+        check_flag(name, flag)
     trained = open_run(workdir, checkpoint)
     options = options_for(trained, heads, max_new_tokens, sampling, min_confidence, bit_exact)
     return generate(trained, prompts, options, seed=seed, compare=compare)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -35,6 +34,7 @@ from mtpd_jax.training.loop import Evaluate, Loop
 from mtpd_jax.training.looping import Origin, all_sources, beginning, held_out_note, source_of, with_source
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.processes import first_decides
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
@@ -50,8 +50,9 @@ class TrainResult:
     Attributes:
       workdir: the run's folder.
       step: optimizer steps done, over all calls.
-      finished: whether that is all of them.
-      signal: the signal that ended the call early, or None.
+      finished: whether that is all of them, and all is evaluated.
+      signal: the signal that asked to stop, or None. It may have come too late to end the call early; who would go on
+        with other work should not.
       tokens: non-padding tokens trained on, over all calls.
       parameters: number of parameters, frozen ones included.
       seconds: wall time of the training loop, compilation and evaluation included, over all calls.
@@ -108,7 +109,7 @@ def run(
         checkpointer = stack.enter_context(Checkpointer(place, config.checkpoint.keep, lock))
         _record_config(config, place, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
-        metrics = stack.enter_context(MetricsLog(place, start.step, config.logging.tensorboard))
+        metrics = stack.enter_context(MetricsLog(place, start.step, config.logging.tensorboard, lock))
         evaluate = _evaluator(config, model, mesh, source, tokenizer)
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out]
@@ -124,8 +125,7 @@ def run(
             left = "; its evaluation was cut short: the same command does it again" if not loop.evaluated else ""
             progress.say(f"{place.path}: asked to stop; saved step {done}{left}")
     parameters = count_parameters(abstract.parameters) + count_parameters(abstract.frozen)
-    signal = None if finished else stop.signal
-    return TrainResult(str(place.path), done, finished, signal, loop.tokens, parameters, loop.seconds)
+    return TrainResult(str(place.path), done, finished, stop.signal, loop.tokens, parameters, loop.seconds)
 
 
 @dataclasses.dataclass
@@ -178,9 +178,12 @@ def _restored(
     found = restore_state(place, config, abstract, checkpoint)
     place.read_tokenizer(config, found.record["tokenizer"])
     data.set_state(found.record["data"])
-    if jax.process_index() == 0:
-        for newer in (step for step in steps_of(place) if step > found.step):
-            place.set_aside(place.checkpoints / str(newer))
+    newer = [step for step in steps_of(place) if step > found.step]
+    if jax.process_index() == 0 and newer:
+        for step in newer:
+            place.set_aside(place.checkpoints / str(step))
+        if place.metrics_file.exists():  # the lines of those steps are dropped
+            place.copy_aside(place.metrics_file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("newer checkpoints put aside")
     done, steps, record = found.step, config.training.steps, found.record
@@ -210,8 +213,12 @@ def _begin(config: Config, place: Workdir, source: Source, given: Tokenizer | No
             _create(config, place, source, given)
     except (ValueError, OSError) as caught:
         error = caught
+    except BaseException:  # the process may go on, as in a notebook, and must not keep itself out
+        if lock is not None:
+            lock.__exit__()
+        raise
     # All learn whether it went well: whoever waited for a process that is gone would wait for ever.
-    failed = jax.process_count() > 1 and bool(multihost_utils.broadcast_one_to_all(np.int32(error is not None)))
+    failed = first_decides(error is not None)
     if error is None and not failed and lock is not None:
         return lock
     if lock is not None:
@@ -296,7 +303,7 @@ def main() -> int:
     """Parses the flags, trains, reports."""
     flags = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
     result = run(flags.config, flags.workdir, checkpoint=flags.checkpoint, break_lock=flags.break_lock)
-    return 0 if result.signal is None else 128 + result.signal
+    return 0 if result.finished or result.signal is None else 128 + result.signal
 
 
 if __name__ == "__main__":

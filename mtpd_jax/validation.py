@@ -1,4 +1,4 @@
-"""What a configuration's values have to be, each by itself and beside the others."""
+"""What arguments, and a configuration's values, have to be: each by itself, and those beside others."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,28 @@ if TYPE_CHECKING:
         ObjectiveConfig,
         TokenizerConfig,
     )
+
+
+def check_integer(name: str, value: object) -> None:
+    """Checks the type of an argument.
+
+    Raises:
+      ValueError: naming the argument and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} = {value!r}: expected an integer")
+
+
+def check_number(name: str, value: object) -> None:
+    """Checks the type of an argument; see ``check_integer``."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} = {value!r}: expected a number")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Checks the type of an argument; see ``check_integer``."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} = {value!r}: expected True or False")
 
 
 def check(config: "Config") -> None:

@@ -342,7 +342,19 @@ MISTAKES = (
     ("train.run({**config, 'model': None}, new)", "config.model = None: expected a section"),
     ("train.run(config, 3)", "workdir = 3: expected the name of a folder"),
     ("train.run(config, '')", "workdir = '': expected the name of a folder"),
-    ("train.run(config, new, checkpoint='10')", "checkpoint = '10': "),
+    ("train.run(config, new, checkpoint='10')", "checkpoint = '10': expected an integer"),
+    ("generate.run(run, ['a'], checkpoint=10.0)", "checkpoint = 10.0: expected an integer"),
+    ("generate.run(run, ['a'], bit_exact='no')", "bit_exact = 'no': expected True or False"),
+    (
+        "train.run(dataclasses.replace(whole, model=dataclasses.replace(whole.model, width='32')), new)",
+        "model.width = '32'",
+    ),
+    (
+        "train.run({**config, 'data': {**config['data'], 'paths': 'a.txt'}}, new)",
+        "data.paths = 'a.txt': expected tuple",
+    ),
+    ("evaluate.run(run, text=[3])", "text = [3]: expected a list of files"),
+    ("evaluate.run(run, split_name='validation', heads=3)", "heads = 3: expected a list of integers"),
     ("generate.run(run, 'Once')", "prompts = 'Once': expected a list of texts"),
     ("generate.run(run, [3])", "prompt 1 = 3: expected a text"),
     ("generate.run(run, None)", "prompts = None: expected a list"),
@@ -366,10 +378,12 @@ MISTAKES = (
 def test_the_python_functions_answer_as_the_commands_do(workdir, tmp_path):
     """With ValueError; in a process whose annotations nobody checks, as users have it."""
     program = """
-        import json, sys
+        import dataclasses, json, sys
         from mtpd_jax import evaluate, generate, train
+        from mtpd_jax.config import Config
         from mtpd_jax.decoding.sampling import Sampling
         run, new, config, mistakes = json.loads(sys.argv[1])
+        whole = Config.build(config)
         for expression, words in mistakes:
             try:
                 eval(expression)

@@ -41,10 +41,10 @@ STUCK = """
 """
 
 
-def python(*arguments):
+def python(*arguments, cwd=ROOT):
     """Starts Python as a shell in front of a user does: whoever started these tests may have them ignore Ctrl-C."""
     return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, *arguments], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
@@ -99,9 +99,45 @@ def test_ctrl_c_while_a_command_imports_says_nothing():
     assert end(process) == (-signal.SIGINT, "")
 
 
-def test_a_library_does_not_touch_the_handlers():
+def test_help_reaches_whoever_reads_it():
+    """Through a pipe, with output that is kept back until somebody asks for it."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for command in ("train", "generate"):
+        found = subprocess.run(
+            [sys.executable, "-m", f"mtpd_jax.{command}", "--help"], cwd=ROOT, env=environment, capture_output=True
+        )
+        assert found.returncode == 0 and b"--workdir" in found.stdout
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["full", "closed"])
+def test_an_error_that_nobody_can_be_told_has_its_status(closed):
+    """And is not written where results are."""
+    where = "2>&-" if closed else "2>/dev/full"
+    found = subprocess.run(f"{sys.executable} -m mtpd_jax.train {where}", shell=True, cwd=ROOT, capture_output=True)
+    assert (found.returncode, found.stdout) == (2, b"")
+
+
+def test_a_command_that_is_interrupted_in_python_says_so_once():
+    program = """
+        import os, signal, time
+        from mtpd_jax import frontdoor
+
+        def main():
+            raise KeyboardInterrupt
+
+        frontdoor.guarded(main)
+    """
+    assert end(python("-c", textwrap.dedent(program))) == (130, "interrupted\n")
+
+
+def test_a_library_does_not_touch_the_handlers(tmp_path):
     program = "import signal, mtpd_jax; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     assert python("-c", program).communicate(timeout=60) == ("True\n", "")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "__init__.py").write_text("import mtpd_jax")
+    (tmp_path / "job" / "work.py").write_text(program)
+    process = python("-m", "job.work", cwd=tmp_path)  # another program, which imports it while it is being found
+    assert process.communicate(timeout=60) == ("True\n", "")
 
 
 def test_what_libraries_say_of_a_failure_is_not_shown():

@@ -106,7 +106,7 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
         workdir = folder / run.variant.name
         with contextlib.redirect_stderr(None):
             result = train.run(run.config(train_in(run.start) if run.start else None), str(workdir))
-        if not result.finished:  # asked to stop: what it did is not what the code does
+        if not result.finished or result.signal is not None:  # asked to stop: what it did is not what the code does
             raise SystemExit(128 + (result.signal or 0))
         return workdir
 

@@ -111,7 +111,7 @@ class Sweep:
         workdir = self._workdir(run)
         with _locked(workdir.with_suffix(".lock")):
             result = train.run(run.config(start), str(workdir))
-        if not result.finished:
+        if not result.finished or result.signal is not None:
             raise SystemExit(128 + (result.signal or 0))
         return result.seconds
 

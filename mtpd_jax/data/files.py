@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Iterator
 
@@ -21,7 +22,14 @@ class File:
     """A file that must stay as it is while it is read: it is never mapped into memory, where a cut would be fatal."""
 
     def __init__(self, path: pathlib.Path):
-        self.path = path
+        """Opens a file.
+
+        Raises:
+          ValueError: it is none, but a pipe, say, which can be read only once.
+        """
+        self.path, self._digest = path, ""
+        if not path.is_file():
+            raise ValueError(f"{path}: expected a file")
         with path.open("rb") as file:
             self._state = _state(os.fstat(file.fileno()))
             self._begin = len(_BOM) if file.read(len(_BOM)) == _BOM else 0
@@ -43,9 +51,18 @@ class File:
                 more := os.pread(file.fileno(), end - start - len(found), start + len(found))
             ):
                 found += more  # a single call reads 2 GiB at most
-            if len(found) < end - start or _state(os.fstat(file.fileno())) != self._state:
-                raise ValueError(f"{self.path}: was changed while it was in use; put it back and run the command again")
-            return found
+            state = _state(os.fstat(file.fileno()))
+        if len(found) < end - start or (state != self._state and not self._only_touched(state)):
+            raise ValueError(f"{self.path}: was changed while it was in use; put it back and run the command again")
+        return found
+
+    def _only_touched(self, state: tuple[int, int]) -> bool:
+        """Whether it is the time alone that changed; then the file is used on."""
+        before, self._state = self._state, state
+        if state[0] == before[0] and self._digest and self._count_digest() == self._digest:
+            return True
+        self._state = before
+        return False
 
     @property
     def begin(self) -> int:
@@ -80,9 +97,9 @@ class File:
                 return True
         return False
 
-    def line_of(self, place: int) -> int:
-        """The line, from 1, that a byte is in."""
-        return 1 + self.read(0, place).count(b"\n")
+    def _lines_before(self, place: int) -> int:
+        parts = (self.read(start, min(place, start + _CHUNK)) for start in range(0, place, _CHUNK))
+        return sum(part.count(b"\n") for part in parts)
 
     def text(self, start: int, end: int) -> str:
         """Decodes a part of the file.
@@ -98,23 +115,21 @@ class File:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             at = start + error.start
-            raise ValueError(
-                f"{self.path}, line {self.line_of(at)}: byte {at} (0x{raw[error.start]:02x}) is not UTF-8"
-            ) from None
+            raise _no_text(self.path, self._lines_before(at), at, raw[error.start]) from None
 
     def digest(self) -> str:
         """SHA-256 of the contents, kept from start to start for a large file that nobody has touched since."""
-        if self.size < _CACHED_FROM:
-            return hashlib.sha256(self.read(0, self.size)).hexdigest()
-        kept = _kept_digest(self.path)
-        with contextlib.suppress(OSError):
-            return kept.read_text(encoding="ascii")
+        kept = _kept_digest(self.path) if self.size >= _CACHED_FROM else None
+        self._digest = _read_kept(kept) or self._count_digest()
+        # A file that was written a moment ago can be written again without its time changing.
+        if kept is not None and time.time() - self.path.stat().st_mtime > 2:
+            _keep(kept, self._digest)
+        return self._digest
+
+    def _count_digest(self) -> str:
         whole = hashlib.sha256()
         for start in range(0, self.size, _CHUNK):
             whole.update(self.read(start, min(self.size, start + _CHUNK)))
-        # A file that was written a moment ago can be written again without its time changing.
-        if time.time() - self.path.stat().st_mtime > 2:
-            _keep(kept, whole.hexdigest())
         return whole.hexdigest()
 
 
@@ -122,16 +137,29 @@ def _state(found: os.stat_result) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _kept_digest(path: pathlib.Path) -> pathlib.Path:
-    """Where a file's digest is kept: by name, size, number and times, of which the last cannot be set back."""
+def _kept_digest(path: pathlib.Path) -> pathlib.Path | None:
+    """Where a file's digest is kept: by name, size, number and times, of which the last cannot be set back.
+
+    None where nobody is at home.
+    """
     found = path.stat()
     key = [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    try:
+        root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return root / "mtpd_jax" / "digests" / hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
+def _read_kept(kept: pathlib.Path | None) -> str | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = kept.read_text(encoding="ascii") if kept is not None else ""
+        return found if re.fullmatch("[0-9a-f]{64}", found) else None
+    return None
+
+
 def _keep(kept: pathlib.Path, digest: str) -> None:
-    with contextlib.suppress(OSError, RuntimeError):  # it is a matter of speed alone
+    with contextlib.suppress(OSError):  # it is a matter of speed alone
         kept.parent.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_name(f"{kept.name}.{os.getpid()}")
         temporary.write_text(digest, encoding="ascii")
@@ -145,10 +173,19 @@ def read_text(path: str | pathlib.Path, name: str) -> str:
       ValueError: it cannot be read, or is not UTF-8; ``name`` says where the path was given.
     """
     try:
-        file = File(pathlib.Path(path))
-        return file.text(file.begin, file.size)
+        raw = pathlib.Path(path).read_bytes()  # at once, for it may be a pipe
     except OSError as error:
         raise ValueError(f"{name} {str(path)!r}: cannot be read ({error.strerror or error})") from error
+    begin = len(_BOM) if raw.startswith(_BOM) else 0
+    try:
+        return raw[begin:].decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = begin + error.start
+        raise _no_text(path, raw.count(b"\n", 0, at), at, raw[at]) from None
+
+
+def _no_text(path: str | pathlib.Path, lines_before: int, at: int, byte: int) -> ValueError:
+    return ValueError(f"{path}, line {lines_before + 1}: byte {at} (0x{byte:02x}) is not UTF-8")
 
 
 def json_field(line: str | bytes, field: str, where: str) -> str:

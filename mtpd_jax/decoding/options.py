@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from mtpd_jax.decoding.sampling import GREEDY, Sampling, check_integer, check_number
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.validation import check_integer, check_number
 
 
 def check_seed(seed: int) -> None:

@@ -7,22 +7,7 @@ import jax.numpy as jnp
 
 from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array, Bool, Float, Int
-
-
-def check_integer(name: str, value: object) -> None:
-    """Checks the type of an option.
-
-    Raises:
-      ValueError: naming the option and the value.
-    """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} = {value!r}: expected an integer")
-
-
-def check_number(name: str, value: object) -> None:
-    """Checks the type of an option; see ``check_integer``."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} = {value!r}: expected a number")
+from mtpd_jax.validation import check_integer, check_number
 
 
 @dataclasses.dataclass(frozen=True)

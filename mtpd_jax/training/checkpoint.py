@@ -4,6 +4,7 @@ What is read is held to digests of what was written. One that differs is passed 
 """
 
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -19,8 +20,10 @@ from mtpd_jax.config import Config, differences
 from mtpd_jax.training.digests import digests_of
 from mtpd_jax.training.lock import Lock
 from mtpd_jax.training.partition import merge
+from mtpd_jax.training.processes import together
 from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.workdir import Workdir
+from mtpd_jax.validation import check_integer
 
 # What stands beside every state.
 _RECORDED = {"config", "versions", "digests", "tokenizer", "data", "origin", "tokens", "seconds"}
@@ -160,6 +163,8 @@ def check_chosen(workdir: Workdir, step: int | None) -> None:
       ValueError: naming those that are there.
     """
     steps = sorted(steps_of(workdir))
+    if step is not None:
+        check_integer("checkpoint", step)
     if step is not None and step not in steps:
         there = f"has {', '.join(map(str, steps))}" if steps else "holds no complete checkpoint"
         raise ValueError(f"checkpoint = {step!r}: {workdir.checkpoints} {there}")
@@ -204,11 +209,15 @@ def read_record(workdir: Workdir) -> dict[str, Any]:
 def _read_tree(
     workdir: Workdir, config: Config, wanted: Any, tree: Callable[[Any], Any], chosen: int | None
 ) -> Restored:
-    def read(step: int) -> tuple[Any, dict[str, Any]]:
+    def files(step: int) -> tuple[Any, dict[str, Any]]:
         # The record first: another config is better named than by the shapes that do not fit.
         record = _record(workdir, step)
         _check_config(workdir, config, record)
-        found = _restore(workdir, step, ocp.args.Composite(state=wanted))["state"]
+        return _restore(workdir, step, ocp.args.Composite(state=wanted))["state"], record
+
+    def read(step: int) -> tuple[Any, dict[str, Any]]:
+        # A file may be damaged that one process reads and others do not; digests are of all of it, in all of them.
+        found, record = together(lambda: files(step), DamagedError)
         digests, broken = digests_of(found)
         changed = next((name for name, digest in digests.items() if record["digests"].get(name) != digest), None)
         if changed is not None:
@@ -240,7 +249,7 @@ def _newest_whole(
     if not steps:
         raise ValueError(f"{workdir.checkpoints}: holds no complete checkpoint")
     why = "; ".join(f"step {step}: {cause}" for step, cause in damaged)
-    raise ValueError(f"{workdir.checkpoints}: no checkpoint that can be used: {why}")
+    raise ValueError(f"{workdir.checkpoints}: no checkpoint that can be used: {why}; to begin anew, move it away")
 
 
 def _seal(record: dict[str, Any]) -> str:
@@ -285,13 +294,42 @@ def _restore(workdir: Workdir, step: int, items: ocp.args.Composite) -> Any:
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged or foreign checkpoint
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # of the device, not of the files
+        if _passing(error):
+            raise OSError(f"{workdir.checkpoints / str(step)}: cannot be read now ({reason(error)})") from error
         raise DamagedError(f"not readable: {reason(error)}") from error
+
+
+# What says nothing of a file's contents: it may be read later, or by somebody else.
+_PASSING = {
+    errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EBUSY,
+    errno.ETIMEDOUT, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET,
+}  # fmt: skip
+_PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "Too many open files")
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether an error is of the system that reads, and not of what is read."""
+    text, number = _whole_text(error), _error_number(error)
+    return number in _PASSING or any(word in text for word in _PASSING_WORDS)
+
+
+def _whole_text(error: BaseException) -> str:
+    """The words of an error and of those that led to it."""
+    words, cause = [], error
+    while cause is not None and len(words) < 10:
+        words.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(" ".join(words).split())
+
+
+def _error_number(error: BaseException) -> int | None:
+    found = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", _whole_text(error))
+    if found:
+        return int(found[1] or found[2])
+    return error.errno if isinstance(error, OSError) else None
 
 
 def reason(error: BaseException) -> str:
     """Why something could not be read or written, in a few words: what the operating system said, if it spoke."""
-    text = " ".join(str(error).split())
-    number = error.errno if isinstance(error, OSError) else None
-    found = re.search(r"os_error_code='(\d+)'", text)
-    number = int(found[1]) if found else number
-    return os.strerror(number) if number else text[:160] or type(error).__name__
+    number = _error_number(error)
+    return os.strerror(number) if number else " ".join(str(error).split())[:160] or type(error).__name__

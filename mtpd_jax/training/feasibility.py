@@ -62,8 +62,9 @@ def check_training(config: Config, mesh: Mesh) -> str:
     # With rematerialisation a block keeps its input for the backward pass, and without it more than that.
     blocks = config.trained_heads + (model.layers if config.frozen_heads is None else 0)
     activations = 2 * max(rows, 1) * training.sequence_length * model.width * blocks
-    device = mesh.devices.flat[0]
-    per_host = sum(other.process_index == device.process_index for other in mesh.devices.flat)
+    # A process can ask its own devices only; where it has none, as for a program to compile, the host's memory counts.
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    device, per_host = (own or list(mesh.devices.flat))[0], max(1, len(own))
     limit = device_memory(device, per_host)
     _require(state + activations, limit, f"training on {device.device_kind}", "model, batch_size or sequence_length")
     batches = _HOST_BATCHES * training.batch_size + config.data.shuffle_window
@@ -138,6 +139,11 @@ def device_memory(device: jax.Device, per_host: int) -> int:
 def _require(needed: int, there: int, what: str, fields: str) -> None:
     if needed > there:
         raise ValueError(
-            f"{what} needs more than {needed / 2**30:,.1f} GiB of memory, and there are {there / 2**30:,.1f} GiB; "
+            f"{what} needs more than {_gib(needed)} GiB of memory, and there are {_gib(there)} GiB; "
             f"take a smaller {fields}"
         )
+
+
+def _gib(size: int) -> str:
+    """Tenths are whole numbers, too: there are sizes that no float can hold."""
+    return f"{size // 2**30:,}.{size % 2**30 * 10 // 2**30}"

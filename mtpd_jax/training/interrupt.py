@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from typing import Any, NoReturn
@@ -15,7 +16,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Seconds that a run which was asked to stop may go without hearing it, if its steps take no longer. Our choice:
 # clusters kill after 30 to 120.
 _PATIENCE = 60.0
-_leaving = threading.Lock()
+# Whoever ends the process says one last line, and nobody else says another.
+_speaking, _last_line_said = threading.Lock(), False
 # The run that is to stop by itself, if there is one.
 _heeding: "StopRequest | None" = None
 
@@ -105,13 +107,15 @@ def _left_to_the_thread(number: int, frame: Any) -> None:
 
 def _wait(reader: int) -> None:
     """Reads the numbers of signals as they come, and ends the process when it is time."""
-    first, deadline = None, None
+    first, deadline, asked = None, None, None
     while True:
         seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
         arrived = os.read(reader, 1)[0] if select.select([reader], [], [], seconds)[0] else None
         if arrived is not None and arrived not in _SIGNALS:
             continue
         stopping = _heeding
+        if asked is not stopping:  # another run in the same process is asked anew
+            first, deadline, asked = None, None, stopping
         if first is None and arrived is not None and stopping is not None:
             first, deadline = arrived, time.monotonic() + stopping.patience
         elif arrived is None and first is not None:
@@ -130,8 +134,19 @@ def leave(status: int, line: str | None = None) -> NoReturn:
       status: the exit status.
       line: written on standard error.
     """
-    _leaving.acquire()  # the first one speaks; nobody gives it back
-    shown = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar hides the cursor
+    _speaking.acquire()  # and nobody gives it back
     with contextlib.suppress(OSError):  # closed, or full, and there is nobody left to tell
-        os.write(2, (shown + ("" if line is None else line + "\n")).encode())
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+        if line is not None and not _last_line_said:
+            os.write(2, f"{line}\n".encode())
     os._exit(status)
+
+
+def say_last(line: str) -> None:
+    """Writes the line on standard error with which a command ends by itself; waits if it is being ended otherwise."""
+    global _last_line_said
+    with _speaking, contextlib.suppress(OSError):  # as above
+        _last_line_said = True
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,8 @@ from mtpd_jax.training.workdir import Workdir, write_atomically
 # In a bucket nothing dies with its holder: a lock counts as left behind when it was not renewed for so long.
 _RENEWED_EVERY = 60.0
 _LEFT_BEHIND_AFTER = 300.0
+# What file systems say that have no locks.
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 class Lock(Protocol):
@@ -52,7 +55,13 @@ def take_lock(workdir: Workdir, break_lock: bool = False) -> Lock:
     """
     if jax.process_index():
         return _HeldElsewhere()
-    return (_Lease if workdir.remote else _FileLock)(workdir, break_lock)
+    if not workdir.remote:
+        try:
+            return _FileLock(workdir, break_lock)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+    return _Lease(workdir, break_lock)
 
 
 def _holder() -> dict[str, Any]:
@@ -100,9 +109,12 @@ class _FileLock:
         if break_lock:
             self._path.unlink(missing_ok=True)  # the holder keeps a lock on a file without a name
         self._file = self._open()
-        me = json.dumps(_holder())
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, me.encode(), 0)
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, json.dumps(_holder()).encode(), 0)
+        except OSError as error:
+            self.__exit__()
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def _open(self) -> int:
         while True:
@@ -113,6 +125,9 @@ class _FileLock:
                 holder = _read(os.pread(file, 10_000, 0).decode(errors="replace"))
                 os.close(file)
                 raise _taken(self._workdir, holder) from None
+            except OSError:
+                os.close(file)
+                raise
             if self._is_ours(file):
                 return file
             os.close(file)  # given back, and its name removed, between the two calls

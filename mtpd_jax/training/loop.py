@@ -18,6 +18,7 @@ from mtpd_jax.training.checkpoint import Checkpointer
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.metrics import MetricsLog, utilisation
 from mtpd_jax.training.optimizer import learning_rate_schedule
+from mtpd_jax.training.processes import first_decides
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.step import StepResult
@@ -105,7 +106,7 @@ class Loop:
         config, last = self._config, self._config.training.steps
         self._tokens, self._begin = tokens, time.monotonic() - seconds
         # A run that was stopped in the middle of an evaluation does it now.
-        if self._evaluation_due(done) and not self._metrics.has(done, "eval/main/ce"):
+        if self._evaluation_due(done) and first_decides(not self._metrics.has(done, "eval/main/ce")):
             self._run_evaluation(state, done)
         while done < last and not self._stop.asked():
             batch = put_on_devices(next(self._data), self._sharding)
@@ -116,10 +117,10 @@ class Loop:
             self._read_results(leave=1)
             if done % config.logging.every_steps == 0 or done == last:
                 self._log(done)
+            if done % config.checkpoint.every_steps == 0 or done == last:
+                self._save(state, done)  # before an evaluation, which data may end and a resumed run makes up for
             if self._evaluation_due(done):
                 self._run_evaluation(state, done)
-            if done % config.checkpoint.every_steps == 0 or done == last:
-                self._save(state, done)
         if self._checkpointer.newest != done:  # asked to stop in between
             self._save(state, done)
         self._checkpointer.wait()

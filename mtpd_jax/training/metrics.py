@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from tensorboardX.proto import event_pb2
 
 from mtpd_jax.config import Config
+from mtpd_jax.training.lock import Lock
 from mtpd_jax.training.workdir import Workdir, write_atomically
 
 # Made when the module is imported, which type checkers do not do.
@@ -102,7 +103,8 @@ class MetricsLog:
     process writes. A context manager.
     """
 
-    def __init__(self, workdir: Workdir, resumed_step: int, tensorboard: bool):
+    def __init__(self, workdir: Workdir, resumed_step: int, tensorboard: bool, lock: Lock):
+        self._lock = lock
         self._remote = workdir.path if workdir.remote else None
         self._scratch = tempfile.TemporaryDirectory() if workdir.remote else None
         self._folder = pathlib.Path(self._scratch.name if self._scratch else workdir.path)
@@ -110,19 +112,20 @@ class MetricsLog:
         self._lines: list[dict[str, Any]] = []
         self._writing = jax.process_index() == 0
         self._note = ""
+        self._writer = None
+        if not self._writing:
+            return
         stored = workdir.metrics_file
         if stored.exists():
             good, broken = _parse(stored.read_bytes())
             self._lines = [line for line in good if line["step"] <= resumed_step]
-            if broken and self._writing:
-                place = workdir.set_aside(stored)
+            if broken:
+                place = workdir.copy_aside(stored)
                 self._note = f"{stored}: {broken} lines that are no metrics were left out; all of it is kept in {place}"
-        self._writer = None
-        if not self._writing:
-            return
         self._rewrite()
         if tensorboard:
             self._writer = _TensorBoard(self._folder / "tb", resumed_step)
+        self.publish()
 
     @property
     def note(self) -> str:
@@ -133,8 +136,8 @@ class MetricsLog:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        # What went wrong before is what is reported: a full disk, say, which these would run into again.
-        with contextlib.suppress(*([OSError] if kind else [])):
+        # What went wrong before is what is reported: a full disk or a lost lock, which these would run into again.
+        with contextlib.suppress(*([OSError, ValueError] if kind else [])):
             if self._writing:
                 self.publish()
                 if self._writer is not None:
@@ -161,16 +164,24 @@ class MetricsLog:
             self._writer.write(step, values)
 
     def _rewrite(self) -> None:
+        if self._remote is None:
+            self._lock.check()  # a run that was taken over must not put its lines in place of the other's
         write_atomically(epath.Path(self._local), "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a value of that name was written for that step."""
+        """Whether a value of that name was written for that step, as the first process knows."""
         return any(line["step"] == step and name in line for line in self._lines)
 
     def publish(self) -> None:
-        """Uploads everything, if the run lives in a bucket."""
+        """Uploads everything, if the run lives in a bucket.
+
+        Raises:
+          ValueError: another process has taken the run over.
+        """
         if not self._writing:
             return
+        if self._remote is not None:
+            self._lock.check()
         if self._writer is not None:
             self._writer.flush()
         if self._remote is not None:

@@ -1,5 +1,6 @@
 """Showing how far a long job is: a bar with an ETA on a terminal, plain lines in a log."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -18,7 +19,8 @@ def _console() -> rich.console.Console:
 
 
 def _print(console: rich.console.Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    with contextlib.suppress(OSError):  # a log that is full is no reason to end a run
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:

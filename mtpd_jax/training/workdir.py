@@ -1,10 +1,12 @@
 """The folder of a run: its config and tokenizer, written once and checked on every later use."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import shutil
 
 from etils import epath
 
@@ -48,12 +50,22 @@ class Workdir:
 
         Nothing that a run has written is deleted because it cannot be used.
         """
+        place = self._free_place(file)
+        if self.remote:
+            file.rename(place)
+        else:
+            shutil.move(file, place)  # also to another disk, as where a folder of the run is a link
+        return place
+
+    def copy_aside(self, file: epath.Path) -> epath.Path:
+        """Copies a file that goes on being used; see ``set_aside``."""
+        return epath.Path(file.copy(self._free_place(file)))
+
+    def _free_place(self, file: epath.Path) -> epath.Path:
         folder = self.path / "set_aside"
         folder.mkdir(parents=True, exist_ok=True)
         names = itertools.chain([file.name], (f"{file.name}.{number}" for number in itertools.count(2)))
-        place = next(folder / name for name in names if not (folder / name).exists())
-        file.rename(place)
-        return place
+        return next(folder / name for name in names if not (folder / name).exists())
 
     def check(self, config: Config, begun: bool) -> None:
         """Checks that a config may be run here; creates nothing.
@@ -149,5 +161,14 @@ def _is_temporary(path: epath.Path) -> bool:
 def write_atomically(path: epath.Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, finds either the old contents or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text.encode())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(text.encode())
+            if "://" not in str(path):
+                file.flush()
+                os.fsync(file.fileno())  # or after a crash the new name might have no contents yet
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import threading
 
 import pytest
 from hypothesis import given, settings
@@ -89,8 +90,39 @@ def test_digests_of_large_files_are_kept(tmp_path, monkeypatch):
     path.write_text("one, and two")
     assert File(path).digest() == first  # written a moment ago: counted, and not kept
     assert len(list((tmp_path / "cache").rglob("*/digests/*"))) == 2
+    for kept in (tmp_path / "cache").rglob("*/digests/*"):
+        kept.write_text("")  # as a crash may leave it
+    os.utime(path, (1e9, 1e9))
+    assert File(path).digest() == first
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nothing")
     assert File(path).digest() == first
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert File(path).digest() == first
+
+
+def test_a_file_that_was_only_touched_is_used_on(tmp_path):
+    """Once it has been counted, the same bytes are the same file, whatever its times say."""
+    path = tmp_path / "a.txt"
+    path.write_text("one|two|three")
+    source = open_source(data_config(source="text", paths=(str(path),), separator="|"))
+    source.digest()
+    os.utime(path, (1e9, 1e9))
+    assert [source[number] for number in range(3)] == ["one", "two", "three"]
+    path.write_text("one|twa|three")
+    with pytest.raises(ValueError, match="was changed"):
+        source[0]
+
+
+def test_text_may_come_through_a_pipe(tmp_path):
+    """Which can be read only once; what is read at random has to be a file."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(b"\xef\xbb\xbfthe cat"))
+    writer.start()
+    assert read_text(tmp_path / "pipe", "--prompt_file") == "the cat"
+    writer.join()
+    with pytest.raises(ValueError, match="pipe: expected a file"):
+        File(tmp_path / "pipe")
 
 
 def test_json_lines_end_where_lines_end(tmp_path):

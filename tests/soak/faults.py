@@ -118,9 +118,9 @@ class Bench:
             shutil.copy(self.scratch / "g.json", self.root / f"text-{name}.json")
         return found
 
-    def goes_on(self, workdir: pathlib.Path) -> str | None:
+    def goes_on(self, workdir: pathlib.Path, *more: str) -> str | None:
         """Runs training again; what is wrong if it does not end as if nothing had been."""
-        again = run("train", self.train_flags(workdir)).complaint(0)
+        again = run("train", self.train_flags(workdir, *more)).complaint(0)
         return f"afterwards: {again}" if again else self.differs(workdir)
 
     def differs(self, workdir: pathlib.Path, with_metrics: bool = True) -> str | None:
@@ -211,7 +211,7 @@ _PARTS = {
 
 
 def _flip(what: str, bench: Bench, rng: random.Random) -> str | None:
-    """Some bits of one file; what is read afterwards is what was written, or is refused."""
+    """Some bits of one file; what is read afterwards is what was written, or is refused where there is no other."""
     workdir = bench.copy("whole")
     files = sorted(path for path in workdir.glob(_PARTS[what]) if path.is_file() and path.stat().st_size)
     path = rng.choice(files)
@@ -219,14 +219,15 @@ def _flip(what: str, bench: Bench, rng: random.Random) -> str | None:
     for _ in range(rng.choice([1, 1, 1, 8])):
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
+    allowed = (0, 2) if what in ("config.json", "tokenizer.json") else (0,)  # one of two checkpoints is whole
     outcome = run("generate", bench.generate_flags(workdir))
-    wrong = outcome.complaint(0, 2)
+    wrong = outcome.complaint(*allowed)
     if not wrong and outcome.status == 0:
         wrong = _other_text(bench, ("15", "20") if "damaged" in outcome.errors else ("20",))
     if wrong:
         return f"{path.relative_to(workdir)}: generate: {wrong}"
     outcome = run("train", bench.train_flags(workdir))
-    wrong = outcome.complaint(0, 2)
+    wrong = outcome.complaint(*allowed)
     if not wrong and outcome.status == 0:
         # A line of metrics that is none any more is put aside; a flipped digit of one nobody can tell.
         wrong = bench.differs(workdir, with_metrics=what != "metrics.jsonl")
@@ -240,7 +241,7 @@ def _other_text(bench: Bench, names: tuple[str, ...]) -> str | None:
 
 
 def _disappears(what: str, phase: str, bench: Bench, rng: random.Random) -> str | None:
-    """Somebody removes something while a run uses it: one line, or the run did not need it any more."""
+    """Somebody removes something while a run uses it: one line, and with everything in place it goes on."""
     workdir, data = bench.scratch / "run", bench.scratch / "data.txt"
     shutil.copy(bench.root / "data.txt", data)
 
@@ -256,7 +257,12 @@ def _disappears(what: str, phase: str, bench: Bench, rng: random.Random) -> str 
 
     call = rng.choice([1, 2]) if phase in _REPEATED else 1
     strike = Strike("train", phase, remove, call, rng.choice([0.0, rng.uniform(0, 0.05)]))
-    return bench.struck("train", [*bench.train_flags(workdir), f"--config.data.paths=('{data}',)"], strike, 0, 2)
+    paths = f"--config.data.paths=('{data}',)"
+    wrong = bench.struck("train", bench.train_flags(workdir, paths), strike, 0, 2)
+    shutil.copy(bench.root / "data.txt", data)
+    if (workdir / "checkpoints").is_file():
+        (workdir / "checkpoints").unlink()
+    return wrong or bench.goes_on(workdir, paths)
 
 
 def _no_room_for_json(bench: Bench, rng: random.Random) -> str | None:

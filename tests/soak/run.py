@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import queue
 import random
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import rich.box
@@ -46,10 +47,20 @@ class Result:
     seed: str
     wrong: str | None
     seconds: float
+    missed: bool = False
 
 
-def plan(seed: int, with_disk: bool, only: str = "") -> Iterator[tuple[Fault, str]]:
-    """Yields faults for ever, each with the seed of its moments and places; first what ``QUOTAS`` asks for."""
+def plan(
+    seed: int, with_disk: bool, only: str = "", missed: Mapping[str, int] | None = None
+) -> Iterator[tuple[Fault, str]]:
+    """Yields faults for ever, each with the seed of its moments and places; first what ``QUOTAS`` asks for.
+
+    Args:
+      seed: decides all of it.
+      with_disk: whether there is a small disk.
+      only: a part of the names of faults.
+      missed: how many of each kind did not come to pass, as whoever makes them happen counts.
+    """
     rng = random.Random(seed)
     kinds: dict[str, list[Fault]] = collections.defaultdict(list)
     for fault in [*all_faults(with_disk), *all_inputs()]:
@@ -63,7 +74,7 @@ def plan(seed: int, with_disk: bool, only: str = "") -> Iterator[tuple[Fault, st
     done = dict.fromkeys(kinds, 0)
     for number in range(10**9):
         # The kind that is furthest behind its quota.
-        kind = min(kinds, key=lambda kind: done[kind] / wanted[kind])
+        kind = min(kinds, key=lambda kind: (done[kind] - (missed or {}).get(kind, 0)) / wanted[kind])
         yield kinds[kind][done[kind] % len(kinds[kind])], f"{seed}/{number}"
         done[kind] += 1
 
@@ -83,7 +94,7 @@ def work(root: pathlib.Path, name: str, todo: Any, results: Any) -> None:
             try:
                 wrong = fault.happen(bench, random.Random(seed))
             except MissedError:
-                results.put(None)
+                results.put(Result(fault.kind, fault.name, seed, None, 0.0, missed=True))
                 continue
             except Exception as error:  # the soak goes on, and shows it
                 wrong = f"the soak itself: {type(error).__name__}: {error}"
@@ -120,10 +131,14 @@ def soak(minutes: float, seed: int, only: str = "", workers: int = 2) -> list[Re
         disk = small_disk(root / "disk")
         if disk is not None:
             disk.remove()
+        else:
+            print("no small disk can be mounted here: full disks are not tried", file=sys.stderr)
         started = [context.Process(target=work, args=(root, str(n), todo, results)) for n in range(workers)]
         for process in started:
             process.start()
-        found = _collect(plan(seed, disk is not None, only), todo, results, deadline, workers)
+        missed: collections.Counter[str] = collections.Counter()
+        faults = plan(seed, disk is not None, only, missed)
+        found = _collect(faults, todo, results, deadline, started, missed)
         for _ in started:
             todo.put(None)
         for process in started:
@@ -149,7 +164,12 @@ def _prepare(root: pathlib.Path) -> None:
 
 
 def _collect(
-    faults: Iterator[tuple[Fault, str]], todo: Any, results: Any, deadline: float, workers: int
+    faults: Iterator[tuple[Fault, str]],
+    todo: Any,
+    results: Any,
+    deadline: float,
+    workers: list[Any],
+    missed: collections.Counter[str],
 ) -> list[Result]:
     found: list[Result] = []
     minutes = rich.progress.TextColumn("{task.fields[left]:.0f} min left")
@@ -158,13 +178,14 @@ def _collect(
         task = bar.add_task("faults", total=None, left=0)
         running = 0
         while running or time.monotonic() < deadline:
-            while running < workers and time.monotonic() < deadline:
+            while running < len(workers) and time.monotonic() < deadline:
                 fault, seed = next(faults)
                 todo.put((fault.name, seed))
                 running += 1
-            result = results.get()
+            result = _next(results, workers)
             running -= 1
-            if result is None:
+            if result.missed:
+                missed[result.kind] += 1
                 continue
             found.append(result)
             left = max(0.0, deadline - time.monotonic()) / 60
@@ -174,6 +195,16 @@ def _collect(
             if result.wrong:
                 bar.console.print(f"{result.kind}: {result.name} ({result.seed}): {result.wrong}", markup=False)
     return found
+
+
+def _next(results: Any, workers: list[Any]) -> Result:
+    """The next result; what takes longer than all that a fault runs has ended a worker."""
+    while True:
+        try:
+            return results.get(timeout=10)
+        except queue.Empty:
+            if not all(worker.is_alive() for worker in workers):
+                raise SystemExit("a worker of the soak has ended") from None
 
 
 def table(found: list[Result]) -> rich.table.Table:

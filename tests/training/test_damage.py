@@ -1,11 +1,15 @@
 """What is read is what was written: flipped bits, other configs and tokenizers, lost checkpoints and broken lines."""
 
+import errno
 import json
+import pathlib
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mtpd_jax import evaluate, generate, train
@@ -156,11 +160,45 @@ def test_a_checkpoint_can_be_chosen(run_config, whole, copy):
         train.run(run_config, str(copy), checkpoint=5)
     assert train.run(run_config, str(copy), checkpoint=4).finished
     assert (copy / "set_aside" / "8").is_dir()
+    assert (copy / "set_aside" / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert restored(copy, run_config)[1]["digests"] == restored(whole, run_config)[1]["digests"]
     for file in array_files(copy, 4):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint that can be used: step 4: not readable"):
         open_run(str(copy), checkpoint=4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError("UNAVAILABLE: no route to the bucket"),
+        ValueError("Failed to read [os_error_code='5']"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_now_is_not_damaged(run_config, copy, monkeypatch, error):
+    """A network that is gone for a minute must not send a run back, and its newest checkpoint away."""
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "restore", lambda *_, **__: (_ for _ in ()).throw(error))
+        for use in (lambda: open_run(str(copy)), lambda: train.run(run_config, str(copy))):
+            with pytest.raises(OSError, match=r"checkpoints/8: cannot be read now \("):
+                use()
+    assert not (copy / "set_aside").exists()
+    assert open_run(str(copy)).step == 8
+
+
+def test_a_folder_of_checkpoints_may_lie_on_another_disk(run_config, copy, tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        if pathlib.Path(elsewhere).stat().st_dev == copy.stat().st_dev:
+            pytest.skip("/dev/shm is no other disk here")
+        shutil.move(copy / "checkpoints", f"{elsewhere}/checkpoints")
+        (copy / "checkpoints").symlink_to(f"{elsewhere}/checkpoints")
+        for file in array_files(copy, 8):
+            file.write_bytes(b"")
+        assert train.run(run_config, str(copy)).finished
+        assert (copy / "set_aside" / "8" / "state").is_dir() and open_run(str(copy)).step == 8
 
 
 def test_a_record_that_was_changed_is_no_record(copy):

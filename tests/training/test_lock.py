@@ -12,6 +12,7 @@ import pytest
 from mtpd_jax import train
 from mtpd_jax.training import lock as lock_module
 from mtpd_jax.training.lock import take_lock
+from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.workdir import Workdir, open_workdir
 from tests.builders import tiny_config
 
@@ -105,6 +106,46 @@ def test_a_run_where_another_trains_changes_nothing(run_config, tmp_path):
             train.run(run_config, str(tmp_path / "run"))
         assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
         assert train.run(run_config, str(tmp_path / "run"), break_lock=True).finished
+
+
+def test_a_process_does_not_keep_itself_out(run_config, tmp_path, monkeypatch):
+    """Interrupted while it begins, or without room to write its name, it may try again."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Tokenizer, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.run(run_config, str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            lock_module.os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(OSError, match=r"No space left on device: '.*lock'"):
+            train.run(run_config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert train.run(run_config, str(tmp_path / "run")).finished
+
+
+def test_where_files_cannot_be_locked_a_lease_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with take_lock(open_workdir(str(tmp_path))) as lock:
+        assert isinstance(lock, lock_module._Lease)
+        with pytest.raises(ValueError, match="has been training here"):
+            take_lock(open_workdir(str(tmp_path)))
+    assert not (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_metrics_of_a_run_that_was_taken_over_are_the_others(tmp_path, monkeypatch, remote):
+    """Whoever lost the lock leaves the winner's lines as they are."""
+    monkeypatch.setattr(Workdir, "remote", remote)
+    place = open_workdir(str(tmp_path))
+    with pytest.raises(ValueError, match="took this run over"):
+        with take_lock(place) as old, MetricsLog(place, 0, False, old) as losing:
+            losing.write(1, {"loss": 1.0})
+            with take_lock(place, break_lock=True) as new:
+                with MetricsLog(place, 0, False, new) as winning:
+                    winning.write(1, {"loss": 2.0})
+                losing.write(1, {"eval": 3.0}) if not remote else losing.publish()
+    assert [json.loads(line) for line in place.metrics_file.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]
 
 
 def test_a_run_that_was_taken_over_stops_before_it_saves(run_config, tmp_path, monkeypatch):

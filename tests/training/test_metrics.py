@@ -12,6 +12,7 @@ from mtpd_jax.config import MeshConfig
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training import loop as loop_module
 from mtpd_jax.training import metrics as metrics_module
+from mtpd_jax.training.lock import take_lock
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.workdir import open_workdir
 from tests.builders import replace, tiny_config
@@ -81,7 +82,8 @@ def test_utilisation_is_of_the_devices_in_use(monkeypatch):
 
 def test_what_is_not_finite_is_null(tmp_path):
     """JSON has no word for it, and TensorBoard no place."""
-    with MetricsLog(open_workdir(str(tmp_path)), 0, tensorboard=True) as metrics:
+    place = open_workdir(str(tmp_path))
+    with take_lock(place) as lock, MetricsLog(place, 0, True, lock) as metrics:
         metrics.write(3, {"a": float("nan"), "b": 1.5, "c": float("-inf"), "d": None})
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line == {"step": 3, "a": None, "b": 1.5, "c": None, "d": None}

@@ -134,3 +134,20 @@ def test_sigterm_to_one_process_saves_in_all(text_file, tmp_path):
     assert "asked to stop; saved step" in errors[0], errors
     steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(steps) == 1 and steps[0] >= 2
+
+
+@pytest.mark.slow
+def test_what_one_process_cannot_read_none_uses(text_file, tmp_path):
+    """A file of the newest checkpoint that only the second process reads: both go back to the one before."""
+    config = tiny_config(
+        data__source="text", data__paths=(text_file,), training__steps=8, logging__every_steps=1, mesh__data=1,
+        evaluation__every_steps=100, checkpoint__every_steps=4, mesh__fsdp=2,
+    )  # fmt: skip
+    run_together(2, 1, config, tmp_path / "run", tmp_path)
+    expected = restored(tmp_path / "run", config)[1]["digests"]
+    files = (tmp_path / "run" / "checkpoints" / "8" / "state" / "ocdbt.process_1" / "d").iterdir()
+    largest = max(files, key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    run_together(2, 1, config, tmp_path / "run", tmp_path)
+    assert (tmp_path / "run" / "set_aside" / "8").is_dir()
+    assert restored(tmp_path / "run", config)[1]["digests"] == expected

@@ -313,6 +313,28 @@ def test_stopped_in_the_last_evaluation_a_run_is_not_finished(run_config, uninte
     assert comparable(tmp_path) == comparable(uninterrupted)
 
 
+def test_a_signal_that_comes_too_late_is_not_lost(run_config, tmp_path, monkeypatch):
+    """A finished run says that it was asked to stop, so that whoever called it does not go on with other work."""
+    real = train.Checkpointer.wait
+    monkeypatch.setattr(train.Checkpointer, "wait", lambda self: (os.kill(os.getpid(), signal.SIGTERM), real(self))[1])
+    result = train.run(replace(run_config, training__steps=3), str(tmp_path))
+    assert result.finished and result.signal == signal.SIGTERM
+    monkeypatch.setattr("sys.argv", ["train"])
+    monkeypatch.setattr(train, "run", lambda *_, **__: result)
+    monkeypatch.setattr(
+        train.frontdoor, "parse_config_flags", lambda *_: train.frontdoor.TrainFlags(None, "", None, False)
+    )
+    assert train.main() == 0
+
+
+def test_a_state_is_saved_before_it_is_evaluated(run_config, tmp_path, monkeypatch):
+    """Data that end an evaluation take nothing of the run with them."""
+    monkeypatch.setattr(train, "score_documents", lambda *_, **__: (_ for _ in ()).throw(ValueError("was changed")))
+    with pytest.raises(ValueError, match="was changed"):
+        train.run(run_config, str(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
+
+
 def test_a_run_that_diverges_ends(run_config, tmp_path):
     """A real process: what is still on its way through the devices, with weights that are no numbers, ends as well."""
     wild = command(run_config, tmp_path / "run", optimizer__learning_rate=1e10, optimizer__warmup_steps=0)
