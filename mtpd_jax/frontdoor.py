@@ -58,22 +58,27 @@ def guarded(main: Callable[[], int]) -> NoReturn:
     warnings.simplefilter("ignore")
     threading.excepthook = sys.unraisablehook = lambda _: None
     status = status_of(main)
-    with contextlib.suppress(OSError, ValueError):  # closed, or full, which was said
-        sys.stdout.flush()
+    with contextlib.suppress(OSError):  # full, which was said
+        _flush_output()
     leave(status)
+
+
+def _flush_output() -> None:
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
 
 
 def status_of(main: Callable[[], int]) -> int:
     """Runs a front door; returns its exit status.
 
-    Bad input (ValueError, TypeError of ours), files that cannot be read or written, and a device out of memory are one
+    Bad input (ValueError), files that cannot be read or written, and a device out of memory are one
     line and status 2; a diverged loss is status 1; being interrupted, or a reader of the output that has left, 128
     plus the number of the signal that stands for it.
     """
     try:
         try:
             status = main()
-            sys.stdout.flush()
+            _flush_output()
             return status
         except BrokenPipeError:
             return 128 + signal.SIGPIPE
@@ -94,7 +99,8 @@ def status_of(main: Callable[[], int]) -> int:
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 2
     except Exception:
-        traceback.print_exc()  # a defect of ours, which has to be seen whole
+        with contextlib.suppress(OSError):
+            traceback.print_exc()  # a defect of ours, which has to be seen whole
         return 1
 
 
