@@ -270,6 +270,9 @@ def test_a_folder_with_something_else_is_left_alone(call, tmp_path, monkeypatch)
     short = ["--config.training.steps=2", "--config.optimizer.warmup_steps=1"]  # were it not refused
     assert_one_line(call("train", "--config=configs/quickstart.py", f"--workdir={tmp_path}", *short), "holds no run")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").unlink()
+    (tmp_path / "checkpoints" / "epoch_3").mkdir(parents=True)  # of another program
+    assert_one_line(call("train", "--config=configs/quickstart.py", f"--workdir={tmp_path}", *short), "holds no run")
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,15 @@ class Workdir:
                     "use another --workdir, or the config that it was made with"
                 )
         elif self.path.exists() and not (
-            self.path.is_dir() and all(_is_temporary(file) or file == self.lock_file for file in self.path.iterdir())
+            self.path.is_dir() and all(self._is_left_over(file) for file in self.path.iterdir())
         ):
             raise ValueError(f"{self.path} exists and holds no run (no config.json): use a new or an empty folder")
+
+    def _is_left_over(self, file: epath.Path) -> bool:
+        """Whether a file is what a run leaves that was ended before it began, or whose folder was deleted meanwhile."""
+        if file == self.checkpoints:
+            return all(".orbax-checkpoint-tmp" in part.name for part in file.iterdir())
+        return _is_temporary(file) or file == self.lock_file
 
     def read_config(self) -> Config:
         """Reads config.json.

@@ -53,11 +53,11 @@ class Bench:
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir(parents=True)
 
-    def train_flags(self, workdir: pathlib.Path, *more: str) -> list[str]:
+    def train_flags(self, workdir: pathlib.Path, data: pathlib.Path | None = None) -> list[str]:
         """The flags of the soak's run."""
         config = pathlib.Path(__file__).with_name("config.py")
-        data = f"--config.data.paths=('{self.root / 'data.txt'}',)"
-        return [f"--config={config}", f"--workdir={workdir}", data, *more]
+        paths = f"--config.data.paths=('{data or self.root / 'data.txt'}',)"
+        return [f"--config={config}", f"--workdir={workdir}", paths]
 
     def generate_flags(self, workdir: pathlib.Path) -> list[str]:
         """Greedy text, as JSON beside the workdir."""
@@ -118,9 +118,9 @@ class Bench:
             shutil.copy(self.scratch / "g.json", self.root / f"text-{name}.json")
         return found
 
-    def goes_on(self, workdir: pathlib.Path, *more: str) -> str | None:
+    def goes_on(self, workdir: pathlib.Path, data: pathlib.Path | None = None) -> str | None:
         """Runs training again; what is wrong if it does not end as if nothing had been."""
-        again = run("train", self.train_flags(workdir, *more)).complaint(0)
+        again = run("train", self.train_flags(workdir, data)).complaint(0)
         return f"afterwards: {again}" if again else self.differs(workdir)
 
     def differs(self, workdir: pathlib.Path, with_metrics: bool = True) -> str | None:
@@ -159,7 +159,7 @@ def all_faults(with_disk: bool) -> list[Fault]:
     faults += [
         Fault("disk", f"{what} in train: {phase}", functools.partial(_disappears, what, phase))
         for what in ("workdir deleted", "checkpoints deleted", "data cut short", "checkpoints become a file")
-        for phase in ("data", "creation", "step", "saving", "evaluation", "writing metrics")
+        for phase in ("tokenizer", "creation", "step", "saving", "evaluation", "writing metrics")
     ]
     faults += [Fault("disk", "no room for --json", _no_room_for_json), Fault("disk", "no room for output", _no_output)]
     if with_disk:
@@ -257,12 +257,11 @@ def _disappears(what: str, phase: str, bench: Bench, rng: random.Random) -> str 
 
     call = rng.choice([1, 2]) if phase in _REPEATED else 1
     strike = Strike("train", phase, remove, call, rng.choice([0.0, rng.uniform(0, 0.05)]))
-    paths = f"--config.data.paths=('{data}',)"
-    wrong = bench.struck("train", bench.train_flags(workdir, paths), strike, 0, 2)
+    wrong = bench.struck("train", bench.train_flags(workdir, data), strike, 0, 2)
     shutil.copy(bench.root / "data.txt", data)
     if (workdir / "checkpoints").is_file():
         (workdir / "checkpoints").unlink()
-    return wrong or bench.goes_on(workdir, paths)
+    return wrong or bench.goes_on(workdir, data)
 
 
 def _no_room_for_json(bench: Bench, rng: random.Random) -> str | None:

@@ -180,8 +180,8 @@ def _as_text(file: pathlib.Path, bench: Bench) -> tuple[str, list[str]]:
 
 
 def _as_data(source: str, file: pathlib.Path, bench: Bench) -> tuple[str, list[str]]:
-    data = [f"--config.data.source={source}", f"--config.data.paths=('{file}',)", "--config.training.steps=3"]
-    return "train", [*bench.train_flags(bench.scratch / "new"), *data]
+    flags = bench.train_flags(bench.scratch / "new", file)
+    return "train", [*flags, f"--config.data.source={source}", "--config.training.steps=3"]
 
 
 def _as_tokenizer(file: pathlib.Path, bench: Bench) -> tuple[str, list[str]]:
