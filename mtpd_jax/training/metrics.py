@@ -146,7 +146,11 @@ class MetricsLog:
             self._scratch.cleanup()
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Adds values to the step's line; None and what is not finite become null, and are left out of TensorBoard."""
+        """Adds values to the step's line; None and what is not finite become null, and are left out of TensorBoard.
+
+        Raises:
+          ValueError: another process has taken the run over.
+        """
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         again = bool(self._lines) and self._lines[-1]["step"] == step
         if again:
@@ -155,6 +159,8 @@ class MetricsLog:
             self._lines.append({"step": step, **values})
         if not self._writing:
             return
+        if self._remote is None:
+            self._lock.check()  # a run that was taken over must not put its lines among the other's
         if again:
             self._rewrite()
         else:
@@ -164,8 +170,6 @@ class MetricsLog:
             self._writer.write(step, values)
 
     def _rewrite(self) -> None:
-        if self._remote is None:
-            self._lock.check()  # a run that was taken over must not put its lines in place of the other's
         write_atomically(epath.Path(self._local), "".join(json.dumps(line) + "\n" for line in self._lines))
 
     def has(self, step: int, name: str) -> bool:
