@@ -285,9 +285,21 @@ def _check_config(workdir: Workdir, config: Config, record: dict[str, Any]) -> N
         )
 
 
+def _reader() -> ocp.Checkpointer:
+    """Reads for this process alone: one that fails must not leave the others waiting in a barrier of the library."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
 def _restore(workdir: Workdir, step: int, items: ocp.args.Composite) -> Any:
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        with _reader() as reader:
             return reader.restore(workdir.checkpoints / str(step), args=items)
     except MemoryError:
         raise
