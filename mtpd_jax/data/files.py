@@ -71,8 +71,11 @@ class File:
 
     def chunks(self) -> Iterator[bytes]:
         """All of its text, in order."""
-        for start in range(self._begin, self.size, _CHUNK):
-            yield self.read(start, min(self.size, start + _CHUNK))
+        return self._parts(self._begin, self.size)
+
+    def _parts(self, begin: int, end: int) -> Iterator[bytes]:
+        for start in range(begin, end, _CHUNK):
+            yield self.read(start, min(end, start + _CHUNK))
 
     def pieces(self, separator: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields what stands between separators: the place of its first byte, and the bytes."""
@@ -98,8 +101,7 @@ class File:
         return False
 
     def _lines_before(self, place: int) -> int:
-        parts = (self.read(start, min(place, start + _CHUNK)) for start in range(0, place, _CHUNK))
-        return sum(part.count(b"\n") for part in parts)
+        return sum(part.count(b"\n") for part in self._parts(0, place))
 
     def text(self, start: int, end: int) -> str:
         """Decodes a part of the file.
@@ -128,8 +130,8 @@ class File:
 
     def _count_digest(self) -> str:
         whole = hashlib.sha256()
-        for start in range(0, self.size, _CHUNK):
-            whole.update(self.read(start, min(self.size, start + _CHUNK)))
+        for part in self._parts(0, self.size):
+            whole.update(part)
         return whole.hexdigest()
 
 

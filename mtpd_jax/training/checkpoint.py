@@ -162,10 +162,11 @@ def check_chosen(workdir: Workdir, step: int | None) -> None:
     Raises:
       ValueError: naming those that are there.
     """
+    if step is None:
+        return
+    check_integer("checkpoint", step)
     steps = sorted(steps_of(workdir))
-    if step is not None:
-        check_integer("checkpoint", step)
-    if step is not None and step not in steps:
+    if step not in steps:
         there = f"has {', '.join(map(str, steps))}" if steps else "holds no complete checkpoint"
         raise ValueError(f"checkpoint = {step!r}: {workdir.checkpoints} {there}")
 
