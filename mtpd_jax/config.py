@@ -1,86 +1,116 @@
-"""The configuration as frozen dataclasses: built from ml_collections at the edge, checked once, then passed around.
+"""The configuration as frozen dataclasses, one section each: defaults, units, and what a value may be.
 
-``configs/base.py`` holds every field with its value and unit; the classes here hold no defaults, so that a value
-stands in one place only.
+It is built from ml_collections at the edge, checked once, then passed around. The cases of ``data`` and ``objective``
+stand beside the code that reads them (``data.sources``, ``methods``).
 """
 
 import dataclasses
-import types
+import functools
+import importlib
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import ml_collections
+from ml_collections import config_dict
 
-from mtpd_jax import validation
+from mtpd_jax.fields import (
+    POSITIVE,
+    ZERO_OR_MORE,
+    Constraint,
+    Section,
+    at_least,
+    at_most,
+    defaults_of,
+    field,
+    flat,
+    given,
+    less_than,
+    read_section,
+    require,
+)
 
 PerHead = float | tuple[float, ...] | None
 
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    source: str
-    packages: bool
-    paths: tuple[str, ...]
-    separator: str
-    field: str
-    name: str
-    split: str
-    directory: str
-    validation_fraction: float
-    shuffle_window: int
+# Where the cases of sections stand: they are known once these are imported.
+_CASES = ("mtpd_jax.data.sources", "mtpd_jax.methods")
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
-    path: str
-    end_token: str
-    train_bytes: int
+class DataConfig(Section, tag="source", default="python"):
+    """What every source of documents has; see ``data.sources`` for their own fields."""
+
+    source: ClassVar[str]
+    # Share of documents held out, chosen by a hash of their text; 0: none.
+    validation_fraction: float = field(0.02, ZERO_OR_MORE, less_than(1, "one"))
+    # Packed sequences shuffled among each other, beyond the shuffle of documents.
+    shuffle_window: int = field(1024, ZERO_OR_MORE)
+
+    def open(self) -> Any:
+        """Opens the documents: a ``data.sources.Source``."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    vocabulary_size: int
-    width: int
-    layers: int
-    query_heads: int
-    kv_heads: int
-    head_size: int
-    mlp_width: int
-    rope_theta: float
-    norm_epsilon: float
-    qk_norm: bool
-    qkv_bias: bool
-    tied_unembedding: bool
-    scale_embedding: bool
-    remat: bool
-    dtype: str
+class TokenizerConfig(Section):
+    path: str = field("")  # a tokenizer.json; empty: train a byte-level BPE on the training documents
+    end_token: str = field("<|endoftext|>", given("the token that ends a document"))  # must be in a given tokenizer
+    train_bytes: int = field(200_000_000, POSITIVE)  # of training text that the BPE is trained on, at most
+
+
+_EVEN = Constraint(lambda size: size % 2 == 0, "an even number (RoPE rotates pairs)")
 
 
 @dataclasses.dataclass(frozen=True)
-class HeadsConfig:
-    num_heads: int
-    kind: str
-    pass_normed: bool
+class ModelConfig(Section):
+    # Tokens: rows of the embedding, and the size of a BPE trained here. 256 bytes and the end token are the least that
+    # a byte-level vocabulary can write every text with.
+    vocabulary_size: int = field(32_768, at_least(257))
+    width: int = field(768, POSITIVE)
+    layers: int = field(12, POSITIVE)
+    query_heads: int = field(12, POSITIVE)
+    kv_heads: int = field(4, POSITIVE)  # each is shared by query_heads / kv_heads query heads
+    head_size: int = field(64, POSITIVE, _EVEN)  # of a query head and of a key/value head
+    feed_forward: Literal["gated"] = field("gated", as_before="gated")  # the layer after attention: SwiGLU
+    mlp_width: int = field(2048, POSITIVE)  # of the gated feed-forward layer
+    rope_theta: float = field(10_000.0, POSITIVE)
+    norm_epsilon: float = field(1e-6, POSITIVE)
+    qk_norm: bool = field(True)  # RMSNorm on queries and keys, each head by itself
+    qkv_bias: bool = field(False)
+    tied_unembedding: bool = field(True)  # the unembedding is the embedding
+    scale_embedding: bool = field(True)  # multiply input embeddings by sqrt(width)
+    remat: bool = field(False)  # recompute each block's activations in the backward pass
+    # Of activations; auto: bfloat16 on accelerators, float32 on CPU.
+    dtype: Literal["auto", "float32", "bfloat16"] = field("auto")
+    # The kernel of training; auto: splash on TPU, triton on GPU, dense on CPU and where a kernel cannot be used.
+    attention: Literal["auto", "dense", "splash", "triton", "cudnn"] = field("auto", resumable=True, as_before="auto")
+
+    def check(self, config: "Config") -> None:
+        """Checks values beside each other; see ``Config.validate``."""
+        expected = f"a divisor of model.query_heads = {self.query_heads}"
+        require(self.query_heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, expected)
 
 
 @dataclasses.dataclass(frozen=True)
-class InitConfig:
-    workdir: str
-    num_heads: int | None
+class HeadsConfig(Section):
+    num_heads: int = field(4, ZERO_OR_MORE)  # K: tokens drafted beyond the main head's; 0: next-token prediction only
+    kind: Literal["cascade", "recurrent"] = field("cascade")  # K modules, or one module applied K times
+    pass_normed: bool = field(True)  # a head hands its normed state to the next one (False: the state before its norm)
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    mode: str
-    alpha: PerHead
-    beta: PerHead
-    top_n: int
-    temperature: float
-    kl: str
-    detach_teacher: bool
-    detach_trunk: bool
-    chunk_rows: int | None
+class ObjectiveConfig(Section, tag="mode", default="joint"):
+    """What every training method has; see ``methods`` for their own fields."""
+
+    mode: ClassVar[str]
+    alpha: PerHead = field(None, ZERO_OR_MORE)  # CE weight, a number or one per trained head; None: 0.3 / trained heads
+    beta: PerHead = field(None, ZERO_OR_MORE)  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
+    top_n: int = field(10_000, POSITIVE)  # tokens of the teacher's distribution that the KL compares; >= V: all
+    temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL
+    # forward: KL(main head || head); tv: 1 - acceptance rate; lk: -log of the acceptance rate; lk_hybrid: KL while
+    # little is accepted, then tv (arXiv 2602.23881).
+    kl: Literal["forward", "reverse", "js", "tv", "lk", "lk_hybrid"] = field("forward")
+    chunk_rows: int | None = field(None, POSITIVE)  # rows of logits alive at once, per device; None: chosen
 
     def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns (alpha, beta), one number per head that is trained.
@@ -96,76 +126,102 @@ class ObjectiveConfig:
 
         return per_head(alpha), per_head(beta)
 
+    @property
+    def source_run(self) -> str | None:
+        """The workdir of the run that training starts from, ``objective.source``; None: from random parameters."""
+        return None
 
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    decay_fraction: float
-    final_fraction: float
-    weight_decay: float
-    b1: float
-    b2: float
-    epsilon: float
-    clip_norm: float | None
-    ema_decay: float | None
+    def trained_heads(self, heads: HeadsConfig) -> int | None:
+        """How many heads are trained; None where that is not known yet."""
+        return heads.num_heads
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    steps: int
-    batch_size: int
-    sequence_length: int
-    micro_batches: int
-    seed: int
+    def check(self, config: "Config") -> None:
+        """Checks values beside each other; see ``Config.validate``."""
+        number = self.trained_heads(config.heads)
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and number is not None:
+                expected = f"one number or {number} (the heads that are trained)"
+                require(len(value) == number, f"objective.{name}", value, expected)
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int
-    fsdp: int
-    tensor: int
-    expert: int
+class OptimizerConfig(Section):
+    learning_rate: float = field(1e-3, POSITIVE)  # at the peak
+    schedule: Literal["cosine", "linear", "wsd"] = field("cosine")  # wsd: constant, then a linear decay
+    warmup_steps: int = field(500, ZERO_OR_MORE)  # of linear warm-up
+    decay_fraction: float = field(0.2, POSITIVE, at_most(1))  # wsd: the share of all steps over which the rate decays
+    final_fraction: float = field(0.1, ZERO_OR_MORE, at_most(1))  # of the peak rate, where the decay ends
+    weight_decay: float = field(0.1, ZERO_OR_MORE)  # of matrices; norms and biases are not decayed
+    b1: float = field(0.9, ZERO_OR_MORE, less_than(1, "one"))
+    b2: float = field(0.95, ZERO_OR_MORE, less_than(1, "one"))
+    epsilon: float = field(1e-8, POSITIVE)
+    clip_norm: float | None = field(1.0, POSITIVE)  # of the global norm; None: none
+    ema_decay: float | None = field(None, POSITIVE, less_than(1, "one"))  # of the copy that is evaluated; None: no copy
+
+    def check(self, config: "Config") -> None:
+        """Checks values beside each other; see ``Config.validate``."""
+        expected = f"fewer than training.steps = {config.training.steps}"
+        require(self.warmup_steps < config.training.steps, "optimizer.warmup_steps", self.warmup_steps, expected)
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every_steps: int
-    keep: int
+class TrainingConfig(Section):
+    # Optimizer steps. Resumable, though it also moves the end of a decaying learning rate: that is what someone who
+    # prolongs a run asks for.
+    steps: int = field(20_000, POSITIVE, less_than(2**31, "2**31", ": they are counted in 32 bits"), resumable=True)
+    batch_size: int = field(256, POSITIVE)  # sequences per optimizer step, over all devices
+    sequence_length: int = field(1024, POSITIVE)  # tokens
+    micro_batches: int = field(1, POSITIVE)  # parts that a step's batch is cut into, in turn, to save memory
+    seed: int = field(0, ZERO_OR_MORE, less_than(2**32, "2**32"))  # of the parameters and of the order of the data
+
+    def check(self, config: "Config") -> None:
+        """Checks values beside each other; see ``Config.validate``."""
+        expected = f"a divisor of training.batch_size = {self.batch_size}"
+        require(self.batch_size % self.micro_batches == 0, "training.micro_batches", self.micro_batches, expected)
+        needed = config.heads.num_heads + 1
+        expected = f"more than heads.num_heads + 1 = {needed}, so that the last head has a target"
+        require(self.sequence_length > needed, "training.sequence_length", self.sequence_length, expected)
+
+
+_MINUS_ONE = Constraint(lambda size: size > 0 or size == -1, "more than zero, or -1")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoggingConfig:
-    every_steps: int
-    tensorboard: bool
+class MeshConfig(Section):
+    """Devices per axis; -1 for one of data and fsdp: all that are left. Another mesh rounds differently."""
+
+    data: int = field(-1, _MINUS_ONE, resumable=True)  # copies of the model
+    fsdp: int = field(1, _MINUS_ONE, resumable=True)  # parameters and batch split
+    tensor: int = field(1, POSITIVE, resumable=True)  # query and key/value heads, feed-forward and vocabulary split
+    expert: int = field(1, Constraint(lambda size: size == 1, "1 (no layer has experts)"), resumable=True)
+
+    def check(self, config: "Config") -> None:
+        """Checks values beside each other; see ``Config.validate``."""
+        require(not self.data == self.fsdp == -1, "mesh.data", self.data, "at most one of data and fsdp to be -1")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    every_steps: int
-    documents: int
+class CheckpointConfig(Section):
+    every_steps: int = field(1000, POSITIVE, resumable=True)
+    keep: int = field(2, POSITIVE, resumable=True)  # newest checkpoints kept
 
 
-# A run may be resumed with other values of these: none of them changes what a given step computes, except that another
-# mesh rounds differently, and that the number of steps also moves the end of a decaying learning rate, which is what
-# someone who prolongs a run asks for. Where the data lie is free, for what they hold is told by a digest.
-RESUMABLE = frozenset(
-    {
-        "data.paths",
-        "training.steps",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "logging.every_steps",
-        "logging.tensorboard",
-        "evaluation.every_steps",
-        "evaluation.documents",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "mesh.expert",
-    }
-)
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig(Section):
+    every_steps: int = field(20, POSITIVE, resumable=True)
+    tensorboard: bool = field(True, resumable=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(Section):
+    every_steps: int = field(1000, POSITIVE, resumable=True)  # and after the last step
+    documents: int = field(64, POSITIVE, resumable=True)  # held-out documents scored, at most
+
+
+# Of configs that earlier versions stored: names that are others now, and values.
+_RENAMED = {"init.workdir": "objective.source", "init.num_heads": "objective.frozen_heads"}
+_RENAMED_VALUES = {("objective.mode", "loop"): "extension"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +230,6 @@ class Config:
     tokenizer: TokenizerConfig
     model: ModelConfig
     heads: HeadsConfig
-    init: InitConfig
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
@@ -183,25 +238,50 @@ class Config:
     logging: LoggingConfig
     evaluation: EvaluationConfig
 
-    @property
-    def frozen_heads(self) -> int | None:
-        """Heads that stay as they are, and with them backbone, embedding and unembedding; None: all is trained."""
-        return self.init.num_heads if self.objective.mode == "loop" else None
-
-    @property
-    def trained_heads(self) -> int:
-        """Heads that the objective trains."""
-        return self.heads.num_heads - (self.frozen_heads or 0)
-
     @classmethod
     def build(cls, tree: Mapping[str, Any]) -> "Config":
-        """Builds and validates a config from a nested mapping (a ConfigDict, or the parsed config.json).
+        """Builds and validates a config from nested mappings; what is left out has its default.
 
         Raises:
-          ValueError: a field is missing, unknown, of the wrong type or out of range; the message names the field,
-            its value and what is allowed.
+          ValueError: a field is unknown, of the wrong type or out of range; the message names the field, its value and
+            what is allowed.
         """
-        config = _build(cls, tree, "config")
+        return cls._read(tree, stored=False)
+
+    @classmethod
+    def stored(cls, tree: Mapping[str, Any]) -> "Config":
+        """Builds and validates the config of a run, from what it was stored as, perhaps by an earlier version.
+
+        Raises:
+          ValueError: as ``build``; or a field is missing that earlier versions had, too.
+        """
+        renamed: dict[str, Any] = {}
+        for section, fields in tree.items():
+            if not isinstance(fields, Mapping):
+                renamed[section] = fields  # and is refused
+                continue
+            for name, value in flat({section: fields}):
+                section, _, last = _RENAMED.get(name, name).partition(".")
+                replaced = _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
+                renamed.setdefault(section, {})[last] = replaced
+        missing = [name for name in sections() if name not in renamed]
+        if missing:
+            raise ValueError(f"config.{missing[0]} is missing")
+        return cls._read(renamed, stored=True)
+
+    @classmethod
+    def _read(cls, tree: Mapping[str, Any], stored: bool) -> "Config":
+        if not isinstance(tree, Mapping):
+            raise ValueError(f"config = {tree!r}: expected a section with fields")
+        declared = sections()
+        unknown = [name for name in tree if name not in declared]
+        if unknown:
+            raise ValueError(f"config.{unknown[0]}: no such field; fields of config are {', '.join(declared)}")
+        read = {
+            name: read_section(section, tree.get(name, {}), f"config.{name}", stored)
+            for name, section in declared.items()
+        }
+        config = cls(**read)  # pyright: ignore[reportArgumentType]
         config.validate()
         return config
 
@@ -212,17 +292,15 @@ class Config:
         Raises:
           ValueError: it is none of these; or see ``build``.
         """
-        if isinstance(config, Config):
-            return cls.build(config.to_dict())
-        if isinstance(config, ml_collections.ConfigDict):
+        if isinstance(config, Config | ml_collections.ConfigDict):
             return cls.build(config.to_dict())
         if isinstance(config, Mapping):
             return cls.build(config)
         raise ValueError(f"config = {config!r}: expected a Config, a ConfigDict, or a nested mapping")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, dict[str, Any]]:
         """The config as nested plain dictionaries, ready for JSON."""
-        return dataclasses.asdict(self)
+        return {name: getattr(self, name).to_dict() for name in sections()}
 
     def validate(self) -> None:
         """Checks every value and every relation between values.
@@ -230,50 +308,125 @@ class Config:
         Raises:
           ValueError: naming the field, the value and what is allowed.
         """
-        validation.check(self)
+        parts = {name: getattr(self, name) for name in sections()}
+        for name, section in parts.items():
+            section.check_fields(name)
+        for section in parts.values():
+            if hasattr(section, "check"):
+                section.check(self)
+
+
+@functools.cache
+def sections() -> dict[str, type[Section]]:
+    """The sections of a config by name, with their cases known."""
+    for module in _CASES:
+        importlib.import_module(module)
+    return typing.get_type_hints(Config)
 
 
 def differences(left: Config, right: Config) -> list[str]:
     """Names the fields (``section.field``) in which two configs differ, leaving out those that a resume may change."""
-    left_tree, right_tree = left.to_dict(), right.to_dict()
-    names = []
-    for section, fields in left_tree.items():
-        names += [f"{section}.{name}" for name in fields if fields[name] != right_tree[section][name]]
-    return [name for name in names if name not in RESUMABLE]
+    trees, absent = [dict(flat(config.to_dict())) for config in (left, right)], object()
+    names = [name for name in trees[0] | trees[1] if trees[0].get(name, absent) != trees[1].get(name, absent)]
+    return [name for name in names if not _resumable(left, name)]
 
 
-def _build(cls: Any, tree: Any, path: str) -> Any:
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{path} = {tree!r}: expected a section with fields")
-    hints = typing.get_type_hints(cls)
-    unknown = [name for name in tree if name not in hints]
-    if unknown:
-        raise ValueError(f"{path}.{unknown[0]}: no such field; fields of {path} are {', '.join(hints)}")
-    missing = [name for name in hints if name not in tree]
-    if missing:
-        raise ValueError(f"{path}.{missing[0]} is missing: configs/base.py has every field")
-    values = {}
-    for name, hint in hints.items():
-        nested = dataclasses.is_dataclass(hint)
-        value = tree[name]
-        values[name] = _build(hint, value, f"{path}.{name}") if nested else _convert(value, hint, f"{path}.{name}")
-    return cls(**values)
+def _resumable(config: Config, path: str) -> bool:
+    section, _, name = path.partition(".")
+    declared = {one.name: one for one in dataclasses.fields(getattr(config, section))}
+    return name in declared and declared[name].metadata["resumable"]
 
 
-def _convert(value: Any, hint: Any, path: str) -> Any:
-    """Accepts an int where a float is due and a list where a tuple is due; nothing else is converted."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None) and value is None:
-            return None
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        if option in (int, bool, str) and type(value) is option:
-            return value
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
-            item = typing.get_args(option)[0]
-            return tuple(_convert(element, item, f"{path}[{index}]") for index, element in enumerate(value))
-    names = " or ".join(
-        "None" if option is type(None) else getattr(option, "__name__", str(option)) for option in options
-    )
-    raise ValueError(f"{path} = {value!r}: expected {names}")
+def editable(**cases: str) -> ml_collections.ConfigDict:
+    """Every field with its default, as config files and flags edit them.
+
+    Args:
+      cases: of sections that have some: ``objective="extension"``.
+    """
+    tree = ml_collections.ConfigDict()
+    for name, declared in sections().items():
+        tree[name] = {declared.tag: cases[name]} if name in cases else {}
+    fit_cases(tree, {})
+    return tree
+
+
+def chosen_cases(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The cases of sections that changes (``section.field`` -> value) choose, as ``fit_cases`` takes them."""
+    tags = {name: f"{name}.{section.tag}" for name, section in sections().items() if section.tag}
+    return {name: changes[path] for name, path in tags.items() if path in changes}
+
+
+def change(tree: ml_collections.ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Sets fields of a config that is edited; those of a case are there once the case is among the changes.
+
+    Args:
+      tree: changed in place.
+      changes: ``section.field`` -> value.
+
+    Raises:
+      ValueError: there is no such field.
+    """
+    fit_cases(tree, chosen_cases(changes))
+    for path, value in changes.items():
+        section, _, name = path.partition(".")
+        check_name(tree, path)
+        fields: Any = tree[section]
+        fields[name] = value
+
+
+def check_name(tree: ml_collections.ConfigDict, path: str) -> None:
+    """Checks that a config that is edited has a field ``section.field``.
+
+    Raises:
+      ValueError: naming those that there are.
+    """
+    section, _, name = path.partition(".")
+    if section not in tree:
+        raise ValueError(f"config.{path}: there is no section {section!r}; sections are {', '.join(tree)}")
+    fields: Any = tree[section]
+    if name not in fields:
+        raise ValueError(f"config.{path}: no such field; fields of config.{section} are {', '.join(fields)}")
+
+
+def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> None:
+    """Gives every section of a config that is edited the fields of its case.
+
+    Fields that are missing are added with their defaults. Those of another case go if they have their defaults, or if
+    the case is chosen here; else they stay, to be refused.
+
+    Args:
+      tree: changed in place.
+      chosen: section -> case, where it is to have another.
+    """
+    for name, declared in sections().items():
+        section: Any = tree.get(name, ml_collections.ConfigDict())
+        if not isinstance(section, ml_collections.ConfigDict):
+            continue  # and is refused when it is built
+        case = chosen.get(name, section.get(declared.tag or "", declared.default_case))
+        if declared.tag and case not in declared.cases:
+            continue
+        cls = declared.cases[case] if declared.tag else declared
+        foreign = {key: value for other in declared.cases.values() for key, value in defaults_of(other).items()}
+        with section.unlocked():
+            for key, default in foreign.items():
+                if key in section and key not in defaults_of(cls) and (name in chosen or section[key] == default):
+                    del section[key]
+            if declared.tag:
+                section[declared.tag] = case
+            for key, default in defaults_of(cls).items():
+                if key not in section:
+                    section[key] = _entry(default, typing.get_type_hints(cls)[key])
+        if name not in tree:
+            with tree.unlocked():
+                tree[name] = section
+
+
+def _entry(default: Any, hint: Any) -> Any:
+    """A default in the form in which ml_collections lets it be replaced by every type that the field may have."""
+    options = typing.get_args(hint)
+    if type(None) not in options:
+        return default
+    if default is not None:
+        return config_dict.FieldReference(default, field_type=object)
+    types = [option for option in options if option is not type(None)]
+    return config_dict.placeholder(types[0] if len(types) == 1 else object)

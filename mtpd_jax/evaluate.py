@@ -25,7 +25,7 @@ from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_ta
 from mtpd_jax.evaluation.scoring import TextScore, make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective
 from mtpd_jax.training.feasibility import check_scoring
-from mtpd_jax.training.looping import held_out_note
+from mtpd_jax.training.origin import held_out_note
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.restore import TrainedRun, open_run
 from mtpd_jax.validation import check_flag, check_integer

@@ -21,6 +21,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from mtpd_jax.config import check_name, chosen_cases, fit_cases
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.training.interrupt import end_on_signals, leave, say_last
@@ -196,10 +197,11 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         raise ValueError("--config is missing")
     config = _load_config(named[-1].removeprefix("--config="))
     command_line = ["mtpd_jax", *(argument for argument in arguments if argument not in named)]
-    for given in command_line:
-        section = given.removeprefix("--config.").partition("=")[0].partition(".")[0]
-        if given.startswith("--config.") and section not in config:
-            raise ValueError(f"{given}: there is no section {section!r}; sections are {', '.join(config)}")
+    given = [argument.removeprefix("--config.") for argument in command_line if argument.startswith("--config.")]
+    changes = {path: value for path, _, value in (argument.partition("=") for argument in given)}
+    fit_cases(config, chosen_cases(changes))
+    for path in changes:
+        check_name(config, path)
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command_line)
         left_over = values(command_line)[1:]

@@ -1,4 +1,4 @@
-"""The device mesh, and the one table that says which logical axis of an array lies on which axis of the mesh."""
+"""The device mesh, the one table that says which logical axis lies on which axis of it, and sums over a split axis."""
 
 import contextvars
 import dataclasses
@@ -8,41 +8,59 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mtpd_jax.config import MeshConfig, ModelConfig, TrainingConfig
-
-MeshAxes = str | tuple[str, ...] | None
-
-# Mesh axes over which the rows of a batch are split.
-BATCH_AXES = ("data", "fsdp")
-# The mesh axis over which the unembedding is split by token.
-VOCABULARY_AXIS = "tensor"
+from mtpd_jax.config import MeshConfig, TrainingConfig
+from mtpd_jax.shapes import Array, Bool, Float, Int, Num
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Logical axis -> mesh axis. Parameters and activations name logical axes only; change the layout here."""
+    """Logical axis -> mesh axes. Parameters and activations name logical axes only; change the layout here."""
 
-    batch: MeshAxes = BATCH_AXES
+    batch: tuple[str, ...] = ("data", "fsdp")
     # Parameters: the width is split over fsdp and gathered where it is used; activations keep it whole.
-    embed: MeshAxes = "fsdp"
-    mlp: MeshAxes = "tensor"
-    query_heads: MeshAxes = "tensor"
-    kv_heads: MeshAxes = "tensor"
-    head_size: MeshAxes = None
-    vocabulary: MeshAxes = VOCABULARY_AXIS
-    layers: MeshAxes = None
-    heads: MeshAxes = None
+    width: tuple[str, ...] = ("fsdp",)
+    mlp_width: tuple[str, ...] = ("tensor",)
+    query_heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ("tensor",)
+    head_size: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ("tensor",)
+    layers: tuple[str, ...] = ()
+    heads: tuple[str, ...] = ()
 
-    def table(self) -> tuple[tuple[str, MeshAxes], ...]:
-        """The rules in the form that Linen's logical partitioning reads."""
-        return tuple(dataclasses.asdict(self).items())
+    def mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The axes of the mesh that split a logical axis; none for None, an axis that every device holds whole.
+
+        Raises:
+          ValueError: there is no such logical axis.
+        """
+        if axis is None:
+            return ()
+        if axis not in dataclasses.asdict(self):
+            raise ValueError(f"axis {axis!r}: expected one of {', '.join(dataclasses.asdict(self))}")
+        return getattr(self, axis)
+
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """Where an array lies, from a logical axis per dimension (None for one that every device holds whole).
+
+        Raises:
+          ValueError: two of them would be split over the same axis of the mesh.
+        """
+        taken: dict[str, str | None] = {}
+        for axis in axes:
+            for mesh_axis in self.mesh_axes(axis):
+                if mesh_axis in taken:
+                    raise ValueError(f"axes {taken[mesh_axis]!r} and {axis!r} both lie on mesh axis {mesh_axis!r}")
+                taken[mesh_axis] = axis
+        found = [self.mesh_axes(axis) for axis in axes]
+        return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in found))
 
 
 RULES = ShardingRules()
 
-# The mesh that the function being traced runs on, for ``constrain``: see ``within``.
+# The mesh that the function being traced runs on: see ``within``.
 _traced_on: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
@@ -64,36 +82,42 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise ValueError(
             f"config.mesh = {sizes}: the axes must multiply to the number of devices, which is {len(devices)}"
         )
-    devices = devices[:used]
+    return _mesh(tuple(sizes), shape, devices[:used])
+
+
+def _mesh(names: tuple[str, ...], shape: tuple[int, ...], devices: list[Any]) -> Mesh:
     # Auto, because Linen's logical constraints cannot be placed on the Explicit axes that make_mesh now defaults to.
-    return jax.make_mesh(shape, tuple(sizes), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
-def check_divisible(mesh: Mesh, model: ModelConfig, training: TrainingConfig) -> None:
-    """Checks that every split axis divides evenly over the mesh.
+def data_mesh(devices: list[Any] | None = None) -> Mesh:
+    """A mesh that has all devices (None: all that there are) along ``data``: each holds a whole copy of the model."""
+    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, expert=1), devices)
+
+
+def parts_of(mesh: Mesh, axis: str) -> int:
+    """How many parts a logical axis is split into."""
+    return math.prod(mesh.shape[name] for name in RULES.mesh_axes(axis))
+
+
+def check_batch(mesh: Mesh, training: TrainingConfig) -> None:
+    """Checks that the rows of a micro-batch can be shared out evenly.
 
     Raises:
-      ValueError: naming the field, its value and the mesh axis that does not divide it.
+      ValueError: naming their number and the mesh axes that do not divide it.
     """
-    rows = training.batch_size // training.micro_batches
-    checks: tuple[tuple[str, int, MeshAxes], ...] = (
-        ("training.batch_size / training.micro_batches", rows, RULES.batch),
-        ("model.width", model.width, RULES.embed),
-        ("model.mlp_width", model.mlp_width, RULES.mlp),
-        ("model.query_heads", model.query_heads, RULES.query_heads),
-        ("model.kv_heads", model.kv_heads, RULES.kv_heads),
-        ("model.vocabulary_size", model.vocabulary_size, RULES.vocabulary),
-    )
-    for name, size, axes in checks:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = math.prod(mesh.shape[axis] for axis in names)
-        if size % parts:
-            raise ValueError(f"config.{name} = {size}: expected a multiple of mesh {' x '.join(names)} = {parts}")
+    rows, parts = training.batch_size // training.micro_batches, parts_of(mesh, "batch")
+    if rows % parts:
+        names = " x ".join(RULES.batch)
+        raise ValueError(
+            f"config.training.batch_size / training.micro_batches = {rows}: expected a multiple of mesh {names} = "
+            f"{parts}"
+        )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a step's batch, [micro-batch, B, T]."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, None))
+def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
+    """The sharding of a batch [B, T], behind so many axes that are whole: of a step's [micro-batch, B, T] one."""
+    return NamedSharding(mesh, RULES.spec(*(None,) * leading, "batch", None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -107,12 +131,27 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     Args:
       boxed: the tree of (abstract) variables with their metadata, as ``jax.eval_shape(model.init, …)`` returns it.
       mesh: the device mesh.
+
+    Raises:
+      ValueError: an axis cannot be shared out evenly; the message names it, its size and the mesh axes.
     """
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, RULES.table())
+
+    def sharding(path: Any, leaf: Any, axes: PartitionSpec) -> NamedSharding:
+        for axis, size in zip(axes, leaf.shape, strict=False):
+            parts = parts_of(mesh, axis) if axis else 1
+            if size % parts:
+                names = " x ".join(RULES.mesh_axes(axis))
+                raise ValueError(
+                    f"config.mesh: {axis} = {size} (of {jax.tree_util.keystr(path, simple=True, separator='/')}): "
+                    f"expected a multiple of mesh {names} = {parts}"
+                )
+        return NamedSharding(mesh, RULES.spec(*axes))
+
+    return jax.tree_util.tree_map_with_path(sharding, nn.meta.unbox(boxed), nn.get_partition_spec(boxed))
 
 
 def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that the constraints in it (see ``constrain``) are those of this mesh when it is traced."""
+    """Wraps a function so that what is traced in it (see ``constrain``, ``traced_mesh``) is for this mesh."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         token = _traced_on.set(mesh)
@@ -122,6 +161,12 @@ def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             _traced_on.reset(token)
 
     return wrapped
+
+
+def traced_mesh() -> Mesh | None:
+    """The mesh of what is being traced; None outside ``within``, and on one device, where nothing is split."""
+    mesh = _traced_on.get()
+    return None if mesh is None or mesh.size == 1 else mesh
 
 
 def constrain(values: jax.Array, *axes: str | None) -> jax.Array:
@@ -135,9 +180,83 @@ def constrain(values: jax.Array, *axes: str | None) -> jax.Array:
       values: one logical axis per dimension.
       axes: their names in ``ShardingRules``; None for an axis that is whole on every device.
     """
-    mesh = _traced_on.get()
-    if mesh is None or mesh.size == 1:
+    mesh = traced_mesh()
+    if mesh is None:
         return values
-    spec = nn.logical_to_mesh_axes(axes, RULES.table())
-    assert spec is not None  # as it is for no names at all
-    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, RULES.spec(*axes)))
+
+
+def sum_over(values: Any, axis: str) -> Any:
+    """Within ``shard_map``: sums a tree of arrays over the devices that hold other parts of a logical axis."""
+    return jax.lax.psum(values, RULES.mesh_axes(axis))
+
+
+@dataclasses.dataclass(frozen=True)
+class LastAxis:
+    """The last axis of an array, such as the tokens of a row of logits: whole, or one device's part of it.
+
+    Attributes:
+      mesh_axis: what splits it, bound by ``shard_map``; None where each device holds all of it.
+      on_cpu: a CPU looks up single values where an accelerator joins a sum over all of them to a pass that it makes
+        anyway.
+    """
+
+    mesh_axis: str | None = None
+    on_cpu: bool = True
+
+    @classmethod
+    def of(cls, axis: str, mesh: Mesh, on_cpu: bool) -> "LastAxis":
+        """A logical axis as a mesh splits it, over one of its axes at most."""
+        (name,) = RULES.mesh_axes(axis)
+        return cls(name if mesh.shape[name] > 1 else None, on_cpu)
+
+    def size(self, values: Num[Array, "*rows V"]) -> int:
+        """Its length, over all parts."""
+        return values.shape[-1] * (jax.lax.axis_size(self.mesh_axis) if self.mesh_axis else 1)
+
+    def ids(self, values: Num[Array, "*rows V"]) -> Int[Array, "*rows V"]:
+        """The place on the whole axis of each value."""
+        return jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1) + self._first(values)
+
+    def _first(self, values: Array) -> Array | int:
+        return jax.lax.axis_index(self.mesh_axis) * values.shape[-1] if self.mesh_axis else 0
+
+    def sum(self, values: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+        """The sum."""
+        return self.sum_parts(jnp.sum(values, axis=-1))
+
+    def sum_parts(self, values: Array) -> Array:
+        """Sums what the devices made of their parts."""
+        return jax.lax.psum(values, self.mesh_axis) if self.mesh_axis else values
+
+    def max(self, values: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+        """The maximum."""
+        largest = jnp.max(values, axis=-1)
+        return jax.lax.pmax(largest, self.mesh_axis) if self.mesh_axis else largest
+
+    def min(self, values: Num[Array, "*rows V"]) -> Num[Array, "*rows"]:
+        """The minimum."""
+        smallest = jnp.min(values, axis=-1)
+        return jax.lax.pmin(smallest, self.mesh_axis) if self.mesh_axis else smallest
+
+    def count(self, values: Bool[Array, "*rows V"]) -> Float[Array, "*rows"]:
+        """How many are true, exact up to 2^24; float32 because XLA's CPU backend does not vectorise integer sums."""
+        return self.sum(values.astype(jnp.float32))
+
+    def argmax(self, values: Float[Array, "*rows V"]) -> Int[Array, "*rows"]:
+        """The first place of the largest value; on XLA's CPU backend many times faster than ``jnp.argmax``."""
+        last = self.size(values) - 1  # for rows with NaN
+        return self.min(jnp.where(values == self.max(values)[..., None], self.ids(values), last))
+
+    def at(self, values: Float[Array, "J P V"], places: Int[Array, " P"]) -> Float[Array, "J P"]:
+        """The value at one place per row, the same for all heads."""
+        if not self.on_cpu:
+            return self.sum(jnp.where(self.ids(values) == places[None, :, None], values, 0))
+        own = places - self._first(values)
+        here = (own >= 0) & (own < values.shape[-1])
+        looked_up = jnp.take_along_axis(values, jnp.where(here, own, 0)[None, :, None], axis=-1)[..., 0]
+        return self.sum(jnp.where(here[None], looked_up, 0)[..., None])
+
+
+# Not split, on the CPU.
+WHOLE = LastAxis()

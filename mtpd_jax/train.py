@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -23,17 +24,18 @@ from mtpd_jax.data.pipeline import TrainingData
 from mtpd_jax.data.sources import Source, holds_out, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.scoring import make_scorer, score_documents
-from mtpd_jax.losses.objective import scoring_objective, training_objective
-from mtpd_jax.model.backbone import LanguageModel, build_model, count_parameters
-from mtpd_jax.sharding import check_divisible, make_mesh
+from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.methods.method import Method, method_of
+from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.sharding import check_batch, make_mesh
+from mtpd_jax.trainer import Evaluate, Trainer
 from mtpd_jax.training.checkpoint import Checkpointer, check_chosen, latest_step, restore_state, steps_of
 from mtpd_jax.training.feasibility import check_training
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.lock import Lock, take_lock
-from mtpd_jax.training.loop import Evaluate, Loop
-from mtpd_jax.training.looping import Origin, all_sources, beginning, held_out_note, source_of, with_source
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.origin import Origin, all_sources, beginning, completed, held_out_note, source_of
 from mtpd_jax.training.processes import first_decides
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
@@ -55,7 +57,7 @@ class TrainResult:
         with other work should not.
       tokens: non-padding tokens trained on, over all calls.
       parameters: number of parameters, frozen ones included.
-      seconds: wall time of the training loop, compilation and evaluation included, over all calls.
+      seconds: wall time of training, compilation and evaluation included, over all calls.
     """
 
     workdir: str
@@ -88,44 +90,43 @@ def run(
       OSError: something cannot be read or written.
     """
     config, place = Config.of(config), open_workdir(workdir)
-    config = with_source(config, place)
+    config = completed(config, place)
     place.check(config, begun=latest_step(place) is not None)
     check_chosen(place, checkpoint)
     mesh = make_mesh(config.mesh)
-    check_divisible(mesh, config.model, config.training)
-    notes = [check_training(config, mesh)]
+    check_batch(mesh, config.training)
+    method, optimizer = method_of(config, mesh), make_optimizer(config)
+    notes = [check_training(method)]
+    abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
     origin = beginning(config, place, mesh)
     given = _given_tokenizer(config, place)
-    model, optimizer = build_model(config), make_optimizer(config)
-    abstract = abstract_state(model, optimizer, config, mesh)
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(_begin(config, place, source, given, break_lock))
         tokenizer = _checked(place.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(config, place, abstract, checkpoint, data) or _fresh(config, place, mesh, abstract, origin)
+        start = _restored(config, place, abstract, checkpoint, data)
+        start = start or _fresh(method, place, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(place, config.checkpoint.keep, lock))
         _record_config(config, place, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
         metrics = stack.enter_context(MetricsLog(place, start.step, config.logging.tensorboard, lock))
-        evaluate = _evaluator(config, model, mesh, source, tokenizer)
+        evaluate = _evaluator(method, source, tokenizer)
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out]
         progress.say("\n".join([f"{place.path}: {start.news}", *filter(None, notes)]))
-        step = make_step(
-            model, training_objective(config), optimizer, mesh, state_shardings(abstract), config.optimizer.ema_decay
-        )
+        step = make_step(method, optimizer, state_shardings(abstract))
         about = {"tokenizer": place.tokenizer_digest(), "origin": start.origin}
-        loop = Loop(config, step, evaluate, data, mesh, checkpointer, metrics, stop, progress, about)
-        done = loop.run(start.take_state(), start.step, start.tokens, start.seconds)
-        finished = done >= config.training.steps and loop.evaluated
+        trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
+        done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
+        finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
-            left = "; its evaluation was cut short: the same command does it again" if not loop.evaluated else ""
+            left = "; its evaluation was cut short: the same command does it again" if not trainer.evaluated else ""
             progress.say(f"{place.path}: asked to stop; saved step {done}{left}")
     parameters = count_parameters(abstract.parameters) + count_parameters(abstract.frozen)
-    return TrainResult(str(place.path), done, finished, stop.signal, loop.tokens, parameters, loop.seconds)
+    return TrainResult(str(place.path), done, finished, stop.signal, trainer.tokens, parameters, trainer.seconds)
 
 
 @dataclasses.dataclass
@@ -134,7 +135,7 @@ class _Start:
 
     Attributes:
       state: of ``step`` steps, ``tokens`` tokens and ``seconds`` of earlier calls.
-      origin: of the run that it extends, see ``looping.beginning``.
+      origin: of the run that it starts from, see ``origin.beginning``.
       news: what the run is about to do.
       note: what else has to be said; nothing where there is nothing to say.
     """
@@ -154,14 +155,19 @@ class _Start:
         return state
 
 
-def _fresh(config: Config, place: Workdir, mesh: Mesh, abstract: TrainState, origin: Origin | None) -> _Start:
+def _fresh(
+    method: Method,
+    place: Workdir,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    origin: Origin | None,
+) -> _Start:
     """A run that begins; what is left of the metrics of one that lost its checkpoints is put aside."""
-    state = initial_state(build_model(config), make_optimizer(config), config, mesh, origin and origin.parameters)
-    steps, trained = config.training.steps, count_parameters(abstract.parameters)
-    news = f"training {trained:,} parameters for {steps} steps on {_describe(mesh)}"
+    state = initial_state(method, optimizer, origin and origin.parameters)
+    steps, trained = method.config.training.steps, count_parameters(abstract.parameters)
+    news = f"training {trained:,} parameters for {steps} steps on {_describe(method.mesh)}"
     if origin is not None:
-        heads = f"heads {(config.frozen_heads or 0) + 1} to {config.heads.num_heads}"
-        news += f": {heads} on top of {config.init.workdir}, step {origin.record['step']}"
+        news += f": {method.describe()}, step {origin.record['step']}"
     note = ""
     if jax.process_index() == 0 and place.metrics_file.exists() and place.metrics_file.stat().length:
         kept = place.set_aside(place.metrics_file)
@@ -239,12 +245,12 @@ def _create(config: Config, place: Workdir, source: Source, given: Tokenizer | N
 
 
 def _given_tokenizer(config: Config, place: Workdir) -> Tokenizer | None:
-    """The tokenizer of the run to extend, or of the config's file; None: there is one, or one is to be trained."""
+    """The tokenizer of the run to start from, or of the config's file; None: there is one, or one is to be trained."""
     if place.tokenizer_file.exists():
         return None
     if latest_step(place) is not None:
         return place.read_tokenizer(config)  # which says that it is missing
-    if config.objective.mode == "loop":
+    if config.objective.source_run is not None:
         return _checked(source_of(config).read_tokenizer(config), config)
     if config.tokenizer.path:
         return _checked(Tokenizer.load(config.tokenizer.path, config.tokenizer.end_token), config)
@@ -268,13 +274,12 @@ def _describe(mesh: Mesh) -> str:
     return f"{used} ({axes})" if axes else used
 
 
-def _evaluator(
-    config: Config, model: LanguageModel, mesh: Mesh, source: Source, tokenizer: Tokenizer
-) -> Evaluate | None:
-    """The loop's evaluation: held-out documents scored as ``evaluate --split=validation`` does; None without any."""
+def _evaluator(method: Method, source: Source, tokenizer: Tokenizer) -> Evaluate | None:
+    """The trainer's evaluation: held-out documents scored as ``evaluate --split=validation`` does; None without any."""
+    config, mesh = method.config, method.mesh
     if not holds_out(source, config.data.validation_fraction):
         return None
-    scorer = make_scorer(model, scoring_objective(config), mesh)
+    scorer = make_scorer(method.model, scoring_objective(config), mesh)
 
     def evaluate(parameters: Any, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
         held_out = split(source, config.data.validation_fraction, validation=True)

@@ -1,17 +1,22 @@
 """Small configs, parameters and batches that tests share."""
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from configs import base
-from mtpd_jax.config import Config
+from mtpd_jax.config import Config, change, sections
 from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.fields import defaults_of
+from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import LanguageModel, build_model
+from mtpd_jax.platform import Platform, platform_of
+from mtpd_jax.sharding import data_mesh, within
+from mtpd_jax.training.step import gradients_of_batch
 
 _TINY: dict[str, dict[str, Any]] = {
     "data": {"packages": False, "shuffle_window": 8, "validation_fraction": 0.2},
@@ -40,10 +45,32 @@ def tiny_config(**overrides: Any) -> Config:
     config = base.get_config()
     for section, values in _TINY.items():
         config[section].update(values)
-    for name, value in overrides.items():
-        section, field = name.split("__")
-        config[section][field] = value
+    change(config, _flat(overrides))
     return Config.build(config.to_dict())
+
+
+def _flat(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("__", "."): value for name, value in overrides.items()}
+
+
+def platform() -> Platform:
+    """That of this machine."""
+    return platform_of(jax.devices()[0])
+
+
+def model_of(config: Config) -> LanguageModel:
+    """The model of a config, for one device of this machine."""
+    return build_model(config, platform())
+
+
+def method_on(config: Config, mesh: Mesh | None = None) -> Method:
+    """The method of a config; without a mesh, on one device."""
+    return method_of(config, data_mesh(jax.devices()[:1]) if mesh is None else mesh)
+
+
+def gradients(method: Method, trained: Any, batch: Batch, frozen: Any = None) -> Any:
+    """Loss, sums, weights and gradients of a [micro-batch, B, T] batch, as a step forms them."""
+    return within(method.mesh, gradients_of_batch)(method, trained, frozen, batch, jax.random.key(0))
 
 
 def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -> Any:
@@ -63,7 +90,7 @@ def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -
 
 
 def model_and_parameters(config: Config, seed: int = 0, scale: float = 1.0) -> tuple[LanguageModel, Any]:
-    model = build_model(config)
+    model = model_of(config)
     return model, random_parameters(model, seed, scale)
 
 
@@ -97,13 +124,15 @@ def with_micro_batches(batch: Batch, parts: int) -> Batch:
 
 def replace(config: Config, **overrides: Any) -> Config:
     """A copy of a config with overrides written ``section__field=value``."""
-    for name, value in overrides.items():
-        section, field = name.split("__")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
-        )
-    config.validate()
-    return config
+    tree = config.to_dict()
+    for path, value in _flat(overrides).items():
+        section, field = path.split(".")
+        declared = sections()[section]
+        if field == declared.tag:
+            known = [declared.tag, *defaults_of(declared.cases[value])]
+            tree[section] = {name: old for name, old in tree[section].items() if name in known}
+        tree[section][field] = value
+    return Config.build(tree)
 
 
 def assert_trees_close(left: Any, right: Any, tolerance: float) -> None:

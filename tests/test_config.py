@@ -1,11 +1,14 @@
 """Every bad value is refused with its name."""
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 
 from configs import base
-from mtpd_jax.config import Config, differences
+from mtpd_jax.config import Config, change, differences, fit_cases
+from mtpd_jax.fields import Section, field, flat, read_section
 from tests.builders import replace, tiny_config
 
 
@@ -15,7 +18,11 @@ from tests.builders import replace, tiny_config
         ("data.source", "http"),
         ("data.validation_fraction", 1.0),
         ("data.validation_fraction", -0.1),
-        ("data.paths", 3),
+        ("data.packages", 3),
+        ("data.paths", ("a",)),
+        ("objective.source", "somewhere"),
+        ("objective.frozen_heads", 2),
+        ("model.attention", "flash"),
         ("model.vocabulary_size", 100),
         ("model.head_size", 7),
         ("model.dtype", "float16"),
@@ -48,14 +55,93 @@ def test_bad_values_are_named(field, value):
         Config.build(tree)
 
 
-def test_missing_and_unknown_fields_are_named():
+def test_what_is_left_out_has_its_default_and_what_is_unknown_is_named():
     tree = base.get_config().to_dict()
+    assert Config.build({}) == Config.build(tree)
     del tree["model"]["width"]
-    with pytest.raises(ValueError, match=r"config\.model\.width is missing"):
+    assert Config.build(tree).model.width == 768
+    tree["model"]["depth"] = 3
+    with pytest.raises(ValueError, match=r"config\.model\.depth: no such field; fields of config.model are vocab"):
         Config.build(tree)
-    tree["model"]["width"], tree["model"]["depth"] = 8, 3
-    with pytest.raises(ValueError, match=r"config\.model\.depth: no such field"):
-        Config.build(tree)
+    with pytest.raises(ValueError, match=r"config\.modle: no such field; fields of config are data, tokenizer"):
+        Config.build({"modle": {}})
+    with pytest.raises(ValueError, match=r"config\.model = 3: expected a section"):
+        Config.build({"model": 3})
+
+
+def test_the_fields_of_a_section_depend_on_its_case():
+    """Those of another case are refused by name, unless they say nothing."""
+    text = Config.build({"data": {"source": "text", "paths": ["a"], "packages": True}})
+    assert text.data.source == "text" and text.data.paths == ("a",) and not hasattr(text.data, "packages")
+    with pytest.raises(ValueError, match=r"packages = False: expected nothing with data.source = 'text'; 'python'"):
+        Config.build({"data": {"source": "text", "paths": ["a"], "packages": False}})
+    with pytest.raises(ValueError, match=r"data.field = 'x': .* 'jsonl' or 'tfds' reads it"):
+        Config.build({"data": {"source": "text", "paths": ["a"], "field": "x"}})
+    with pytest.raises(ValueError, match=r"objective.mode = 'loop': expected one of "):
+        Config.build({"objective": {"mode": "loop"}})
+
+
+def test_a_config_that_is_edited_has_the_fields_of_its_cases():
+    tree = base.get_config()
+    tree.data.update(packages=False)
+    change(tree, {"data.source": "jsonl", "data.paths": ("a",), "objective.mode": "extension"})
+    assert "packages" not in tree.data and tree.data.field == "text" and tree.data.validation_fraction == 0.02
+    assert tree.objective.frozen_heads is None and "detach_trunk" not in tree.objective
+    tree.objective.frozen_heads = 3  # None stands for an integer
+    with pytest.raises(TypeError):
+        tree.objective.frozen_heads = "three"
+    with pytest.raises(ValueError, match=r"config.objective.detach_trunk: no such field"):
+        change(tree, {"objective.detach_trunk": True})
+    # A file that says the case after its fields, as short diffs do.
+    tree = base.get_config()
+    tree.objective.update(mode="extension", source="x")
+    fit_cases(tree, {})
+    assert Config.of(tree).objective.source_run == "x" and "detach_trunk" not in tree.objective
+
+
+STORED = pathlib.Path(__file__).parent / "stored_configs"
+
+
+@pytest.mark.parametrize("path", sorted(STORED.glob("*.json")), ids=lambda path: path.stem)
+def test_configs_that_earlier_versions_stored_are_read(path):
+    """Fields that are new mean what the run did; those that moved are found; none is lost, and no other is let in."""
+    tree = json.loads(path.read_text())
+    config = Config.stored(tree)
+    found = dict(flat(config.to_dict()))
+    moved = {"init.workdir": "objective.source", "init.num_heads": "objective.frozen_heads"}
+    for name, value in flat(tree):
+        name, value = moved.get(name, name), "extension" if value == "loop" else value
+        if name in found:
+            assert found[name] == (tuple(value) if isinstance(value, list) else value), name
+    of_other_cases = {"packages", "paths", "separator", "field", "name", "split", "directory"}
+    of_other_cases |= {"source", "frozen_heads", "detach_teacher", "detach_trunk"}
+    lost = {moved.get(name, name) for name, _ in flat(tree)} - found.keys()
+    assert {name.partition(".")[2] for name in lost} <= of_other_cases
+    assert Config.stored(config.to_dict()) == config
+    for section, name in (("model", "width"), ("objective", "mode"), ("training", None)):
+        less = json.loads(path.read_text())
+        del (less[section] if name else less)[name or section]
+        with pytest.raises(ValueError, match=f"config.{section}{'.' + name if name else ''} is missing"):
+            Config.stored(less)
+        more = json.loads(path.read_text())
+        more[section]["depth"] = 3
+        with pytest.raises(ValueError, match=rf"config\.{section}\.depth: no such field"):
+            Config.stored(more)
+
+
+def test_a_field_that_is_not_stored_means_what_was_done_before():
+    """Whatever its default is now."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Section):
+        old: int = field(1)
+        new: str = field("faster", as_before="as it was")
+
+    assert read_section(Later, {"old": 3}, "config.later", stored=True) == Later(3, "as it was")
+    assert read_section(Later, {"old": 3}, "config.later", stored=False) == Later(3, "faster")
+    assert read_section(Later, {"old": 3, "new": "x"}, "config.later", stored=True) == Later(3, "x")
+    with pytest.raises(ValueError, match=r"config\.later\.old is missing"):
+        read_section(Later, {"new": "x"}, "config.later", stored=True)
 
 
 def test_a_config_is_taken_in_any_form():
@@ -70,8 +156,6 @@ def test_a_config_is_taken_in_any_form():
 
 
 def test_json_round_trip_changes_nothing():
-    import json
-
     config = tiny_config(objective__beta=(0.1, 0.2))
     assert Config.build(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -79,7 +163,9 @@ def test_json_round_trip_changes_nothing():
 def test_differences_leave_out_what_a_resume_may_change():
     config = tiny_config()
     assert differences(config, replace(config, training__steps=99, logging__every_steps=1, mesh__data=4)) == []
-    assert differences(config, replace(config, data__paths=("b",))) == []  # a digest tells them
+    texts = [replace(config, data__source="text", data__paths=(name,)) for name in "ab"]
+    assert differences(*texts) == []  # a digest tells them
+    assert {"data.source", "data.packages"} <= set(differences(config, texts[0]))
     assert differences(config, replace(config, training__seed=1, objective__top_n=3)) == [
         "objective.top_n",
         "training.seed",

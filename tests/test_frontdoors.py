@@ -238,11 +238,13 @@ def test_train_answers_mistakes_before_creating_anything(call, tmp_path, monkeyp
 
 def test_an_extension_that_does_not_fit_is_one_line(call, workdir, tmp_path, monkeypatch):
     monkeypatch.chdir(pathlib.Path(base.__file__).parents[1])
-    here = ["--config=configs/quickstart.py", f"--workdir={workdir}", "--config.objective.mode=loop"]
-    assert_one_line(call("train", *here, f"--config.init.workdir={workdir}"), "another config", "objective.mode")
-    loop = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'w'}", "--config.objective.mode=loop"]
-    assert_one_line(call("train", *loop, f"--config.init.workdir={workdir}"), "config.model.vocabulary_size", "has 300")
-    assert_one_line(call("train", *loop, f"--config.init.workdir={tmp_path}"), str(tmp_path), "holds no run")
+    here = ["--config=configs/quickstart.py", f"--workdir={workdir}", "--config.objective.mode=extension"]
+    assert_one_line(call("train", *here, f"--config.objective.source={workdir}"), "another config", "objective.mode")
+    new = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'w'}", "--config.objective.mode=extension"]
+    assert_one_line(
+        call("train", *new, f"--config.objective.source={workdir}"), "config.model.vocabulary_size", "has 300"
+    )
+    assert_one_line(call("train", *new, f"--config.objective.source={tmp_path}"), str(tmp_path), "holds no run")
     assert not (tmp_path / "w").exists()
 
 

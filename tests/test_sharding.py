@@ -9,8 +9,7 @@ import pytest
 from experiments.bench.tpu import LIBRARY, WITHOUT_SPARSECORE, collectives, topology_mesh
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.losses.objective import training_objective
-from mtpd_jax.model.backbone import build_model
+from mtpd_jax.methods.method import method_of
 from mtpd_jax.sharding import batch_sharding, constrain, make_mesh, within
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, state_shardings
@@ -20,9 +19,9 @@ from tests.builders import tiny_config
 
 def lowered_step(config, mesh):
     """The step for a whole batch of this shape, and the state's abstract arrays."""
-    model, optimizer = build_model(config), make_optimizer(config)
-    state = abstract_state(model, optimizer, config, mesh)
-    step = make_step(model, training_objective(config), optimizer, mesh, state_shardings(state))
+    method, optimizer = method_of(config, mesh), make_optimizer(config)
+    state = abstract_state(method, optimizer)
+    step = make_step(method, optimizer, state_shardings(state))
     shape = (1, config.training.batch_size, config.training.sequence_length)
     rows = [jax.ShapeDtypeStruct(shape, np.int32, sharding=batch_sharding(mesh)) for _ in range(3)]
     return step.lower(state, Batch(*rows)), state
@@ -50,7 +49,7 @@ def test_a_constraint_places_by_the_rules():
     def of(*axes):
         return jax.jit(within(mesh, lambda x: constrain(x, *axes)))(values).sharding.shard_shape(values.shape)
 
-    assert of("batch", None, "mlp") == (2, 4, 3)
+    assert of("batch", None, "mlp_width") == (2, 4, 3)
     assert of("batch", None, None) == (2, 4, 6)
     assert constrain(values, "batch", None, None) is values  # outside, there is no mesh to place it on
     with pytest.raises(RuntimeError, match="inside"):

@@ -38,6 +38,7 @@ from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, best_heads, unprofitable_batch
 from mtpd_jax.model.backbone import LanguageModel, build_model
+from mtpd_jax.platform import platform_of
 from mtpd_jax.training.restore import TrainedRun, open_run
 
 # What ``Network`` takes for ``scanned``.
@@ -72,15 +73,16 @@ def random_subject(size: str, vocabulary: int, heads: int) -> Subject:
         head_size=width // query_heads, mlp_width=3 * width,
     )  # fmt: skip
     tree.heads.num_heads = heads
-    model = build_model(Config.build(tree.to_dict()))
+    model = build_model(Config.build(tree.to_dict()), platform_of(jax.devices()[0]))
     dummy = jnp.ones((1, heads + 2), jnp.int32)
     return Subject(size, model, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), dummy, dummy, dummy))["params"])
 
 
 def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[list[dict[str, Any]], RoundCosts]:
     """Times all parts for one batch size, taking turns."""
-    network = Network(subject.model, _LAYOUTS[flags.layout])
-    unrolled = Network(subject.model, scanned=False)
+    platform = platform_of(jax.devices()[0])
+    network = Network(subject.model, platform, _LAYOUTS[flags.layout])
+    unrolled = Network(subject.model, platform, scanned=False)
     parameters, written_out = (jax.jit(each.parameters)(subject.parameters) for each in (network, unrolled))
     parts = Parts(network, parameters, rows, flags.new_tokens)
     programs: dict[tuple[str, int], Program] = {}

@@ -12,8 +12,8 @@ from mtpd_jax.decoding.drafting import Drafts, draft
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.speculative import State, advance, one_round, prefill
-from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array
+from mtpd_jax.sharding import WHOLE
 
 # Rounds per call: enough for the first one's cold caches not to count, fewer where a round takes long.
 _ITERATIONS = 24

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mtpd_jax.losses.dense import dense_loss
 from mtpd_jax.losses.fused import fused_loss
 from mtpd_jax.losses.terms import Distillation
+from mtpd_jax.sharding import data_mesh
 
 FORMS = ("fused", "chunked_remat", "dense_threshold", "dense_top_k")
 OBJECTIVES = ("mtp_d", "mtp", "ntp")
@@ -74,13 +75,14 @@ def compile_form(
       arguments: as ``inputs`` makes them, or their shapes.
       distillation: None for plain MTP.
       chunk_rows: of the chunked forms; None chooses for ``fused``, and is all rows for ``chunked_remat``.
-      mesh: of the ``fused`` form.
+      mesh: of the ``fused`` form; None: one device.
     """
+    mesh = mesh or data_mesh(jax.devices()[:1])
 
     def total(hidden: jax.Array, unembedding: jax.Array, *rest: jax.Array) -> jax.Array:
         arguments = hidden, unembedding, *rest
         if form == "fused":
-            return fused_loss(*arguments, distillation=distillation, chunk_rows=chunk_rows, mesh=mesh)[0]
+            return fused_loss(*arguments, distillation=distillation, mesh=mesh, chunk_rows=chunk_rows)[0]
         if form == "chunked_remat":
             return chunked_remat(*arguments, distillation=distillation, chunk_rows=chunk_rows)
         return dense_loss(*arguments, distillation=distillation, selection=form.removeprefix("dense_"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import rich.box
 import rich.console
 import rich.table
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from experiments.bench.loss_forms import compile_form, distillation_of, inputs
 from experiments.bench.tpu import estimated_seconds, largest_collective, shapes_of, topology_mesh
@@ -22,8 +22,7 @@ from mtpd_jax import frontdoor
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.losses.fused import choose_tiling
 from mtpd_jax.losses.select import search
-from mtpd_jax.losses.vocabulary import Vocabulary
-from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
+from mtpd_jax.sharding import RULES, LastAxis, parts_of
 
 # Rows of the chunk on which passes are counted here; every row is searched alike.
 COUNTED_ROWS = 256
@@ -32,7 +31,7 @@ COUNTED_ROWS = 256
 def search_passes(vocabulary: int, top_n: int) -> int:
     """Passes over the logits that the search makes for the slowest of ``COUNTED_ROWS`` normal rows."""
     logits = 3 * jax.random.normal(jax.random.key(0), (COUNTED_ROWS, vocabulary))
-    return int(jax.jit(lambda logits: search(logits, top_n, Vocabulary(on_cpu=False))[1])(logits))
+    return int(jax.jit(lambda logits: search(logits, top_n, LastAxis(on_cpu=False))[1])(logits))
 
 
 def compile_on(
@@ -40,17 +39,15 @@ def compile_on(
 ) -> jax.stages.Compiled:
     """The loss and its gradients for ``rows`` rows per group of chips that share rows, in bfloat16."""
     distillation = distillation_of(objective, top_n)
-    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    groups = parts_of(mesh, "batch")
     arguments = jax.eval_shape(lambda: inputs(heads, rows, width, vocabulary, jnp.bfloat16))
     with_rows = [
         jax.ShapeDtypeStruct((*a.shape[:axis], groups, *a.shape[axis + 1 :]), a.dtype)
         for a, axis in zip((arguments[0], arguments[2], arguments[3]), (1, 0, 1), strict=True)
     ]
     arguments = with_rows[0], arguments[1], with_rows[1], with_rows[2], *arguments[4:]
-    specs = (
-        PartitionSpec(None, BATCH_AXES), PartitionSpec(VOCABULARY_AXIS, "fsdp"), PartitionSpec(BATCH_AXES),
-        PartitionSpec(None, BATCH_AXES), PartitionSpec(), PartitionSpec(),
-    )  # fmt: skip
+    axes = (None, "batch"), ("vocabulary", "width"), ("batch",), (None, "batch"), (), ()
+    specs = (RULES.spec(*one) for one in axes)
     shapes = shapes_of(arguments, tuple(NamedSharding(mesh, spec) for spec in specs))
     return compile_form(form, shapes, distillation, mesh=mesh)
 

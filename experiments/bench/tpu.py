@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
+from mtpd_jax.config import MeshConfig
+from mtpd_jax.sharding import make_mesh
 
 LIBRARY = pathlib.Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
 # Compile options: libtpu would write gathers and scatters in a form whose text jaxlib cannot read back.
@@ -39,8 +40,7 @@ def topology_mesh(name: str = "v5p:2x2x1", fsdp: int = 1, tensor: int = 1) -> Me
     }  # fmt: skip
     os.environ.update(described)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    used = np.array(devices[: fsdp * tensor]).reshape(1, fsdp, tensor, 1)
-    return Mesh(used, (*BATCH_AXES, VOCABULARY_AXIS, "expert"))
+    return make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor, expert=1), list(devices))
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

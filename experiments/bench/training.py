@@ -20,10 +20,8 @@ from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, put_on_devices
 from mtpd_jax.evaluation.report import number, write_json
-from mtpd_jax.losses.objective import training_objective
-from mtpd_jax.model.backbone import build_model
+from mtpd_jax.methods.method import method_of
 from mtpd_jax.sharding import batch_sharding, make_mesh
-from mtpd_jax.training.metrics import model_flops_per_token
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, state_shardings
 from mtpd_jax.training.step import make_step
@@ -35,7 +33,8 @@ def cases(scale: Scale, heads: list[int]) -> dict[str, Config]:
     for count in heads:
         if count and 2 * count in heads:
             changes[f"loop {count} to {2 * count}"] = {
-                "heads.num_heads": 2 * count, "objective.mode": "loop", "init.workdir": "-", "init.num_heads": count,
+                "heads.num_heads": 2 * count, "objective.mode": "extension",
+                "objective.source": "-", "objective.frozen_heads": count,
             }  # fmt: skip
     if max(heads) > 1:
         changes[f"recurrent {max(heads)}"] = {"heads.num_heads": max(heads), "heads.kind": "recurrent"}
@@ -46,14 +45,15 @@ class CompiledStep:
     """A step for random data, run again and again on its own state."""
 
     def __init__(self, config: Config):
-        model, optimizer, mesh = build_model(config), make_optimizer(config), make_mesh(config.mesh)
-        abstract = abstract_state(model, optimizer, config, mesh)
+        self.method = method_of(config, make_mesh(config.mesh))
+        optimizer, mesh = make_optimizer(config), self.method.mesh
+        abstract = abstract_state(self.method, optimizer)
         training = config.training
         shape = (training.micro_batches, training.batch_size // training.micro_batches, training.sequence_length)
         tokens = np.random.default_rng(0).integers(1, config.model.vocabulary_size, shape).astype(np.int32)
         positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
         self._batch = put_on_devices(Batch(tokens, np.ones(shape, np.int32), positions), batch_sharding(mesh))
-        step: Any = make_step(model, training_objective(config), optimizer, mesh, state_shardings(abstract))
+        step: Any = make_step(self.method, optimizer, state_shardings(abstract))
         self.compiled = step.lower(abstract, self._batch).compile()
         # The step's time does not depend on the values: small ones, so that nothing overflows.
         self._state = jax.tree.map(
@@ -78,7 +78,7 @@ def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]
         rows.append({
             "case": name,
             "heads": configs[name].heads.num_heads,
-            "frozen_heads": configs[name].frozen_heads,
+            "frozen_heads": getattr(configs[name].objective, "frozen_heads", None),
             "tokens": step.tokens,
             "seconds": statistics.median(seconds[name]),
             "seconds_min": min(seconds[name]),
@@ -86,7 +86,7 @@ def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]
             "over_first": median_ratio(seconds[name], seconds[base]),
             "temp_bytes": memory.temp_size_in_bytes,
             "state_bytes": memory.argument_size_in_bytes,
-            "model_flops": model_flops_per_token(configs[name]) * step.tokens,
+            "model_flops": step.method.costs().flops_per_token * step.tokens,
         })  # fmt: skip
     return rows
 

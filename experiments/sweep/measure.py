@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.sweep.scale import Scale
 from mtpd_jax.data.pipeline import put_on_devices
@@ -20,9 +19,9 @@ from mtpd_jax.evaluation.decoding import decode_prompts, ways_of
 from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.evaluation.scoring import batches, make_scorer
 from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.methods.method import method_of
 from mtpd_jax.model.backbone import count_parameters
-from mtpd_jax.sharding import BATCH_AXES
-from mtpd_jax.training.metrics import model_flops_per_token
+from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.restore import TrainedRun, open_run
 from mtpd_jax.training.workdir import open_workdir
 
@@ -70,7 +69,7 @@ def measure(workdir: str, heads: Sequence[int], scale: Scale) -> dict[str, Any]:
         "tokens": tokens * config.training.steps,
         "parameters": count_parameters(parameters),
         "head_parameters": count_parameters(parameters.get("heads", {})),
-        "training_flops": model_flops_per_token(config) * tokens * config.training.steps,
+        "training_flops": method_of(config, trained.mesh).costs().flops_per_token * tokens * config.training.steps,
         "curve": _curve(workdir),
         "text": _score(trained, texts),
         "decoding": {mode: _decode(trained, prompts, heads, mode, scale.new_tokens) for mode in MODES},
@@ -92,7 +91,7 @@ def _score(trained: TrainedRun, texts: Sequence[np.ndarray]) -> dict[str, Any]:
     """Every head on every text, teacher-forced: supervised tokens, nats and agreements, one number per text."""
     mesh = trained.mesh
     scorer = make_scorer(trained.model, scoring_objective(trained.config), mesh)
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
+    sharding = batch_sharding(mesh, leading=0)
     found = []
     for text in texts:
         for batch in batches([text], mesh.devices.size, len(text)):

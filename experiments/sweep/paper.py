@@ -22,7 +22,7 @@ def write_configs(name: str, variants: Sequence[Variant], scale: Scale, root: pa
     for variant in variants:
         run = Run(variant, 0, scale)
         seed = run.config().training.seed
-        diff = dict(variant.diff) | ({"objective.mode": "loop", "training.seed": seed} if variant.start else {})
+        diff = dict(variant.diff) | ({"objective.mode": "extension", "training.seed": seed} if variant.start else {})
         lines = "".join(f"    config.{field} = {value!r}\n" for field, value in diff.items())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{variant.name}.py").write_text(
@@ -30,7 +30,7 @@ def write_configs(name: str, variants: Sequence[Variant], scale: Scale, root: pa
             f"def get_config():\n    config = {base}.get_config()\n{lines}    return config\n"
         )
         flags = [shlex.quote(f"--config={folder / variant.name}.py"), f'--workdir="$RUNS/{variant.name}"']
-        flags += [f'--config.init.workdir="$RUNS/{variant.start.name}"'] if variant.start else []
+        flags += [f'--config.objective.source="$RUNS/{variant.start.name}"'] if variant.start else []
         commands.append("python -m mtpd_jax.train " + " ".join(flags))
     script = folder / "launch.sh"
     script.write_text("set -e\n: ${RUNS:?a folder or a bucket (gs://...) for the runs}\n" + "\n".join(commands) + "\n")

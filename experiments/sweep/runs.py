@@ -63,7 +63,7 @@ class Run:
         # An extension reads the data in another order than what it starts from, and so not the same batches again.
         diff = {"training.seed": self.seed + _SEEDS * self.extensions, **self.variant.diff}
         if self.start is not None:
-            diff |= {"objective.mode": "loop", "init.workdir": str(start or "-")}
+            diff |= {"objective.mode": "extension", "objective.source": str(start or "-")}
         return self.scale.changed(diff)
 
     def training_key(self) -> str:

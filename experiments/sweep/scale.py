@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs import cpu, gpu, mtpd_2b
-from mtpd_jax.config import Config
+from mtpd_jax.config import Config, change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Scale:
           ValueError: a diff names no field, or its value is out of range.
         """
         tree = self.base()
-        tree.update_from_flattened_dict(diff)
+        change(tree, diff)
         return Config.build(tree.to_dict())
 
 

@@ -1,5 +1,6 @@
 """Random-access collections of documents, and the rule that holds some of them out."""
 
+import dataclasses
 import glob
 import hashlib
 import pathlib
@@ -11,6 +12,7 @@ import numpy as np
 
 from mtpd_jax.config import DataConfig
 from mtpd_jax.data.files import File, json_field, plain_pieces
+from mtpd_jax.fields import field, given
 
 # Tests, and modules that are tables of data rather than code.
 _LEFT_OUT = {"test", "tests", "idle_test", "testing", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -140,19 +142,7 @@ def open_source(config: DataConfig) -> Source:
       ValueError: a path matches nothing, a line is not JSON or lacks the field, a data set cannot be read, there is
         no document at all, or every document is held out.
     """
-    if config.source == "python":
-        source: Source = FileSource(_python_files(config.packages))
-    elif config.source == "text":
-        source = _text_source(config)
-    elif config.source == "jsonl":
-        source = SpanSource(
-            expand(config.paths, "config.data.paths"),
-            lambda file: _json_lines(file, config.field),
-            lambda file, start, end: json_field(file.read(start, end), config.field, str(file.path)),
-            reads=config.field,
-        )
-    else:
-        source = TfdsSource(config.name, config.split, config.directory, config.field)
+    source: Source = config.open()
     if not len(source):
         raise ValueError(f"config.data.source = {config.source!r}: found no document")
     fraction = config.validation_fraction
@@ -212,26 +202,77 @@ def expand(patterns: Sequence[str], name: str) -> list[pathlib.Path]:
     return list(found)
 
 
-def _text_source(config: DataConfig) -> Source:
-    separator, cut = config.separator.encode(), []
+_FILES = given("at least one file or glob")
+_TEXT_FIELD = given("the name of the field that holds the text")
 
-    def find(file: File) -> Iterator[tuple[int, int]]:
-        plain = file.size > _PLAIN_FROM and not file.holds(separator)
-        if plain:
-            cut.append(file.path)
-        for start, raw in plain_pieces(file) if plain else file.pieces(separator):
-            file.decode(start, raw)
-            if raw.strip():
-                yield start, start + len(raw)
 
-    paths = expand(config.paths, "config.data.paths")
-    source = SpanSource(paths, find, lambda file, *span: file.text(*span).strip("\n"), reads="text")
-    if cut:
-        which = str(cut[0]) if len(cut) == 1 else f"{len(cut)} files"
-        source.note = (
-            f"{which}: without {config.separator!r}; cut into documents of 4 to 8 kB, at blank lines if possible"
+@dataclasses.dataclass(frozen=True)
+class PythonData(DataConfig, case="python"):
+    """The source code of the Python that runs this: one document per file."""
+
+    packages: bool = field(True)  # also read every package installed beside the standard library
+
+    def open(self) -> Source:
+        return FileSource(_python_files(self.packages))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData(DataConfig, case="text"):
+    """Text files, each of several documents."""
+
+    paths: tuple[str, ...] = field((), _FILES, resumable=True)  # files or globs; what they hold is told by a digest
+    separator: str = field("<|endoftext|>", given("the text that stands between documents"))  # in a file
+
+    def open(self) -> Source:
+        separator, cut = self.separator.encode(), []
+
+        def find(file: File) -> Iterator[tuple[int, int]]:
+            plain = file.size > _PLAIN_FROM and not file.holds(separator)
+            if plain:
+                cut.append(file.path)
+            for start, raw in plain_pieces(file) if plain else file.pieces(separator):
+                file.decode(start, raw)
+                if raw.strip():
+                    yield start, start + len(raw)
+
+        paths = expand(self.paths, "config.data.paths")
+        source = SpanSource(paths, find, lambda file, *span: file.text(*span).strip("\n"), reads="text")
+        if cut:
+            which = str(cut[0]) if len(cut) == 1 else f"{len(cut)} files"
+            source.note = (
+                f"{which}: without {self.separator!r}; cut into documents of 4 to 8 kB, at blank lines if possible"
+            )
+        return source
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlData(DataConfig, case="jsonl"):
+    """Files of JSON lines: one document per line."""
+
+    paths: tuple[str, ...] = field((), _FILES, resumable=True)  # files or globs; what they hold is told by a digest
+    field: str = field("text", _TEXT_FIELD)
+
+    def open(self) -> Source:
+        name = self.field
+        return SpanSource(
+            expand(self.paths, "config.data.paths"),
+            lambda file: _json_lines(file, name),
+            lambda file, start, end: json_field(file.read(start, end), name, str(file.path)),
+            reads=name,
         )
-    return source
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsData(DataConfig, case="tfds"):
+    """A tensorflow-datasets data set that was prepared with ``file_format="array_record"``."""
+
+    name: str = field("", given("the name of a tensorflow-datasets data set"))  # with its config ("lm1b")
+    split: str = field("train")  # the split to read
+    directory: str = field("")  # where the prepared data set lies; empty: tensorflow-datasets' default
+    field: str = field("text", _TEXT_FIELD)
+
+    def open(self) -> Source:
+        return TfdsSource(self.name, self.split, self.directory, self.field)
 
 
 def _json_lines(file: File, field: str) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from mtpd_jax.decoding.rows import Rows
 from mtpd_jax.decoding.speculative import make_loop
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply, compute_dtype
+from mtpd_jax.platform import platform_of
 from mtpd_jax.shapes import Array
 from mtpd_jax.training.feasibility import check_decoding
 
@@ -56,7 +57,7 @@ class Decoder:
       parameters: its parameters, whole on every device that they lie on; these devices share the rows of a batch.
       end_id: the token that ends a text.
       context: tokens that a text may have, prompt included; beyond it the model was not trained.
-      scanned: the layout of the layers; None: chosen by ``network.scans_layers``.
+      scanned: the layout of the layers; None: chosen by the platform.
       chunk: tokens of a prompt that are read at a time.
     """
 
@@ -128,7 +129,8 @@ class Decoder:
         """The network for these options, and the parameters in its layout."""
         # A program of many heads written out would take minutes to compile.
         scanned_heads = options.adaptive or options.num_heads > _MOST_WRITTEN_OUT
-        network = Network(self._model, self._scanned, True if scanned_heads else None)
+        platform = platform_of(self._devices[0])
+        network = Network(self._model, platform, self._scanned, True if scanned_heads else None)
         layout = (network.scanned, network.scanned_heads)
         if layout not in self._laid_out:
             devices = Mesh(np.array(self._devices), "rows")
@@ -143,7 +145,8 @@ class Decoder:
           text: token ids.
           dtype: of activations and products; the weights are those of decoding, whatever it is.
         """
-        model = LanguageModel(dataclasses.replace(self._model.config, dtype=dtype), self._model.heads_config)
+        config = dataclasses.replace(self._model.config, dtype=dtype, attention="dense")
+        model = LanguageModel(config, self._model.heads_config)
         row = np.zeros((1, self._padded_length(len(text))), np.int32)  # causality makes padding harmless
         row[0, : len(text)] = text
         network, _ = self.network(Options(0, 1))

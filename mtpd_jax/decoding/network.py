@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.model.backbone import LanguageModel, embed, unembedding_of
-from mtpd_jax.model.cache import KVCache, empty_cache, slots_of, visible
-from mtpd_jax.model.heads import Head
-from mtpd_jax.model.layers import Block, Rotation, apply, compute_dtype, norm
+from mtpd_jax.model import costs
+from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.block import Block
+from mtpd_jax.model.cache import KVCache, empty_cache, slots_of
+from mtpd_jax.model.forward import run_backbone, run_heads
+from mtpd_jax.model.heads import Head, HeadOutput
+from mtpd_jax.model.layers import apply, compute_dtype, norm
+from mtpd_jax.model.views import CachedRows
+from mtpd_jax.platform import Platform
 from mtpd_jax.shapes import Array, Float, Hidden, Int
-
-# On CPUs, layers with more bytes than this are scanned. Weights that stay in the processor's cache are multiplied
-# fastest where they lie; from memory they come fastest as a stream, and a scan copies each layer's weights in one.
-# By measurement (experiments/bench/decode.py --layout).
-_CACHED_BYTES = 16e6
 
 
 @struct.dataclass
@@ -44,14 +44,6 @@ class DecodingParameters:
     heads: Any
 
 
-def scans_layers(model: LanguageModel) -> bool:
-    """Whether the layers of this model are better scanned than written out one after the other, on this platform."""
-    config = model.config
-    attention = 2 * config.head_size * (config.query_heads + config.kv_heads)
-    weights = config.layers * config.width * (attention + 3 * config.mlp_width)
-    return jax.default_backend() == "cpu" and weights * compute_dtype(config).itemsize > _CACHED_BYTES
-
-
 def precision_of(model: LanguageModel) -> str:
     """Float32 decoding multiplies in float32; accelerators would otherwise round the operands to TF32 or bfloat16."""
     return "highest" if compute_dtype(model.config) == jnp.float32 else "default"
@@ -62,15 +54,23 @@ class Network:
 
     Args:
       model: what was trained.
-      scanned: the layout of the backbone, see ``DecodingParameters``; None: what ``scans_layers`` says.
+      platform: that decodes.
+      scanned: the layout of the backbone, see ``DecodingParameters``; None: the platform's choice.
       scanned_heads: the layout of the heads, which only a stack lets run to a depth that is not known beforehand;
         None: as the backbone.
     """
 
-    def __init__(self, model: LanguageModel, scanned: bool | None = None, scanned_heads: bool | None = None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        platform: Platform,
+        scanned: bool | None = None,
+        scanned_heads: bool | None = None,
+    ):
         self.config, self.heads_config = model.config, model.heads_config
         self.dtype, self.precision = compute_dtype(model.config), precision_of(model)
-        self.scanned = scans_layers(model) if scanned is None else scanned
+        weights = model.config.layers * costs.block(model.config, 0).weights
+        self.scanned = platform.scans_layers(weights, self.dtype) if scanned is None else scanned
         self.scanned_heads = self.scanned if scanned_heads is None else scanned_heads
         self._block, self._final_norm = Block(model.config), norm(model.config)
         self._head = Head(model.config, model.heads_config.pass_normed)
@@ -111,17 +111,21 @@ class Network:
         self, parameters: DecodingParameters, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: Any
     ) -> tuple[Hidden, Any]:
         """Runs the backbone over T consecutive tokens per row, from position ``start`` on: h^0 and the new cache."""
-        positions = _consecutive(start, tokens.shape[1])
-        rotation = Rotation.of(positions, self.config)
-        mask = visible(positions, slots_of(cache[0] if isinstance(cache, tuple) else cache))
+        slots = slots_of(cache[0] if isinstance(cache, tuple) else cache)
+        view = CachedRows.of(start, tokens.shape[1], slots, self.config)
 
-        def run_block(layer: int | Array, x: Hidden, block_cache: KVCache) -> tuple[Hidden, KVCache, None]:
-            weights = _layer(parameters.blocks, layer)
-            return *apply(self._block, weights, x, block_cache, rotation, mask, start), None
+        def blocks(x: Hidden, view: CachedRows) -> tuple[Hidden, Any]:
+            def run_block(layer: int | Array, x: Hidden, block_cache: KVCache) -> tuple[Hidden, KVCache, None]:
+                x, output = apply(self._block, _layer(parameters.blocks, layer), x, view.of_layer(block_cache))
+                return x, output.cache, None
 
-        x = embed(parameters.embedding, tokens, self.config)
-        x, cache, _ = over_layers(run_block, x, cache, self.config.layers)
-        return apply(self._final_norm, parameters.final_norm, x), cache
+            x, caches, _ = over_layers(run_block, x, cache, self.config.layers)
+            return x, caches
+
+        def final_norm(x: Hidden) -> Hidden:
+            return apply(self._final_norm, parameters.final_norm, x)
+
+        return run_backbone(self.config, parameters.embedding, blocks, final_norm, tokens, view)
 
     def run_head(
         self,
@@ -144,14 +148,14 @@ class Network:
         Returns:
           The state for the next depth, the normed state, and the new cache.
         """
-        positions = _consecutive(first, ahead.shape[1])
-        mask = visible(positions, slots_of(cache), margin)
-        embedded = embed(parameters.embedding, ahead, self.config)
-        weights = _layer(parameters.heads, depth % self.modules)
-        state, (normed, cache) = apply(
-            self._head, weights, state, embedded, cache, Rotation.of(positions, self.config), mask, first + margin
-        )
-        return state, normed, cache
+        view = CachedRows.of(first, ahead.shape[1], slots_of(cache), self.config, margin)
+
+        def head(state: Hidden, embedded: Hidden, view: CachedRows) -> tuple[Hidden, HeadOutput]:
+            weights = _layer(parameters.heads, depth % self.modules)
+            return apply(self._head, weights, state, embedded, view.of_layer(cache))
+
+        state, output = run_heads(self.config, parameters.embedding, head, state, ahead, view)
+        return state, output.normed, output.block.cache
 
     def logits(self, parameters: DecodingParameters, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """The shared unembedding's logits, in float32."""
@@ -215,7 +219,3 @@ def _layer(layers: Any, index: int | Array) -> Any:
     if isinstance(layers, tuple):
         return layers[index]
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
-
-
-def _consecutive(first: Int[Array, " B"], count: int) -> Int[Array, "B T"]:
-    return first[:, None] + jnp.arange(count)[None, :]

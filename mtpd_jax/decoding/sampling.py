@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array, Bool, Float, Int
+from mtpd_jax.sharding import WHOLE
 from mtpd_jax.validation import check_integer, check_number
 
 

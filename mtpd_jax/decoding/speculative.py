@@ -24,8 +24,8 @@ from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows, read, slice_rows
 from mtpd_jax.decoding.sampling import accept_drafts, choose, count_leading, fold, probabilities
-from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array, Bool, Hidden, Int
+from mtpd_jax.sharding import WHOLE
 
 # Numbers folded into a row's key, to keep its draws apart: drafts use 1…K.
 _VERIFY = 0

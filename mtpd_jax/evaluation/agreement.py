@@ -11,8 +11,8 @@ from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.acceptance import Interval, ratio
-from mtpd_jax.losses.vocabulary import WHOLE
 from mtpd_jax.shapes import Array, Hidden, Int
+from mtpd_jax.sharding import WHOLE
 
 # Texts are padded to a multiple of this, so that few lengths are compiled. Our choice.
 _TEXT_MULTIPLE = 64

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mtpd_jax.data.pipeline import Batch, put_on_devices
 from mtpd_jax.data.tokenizer import Tokenizer
@@ -15,7 +15,7 @@ from mtpd_jax.losses.terms import LossSums
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Array
-from mtpd_jax.sharding import BATCH_AXES, within
+from mtpd_jax.sharding import batch_sharding, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def score_documents(
             encoded_bytes += int(byte_lengths[1:].sum())
             yield from windows(ids, length)
 
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
+    sharding = batch_sharding(mesh, leading=0)
     weights, sums = np.zeros(num_heads + 1), LossSums(*(np.zeros(num_heads + extra) for extra in (1, 0, 0)))
     for batch in batches(rows(), batch_size, length):
         found = jax.device_get(scorer(parameters, put_on_devices(batch, sharding)))

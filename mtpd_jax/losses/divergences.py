@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.losses.vocabulary import Vocabulary
 from mtpd_jax.shapes import Array, Bool, Float
+from mtpd_jax.sharding import LastAxis
 
 # Stands for log 0. Finite, so that zero probability times the difference of two logarithms is zero.
 NOTHING = -1e30
@@ -63,14 +63,14 @@ class Comparison:
 Result = tuple[Float[Array, "J P"], Float[Array, "J P V"], Float[Array, "J P V"]]
 
 
-def forward_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:
+def forward_kl(sides: Comparison, vocabulary: LastAxis) -> Result:
     """KL(teacher || head), what MTP-D distils with."""
     # From sums before normalising, which take no pass of their own over the logits.
     value = sides.weighted * jnp.exp(-sides.log_zp) + (sides.log_zq - sides.log_zp)
     return value, sides.q - sides.p, sides.p * (sides.log_p - sides.log_q - value[..., None])
 
 
-def reverse_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:
+def reverse_kl(sides: Comparison, vocabulary: LastAxis) -> Result:
     """KL(head || teacher)."""
     p, q = sides.p, sides.q
     log_ratios = sides.log_q - sides.log_p
@@ -78,7 +78,7 @@ def reverse_kl(sides: Comparison, vocabulary: Vocabulary) -> Result:
     return value, q * (log_ratios - value[..., None]), p - q
 
 
-def jensen_shannon(sides: Comparison, vocabulary: Vocabulary) -> Result:
+def jensen_shannon(sides: Comparison, vocabulary: LastAxis) -> Result:
     """The mean of both sides' KL to their mixture."""
     p, q = sides.p, sides.q
     log_mean = jnp.logaddexp(sides.log_p, sides.log_q) - jnp.log(2.0)
@@ -88,7 +88,7 @@ def jensen_shannon(sides: Comparison, vocabulary: Vocabulary) -> Result:
     return from_p + from_q, of_q - q * from_q[..., None], of_p - p * from_p[..., None]
 
 
-def total_variation(sides: Comparison, vocabulary: Vocabulary) -> Result:
+def total_variation(sides: Comparison, vocabulary: LastAxis) -> Result:
     """1 - sum min(p, q): the share of drafts that rejection sampling turns down (Leviathan et al., 2023, §3.2)."""
     p, q = sides.p, sides.q
     value = 0.5 * vocabulary.sum(jnp.abs(p - q))
@@ -98,7 +98,7 @@ def total_variation(sides: Comparison, vocabulary: Vocabulary) -> Result:
     return value, by_q, by_p
 
 
-def negative_log_acceptance(sides: Comparison, vocabulary: Vocabulary) -> Result:
+def negative_log_acceptance(sides: Comparison, vocabulary: LastAxis) -> Result:
     """-log sum min(p, q), in the log domain, so that distributions without overlap still have a gradient.
 
     The LK loss (LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding, arXiv 2602.23881).
@@ -114,7 +114,7 @@ def negative_log_acceptance(sides: Comparison, vocabulary: Vocabulary) -> Result
     return -log_acceptance, by_q, by_p
 
 
-def hybrid(sides: Comparison, vocabulary: Vocabulary) -> Result:
+def hybrid(sides: Comparison, vocabulary: LastAxis) -> Result:
     """w KL(teacher || head) + (1-w) TV with the weight w = exp(-3 (1-TV)) held constant (the same paper).
 
     KL while few drafts would be accepted, where TV has little gradient; TV once many are.
@@ -127,7 +127,7 @@ def hybrid(sides: Comparison, vocabulary: Vocabulary) -> Result:
 
 
 # The values of ``objective.kl``.
-DIVERGENCES: dict[str, Callable[[Comparison, Vocabulary], Result]] = {
+DIVERGENCES: dict[str, Callable[[Comparison, LastAxis], Result]] = {
     "forward": forward_kl,
     "reverse": reverse_kl,
     "js": jensen_shannon,

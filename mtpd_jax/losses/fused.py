@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from mtpd_jax.losses.terms import Distillation, LossSums, chunk_loss, zero_sums
-from mtpd_jax.losses.vocabulary import Vocabulary
+from mtpd_jax.platform import platform_of
 from mtpd_jax.shapes import Array, Bool, Float, Int
-from mtpd_jax.sharding import BATCH_AXES, VOCABULARY_AXIS
+from mtpd_jax.sharding import RULES, LastAxis, sum_over
 
 # What the unembedding, and with it the main head's states, get a gradient from: all terms; the main head's cross
 # entropy only; nothing, and then no gradient of theirs is formed.
@@ -82,9 +82,9 @@ def fused_loss(
     kl_scale: Float[Array, " K"],
     *,
     distillation: Distillation | None,
+    mesh: Mesh,
     trunk: Trunk = "trained",
     chunk_rows: int | None = None,
-    mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], LossSums]:
     """The total loss of rows aligned by target, differentiable in ``hidden`` and ``unembedding``.
 
@@ -95,16 +95,15 @@ def fused_loss(
       mask: [K+1, B, T]; which heads are supervised where. Chunks in which nothing is supervised are not computed.
       ce_scale, kl_scale: [K+1] and [K]; coefficient / weight of each term, the weight counted over the whole step.
       distillation: how heads are compared with the main head; None for cross entropy alone.
+      mesh: that the program is for. Every device works on its own part of B and V, and the unembedding's gradient is
+        summed over devices once.
       trunk: what the unembedding gets a gradient from; frozen, the main head's states get none either.
       chunk_rows: rows (of B x T on a device) whose logits are alive at once; None: chosen from the shapes.
-      mesh: with one, B is split over ``BATCH_AXES`` and V over ``VOCABULARY_AXIS``; every device works on its own
-        rows and tokens, and the unembedding's gradient is summed over devices once.
 
     Returns:
       The total, and the sums behind it, which carry no gradient.
     """
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    problem = _Problem(distillation, trunk, chunk_rows, mesh, platform == "cpu")
+    problem = _Problem(distillation, trunk, chunk_rows, mesh, platform_of(mesh).on_cpu)
     return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale)
 
 
@@ -115,7 +114,7 @@ class _Problem:
     distillation: Distillation | None
     trunk: Trunk
     chunk_rows: int | None
-    mesh: Mesh | None
+    mesh: Mesh
     on_cpu: bool
 
 
@@ -154,22 +153,22 @@ def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...
     # Cast before it is gathered, so that half the bytes travel.
     arrays = hidden, unembedding.astype(hidden.dtype), *rest
     mesh = problem.mesh
-    if mesh is None or mesh.size == 1:
-        return _over_chunks(problem, Vocabulary(None, problem.on_cpu), with_gradients, *arrays)
-    vocabulary = Vocabulary(VOCABULARY_AXIS if mesh.shape[VOCABULARY_AXIS] > 1 else None, problem.on_cpu)
+    vocabulary = LastAxis.of("vocabulary", mesh, problem.on_cpu)
+    if mesh.size == 1:
+        return _over_chunks(problem, vocabulary, with_gradients, *arrays)
 
     def run_and_reduce(*local: Array) -> Any:
         total, sums, gradients = _over_chunks(problem, vocabulary, with_gradients, *local)
         if gradients is not None:
             by_hidden, by_matrix = gradients
-            gradients = by_hidden, None if by_matrix is None else jax.lax.psum(by_matrix, BATCH_AXES)
-        return *jax.lax.psum((total, sums), BATCH_AXES), gradients
+            gradients = by_hidden, None if by_matrix is None else sum_over(by_matrix, "batch")
+        return *sum_over((total, sums), "batch"), gradients
 
-    states, tokens, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec(VOCABULARY_AXIS), PartitionSpec()
+    states, tokens, whole = RULES.spec(None, "batch"), RULES.spec("vocabulary"), RULES.spec()
     return jax.shard_map(
         run_and_reduce,
         mesh=mesh,
-        in_specs=(states, tokens, PartitionSpec(BATCH_AXES), states, whole, whole),
+        in_specs=(states, tokens, RULES.spec("batch"), states, whole, whole),
         out_specs=(whole, whole, (states, tokens) if with_gradients else None),
         check_vma=False,
     )(*arrays)
@@ -177,7 +176,7 @@ def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...
 
 def _over_chunks(
     problem: _Problem,
-    vocabulary: Vocabulary,
+    vocabulary: LastAxis,
     with_gradients: bool,
     hidden: Array,
     matrix: Array,
@@ -230,7 +229,7 @@ def _over_chunks(
         if with_gradients:
             gradient_RxV = gradient.reshape(-1, gradient.shape[-1])
             states = jnp.einsum("rv,vd->rd", gradient_RxV, matrix, preferred_element_type=jnp.float32)
-            states = jax.lax.psum(states, vocabulary.axis) if vocabulary.axis else states
+            states = vocabulary.sum_parts(states)
             states = states.astype(hidden.dtype).reshape(*gradient.shape[:-1], width)
             states = jnp.moveaxis(states, 0, 1).reshape(heads - first, size, width)
             by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, states, start, 1)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from mtpd_jax.losses.vocabulary import WHOLE, Vocabulary
 from mtpd_jax.shapes import Array, Float, Int, UInt32
+from mtpd_jax.sharding import WHOLE, LastAxis
 
 _SIGN = np.uint32(1 << 31)
 
@@ -83,7 +83,7 @@ def _pivots(bracket: _Bracket, n: int, size: int, offsets: tuple[float, ...]) ->
     ]
 
 
-def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = WHOLE) -> Float[Array, " P"]:
+def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: LastAxis = WHOLE) -> Float[Array, " P"]:
     """A threshold per row such that ``values >= threshold`` marks the n largest entries and all ties with the n-th.
 
     It is the n-th largest value itself where that has ties, and otherwise a number between it and the next one below.
@@ -98,7 +98,7 @@ def nth_largest(values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = WH
 
 
 def search(
-    values: Float[Array, "P V"], n: int, vocabulary: Vocabulary = WHOLE
+    values: Float[Array, "P V"], n: int, vocabulary: LastAxis = WHOLE
 ) -> tuple[Float[Array, " P"], Int[Array, ""]]:
     """What ``nth_largest`` returns, and the number of counting passes that the slowest row took."""
     size = vocabulary.size(values)

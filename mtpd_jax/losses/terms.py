@@ -13,8 +13,8 @@ from flax import struct
 
 from mtpd_jax.losses.divergences import DIVERGENCES, NOTHING, Comparison
 from mtpd_jax.losses.select import nth_largest
-from mtpd_jax.losses.vocabulary import WHOLE, Vocabulary
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
+from mtpd_jax.sharding import WHOLE, LastAxis
 
 # A normaliser over the top-N set below this, relative to the row's largest logit, has lost digits to underflow.
 _LOG_UNDERFLOW = -60.0
@@ -66,7 +66,7 @@ def chunk_loss(
     ce_scale: Float[Array, " J"],
     kl_scale: Float[Array, " K"],
     distillation: Distillation | None,
-    vocabulary: Vocabulary = WHOLE,
+    vocabulary: LastAxis = WHOLE,
 ) -> tuple[LossSums, Float[Array, "J P V"]]:
     """The sums of these rows, and the gradient of their share of the total by the logits.
 
@@ -117,7 +117,7 @@ def _compare(
     teacher: Float[Array, "1 P V"],
     largest: Float[Array, "J P"],
     distillation: Distillation,
-    vocabulary: Vocabulary,
+    vocabulary: LastAxis,
 ) -> Comparison:
     """Teacher and heads over the teacher's ``top_n`` largest logits and all ties with the last of them."""
     temperature = distillation.temperature

@@ -1,6 +1,5 @@
 """The language model: embedding, a scanned decoder-only backbone, and the heads on top of its final state."""
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -9,19 +8,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.config import Config, HeadsConfig, ModelConfig
+from mtpd_jax.model.block import Block, scanned
+from mtpd_jax.model.forward import run_backbone, run_heads
 from mtpd_jax.model.heads import Heads
-from mtpd_jax.model.layers import (
-    Block,
-    Rotation,
-    apply,
-    causal_mask,
-    compute_dtype,
-    constrain_activation,
-    norm,
-    partitioned,
-)
+from mtpd_jax.model.layers import norm, partitioned
 from mtpd_jax.model.shift import shift
-from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
+from mtpd_jax.model.views import PackedRows
+from mtpd_jax.platform import Platform
+from mtpd_jax.shapes import Array, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
 
 
 @struct.dataclass
@@ -30,57 +24,43 @@ class HiddenStates:
 
     Attributes:
       main: [B, T, D]; h^0, the backbone's state after its final norm.
-      heads: [K, B, T, D]; h^1…h^K, each after its head's own norm; row k-1 at position i predicts t_{i+k+1}.
-      carried: [B, T, D]; what a head K+1 would be given as its state.
+      heads: [K, B, T, D]; the states of heads in a row, by default h^1…h^K, each after its head's own norm; that of
+        head k at position i predicts t_{i+k+1}.
+      carried: [B, T, D]; what the next head would be given as its state.
+      statistics: of the feed-forward layers, stacked by layer: the backbone's, and the heads'; None each where they
+        have none.
     """
 
     main: Hidden
     heads: HeadsHidden
     carried: Hidden
+    statistics: tuple[Any, Any] = (None, None)
 
 
-class Backbone(nn.Module):
-    """L blocks, scanned over stacked parameters, and the final norm."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x: Hidden, rotation: Rotation, mask: AttentionMask) -> Hidden:
-        block = nn.remat(Block, prevent_cse=False) if self.config.remat else Block
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 4,  # pyright: ignore[reportArgumentType]
-            length=self.config.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.config, name="blocks")
-        x, _ = scanned(x, None, rotation, mask, None)
-        return norm(self.config, "final_norm")(x)
-
-
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "*axes T"], config: ModelConfig) -> Float[Array, "*axes T D"]:
-    """Looks up input embeddings, scaled by sqrt(D) if the config says so.
-
-    Unscaled, a tied embedding (whose rows have unit norm, for the logits' sake) drowns in the residual stream.
-    """
-    return jnp.asarray(table, compute_dtype(config))[tokens] * (config.width**0.5 if config.scale_embedding else 1.0)
-
-
-def embed_ahead(
-    table: Float[Array, "V D"], tokens: Tokens, segment_ids: SegmentIds, first: int, last: int, config: ModelConfig
-) -> Float[Array, "K B T D"]:
-    """What heads first…last read: for head k at position i, Emb(t_{i+k}).
+def tokens_ahead(tokens: Tokens, segment_ids: SegmentIds, first: int, last: int) -> Int[Array, "K B T"]:
+    """The tokens whose embeddings heads first…last read: for head k at position i, t_{i+k}.
 
     Where that lies beyond the document the value is arbitrary: such a position has no target, and no position that has
     one can attend to it.
     """
-    ahead_KxBxT = jnp.stack([shift(tokens, segment_ids, k)[0] for k in range(first, last + 1)])
-    return embed(table, ahead_KxBxT, config)
+    return jnp.stack([shift(tokens, segment_ids, k)[0] for k in range(first, last + 1)])
+
+
+class Backbone(nn.Module):
+    """L blocks, scanned over stacked parameters, and the final norm. ``forward.run_backbone`` runs them."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        stack = scanned(
+            Block, self.config, self.config.layers, (nn.broadcast,), metadata_params={nn.PARTITION_NAME: "layers"}
+        )
+        self.blocks = stack(self.config)
+        self.final_norm = norm(self.config)
 
 
 class LanguageModel(nn.Module):
-    """Backbone and heads with a shared embedding and unembedding."""
+    """Backbone and heads with a shared embedding and unembedding. Its config is one that a platform has resolved."""
 
     config: ModelConfig
     heads_config: HeadsConfig
@@ -88,7 +68,7 @@ class LanguageModel(nn.Module):
     def setup(self) -> None:
         config = self.config
         shape = (config.vocabulary_size, config.width)
-        initializer = partitioned(nn.initializers.normal(config.width**-0.5), "vocabulary", "embed")
+        initializer = partitioned(nn.initializers.normal(config.width**-0.5), "vocabulary", "width")
         self.embedding = self.param("embedding", initializer, shape, jnp.float32)
         if not config.tied_unembedding:
             self.unembedding = self.param("unembedding", initializer, shape, jnp.float32)
@@ -105,61 +85,50 @@ class LanguageModel(nn.Module):
           tokens, segment_ids, positions: [B, T]; segment 0 is padding.
           detach_trunk: cut the gradient from the heads into backbone and embedding.
         """
-        mask_BxTxT, rotation = causal_mask(segment_ids), Rotation.of(positions, self.config)
-        embedded = constrain_activation(embed(self.embedding, tokens, self.config))
-        with jax.named_scope("backbone"):
-            main = self.backbone(embedded, rotation, mask_BxTxT)
-        num_heads = self.heads_config.num_heads
-        if not num_heads:
-            return HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main)
-        ahead_KxBxTxD, state = embed_ahead(self.embedding, tokens, segment_ids, 1, num_heads, self.config), main
-        if detach_trunk:
-            ahead_KxBxTxD, state = jax.lax.stop_gradient((ahead_KxBxTxD, state))
-        with jax.named_scope("heads"):
-            carried, heads_KxBxTxD = self.heads(state, ahead_KxBxTxD, rotation, mask_BxTxT)
-        return HiddenStates(main, heads_KxBxTxD, carried)
+        view = PackedRows.of(segment_ids, positions, self.config)
+        blocks, final_norm = self.backbone.blocks, self.backbone.final_norm
+        main, outputs = run_backbone(self.config, self.embedding, blocks, final_norm, tokens, view)
+        below = HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main, (outputs.statistics, None))
+        return self._with_heads(below, 1, tokens, segment_ids, view, detach_trunk)
+
+    def further_heads(
+        self, below: HiddenStates, first: int, tokens: Tokens, segment_ids: SegmentIds, positions: Positions
+    ) -> HiddenStates:
+        """Runs this model's heads on top of another's, as heads ``first`` and following.
+
+        Args:
+          below: what backbone and heads before ``first`` returned for these rows.
+          first: the first head's number, at least 1.
+          tokens, segment_ids, positions: [B, T]; segment 0 is padding.
+
+        Returns:
+          The main head's states, and those of these heads alone.
+        """
+        view = PackedRows.of(segment_ids, positions, self.config)
+        return self._with_heads(below, first, tokens, segment_ids, view, False)
+
+    def _with_heads(
+        self,
+        below: HiddenStates,
+        first: int,
+        tokens: Tokens,
+        segment_ids: SegmentIds,
+        view: PackedRows,
+        detach: bool,
+    ) -> HiddenStates:
+        number = self.heads_config.num_heads
+        if not number:
+            return below
+        ahead_KxBxT = tokens_ahead(tokens, segment_ids, first, first + number - 1)
+        carried, output = run_heads(
+            self.config, self.embedding, self.heads, below.carried, ahead_KxBxT, view, detach=detach
+        )
+        return HiddenStates(below.main, output.normed, carried, (below.statistics[0], output.block.statistics))
 
 
-def further_heads(
-    model: LanguageModel,
-    frozen_heads: int,
-    trained: Any,
-    frozen: Any,
-    tokens: Tokens,
-    segment_ids: SegmentIds,
-    positions: Positions,
-) -> HiddenStates:
-    """Runs a model in two parts: what is frozen, and the heads after it. Looped extension trains so (MTP-D §3.3).
-
-    Differentiated by ``trained``, the first part has no backward pass at all: nothing in it depends on ``trained``.
-
-    Args:
-      model: the whole model, K heads.
-      frozen_heads: m, the heads that are frozen with the trunk.
-      trained, frozen: the two parts of its parameters (see ``training.partition``).
-      tokens, segment_ids, positions: [B, T]; segment 0 is padding.
-
-    Returns:
-      The main head's states, and those of heads m+1…K.
-    """
-
-    def with_heads(number: int) -> HeadsConfig:
-        return dataclasses.replace(model.heads_config, num_heads=number)
-
-    num_heads = model.heads_config.num_heads
-    first = LanguageModel(model.config, with_heads(frozen_heads))
-    hidden = apply(first, frozen, tokens, segment_ids, positions)
-    ahead = embed_ahead(frozen["embedding"], tokens, segment_ids, frozen_heads + 1, num_heads, model.config)
-    heads = Heads(model.config, with_heads(num_heads - frozen_heads))
-    with jax.named_scope("further_heads"):
-        rotation, mask = Rotation.of(positions, model.config), causal_mask(segment_ids)
-        carried, further = apply(heads, trained["heads"], hidden.carried, ahead, rotation, mask)
-    return HiddenStates(hidden.main, further, carried)
-
-
-def build_model(config: Config) -> LanguageModel:
-    """Returns the model of a config. It holds no arrays."""
-    return LanguageModel(config.model, config.heads)
+def build_model(config: Config, platform: Platform) -> LanguageModel:
+    """Returns the model of a config, as it is computed on a platform. It holds no arrays."""
+    return LanguageModel(platform.resolve(config.model), config.heads)
 
 
 def unembedding_of(parameters: Any) -> Float[Array, "V D"]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.shapes import Array, AttentionMask, Float, Int, Positions
+from mtpd_jax.shapes import Array, Float, Int
 
 # Up to this many rows are written one by one; XLA turns a write at many places into a loop on CPUs. By measurement.
 _ROWS_WRITTEN_ONE_BY_ONE = 8
@@ -17,8 +17,8 @@ _ROWS_WRITTEN_ONE_BY_ONE = 8
 class KVCache:
     """Keys (after RoPE) and values of one block, or of a stack of blocks of which one is in use.
 
-    Position p of a row lies in slot ``p + margin``, where the margin (given to ``visible``) is 0 for the backbone; the
-    heads have one, for their windows may begin before a short prompt does. Nothing is ever cleared: a slot is
+    Position p of a row lies in slot ``p + margin``, where the margin (see ``attention.Slots``) is 0 for the backbone;
+    the heads have one, for their windows may begin before a short prompt does. Nothing is ever cleared: a slot is
     overwritten before a query that may see it runs.
 
     Attributes:
@@ -84,12 +84,3 @@ def empty_cache(batch: int, slots: int, config: ModelConfig, dtype: jnp.dtype, s
 def slots_of(cache: KVCache) -> int:
     """Slots per row."""
     return cache.values.shape[-2]
-
-
-def visible(positions: Positions, slots: int, margin: int = 0) -> AttentionMask:
-    """Which slots a query may attend to: those of its own and of earlier positions of its row.
-
-    With margin 1, slots 0…4 hold positions -1…3, and the query at position 2 sees ``. x x x .``
-    """
-    key_positions_S = jnp.arange(slots) - margin
-    return (key_positions_S >= 0)[None, None, :] & (key_positions_S[None, None, :] <= positions[:, :, None])

@@ -11,11 +11,26 @@ DeepSeek-V3 (arXiv 2412.19437 §2.2), with the concatenation order [embedding, h
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax import struct
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
-from mtpd_jax.model.cache import KVCache
-from mtpd_jax.model.layers import Block, Rotation, compute_dtype, constrain_activation, norm, partitioned
-from mtpd_jax.shapes import Array, AttentionMask, Float, HeadsHidden, Hidden, Int
+from mtpd_jax.model.block import Block, BlockOutput, scanned
+from mtpd_jax.model.layers import compute_dtype, constrain_activation, norm, partitioned
+from mtpd_jax.model.views import View
+from mtpd_jax.shapes import Array, Float, Hidden
+
+
+@struct.dataclass
+class HeadOutput:
+    """What a head returns beside the state for the next one.
+
+    Attributes:
+      normed: [B, T, D], with a leading axis for several heads; what the shared unembedding makes the head's logits of.
+      block: of the head's block.
+    """
+
+    normed: Float[Array, "*K B T D"]
+    block: BlockOutput
 
 
 class Head(nn.Module):
@@ -25,26 +40,14 @@ class Head(nn.Module):
     pass_normed: bool
 
     @nn.compact
-    def __call__(
-        self,
-        state: Hidden,
-        embedded: Hidden,
-        cache: KVCache | None,
-        rotation: Rotation,
-        mask: AttentionMask,
-        start: Int[Array, " B"] | None,
-    ) -> tuple[Hidden, tuple[Hidden, KVCache | None]]:
+    def __call__(self, state: Hidden, embedded: Hidden, view: View) -> tuple[Hidden, HeadOutput]:
         """Runs the head on T positions per row.
 
         Args:
           state: [B, T, D]; for the first head the backbone's hidden state after its final norm, for head k what
             head k-1 returned as its state.
           embedded: [B, T, D]; for head k at position i, Emb(t_{i+k}).
-          cache, rotation, mask, start: as for ``Block``. Head k at position i uses RoPE position i.
-
-        Returns:
-          The state for the next head, and the pair of the normed state, from which the shared unembedding makes
-          this head's logits, and the new cache.
+          view: as for ``Block``. Head k at position i uses RoPE position i.
         """
         config = self.config
         both_BxTx2D = jnp.concatenate(
@@ -54,17 +57,17 @@ class Head(nn.Module):
             config.width,
             use_bias=False,
             dtype=compute_dtype(config),
-            kernel_init=partitioned(nn.initializers.lecun_normal(), "embed", None),
+            kernel_init=partitioned(nn.initializers.lecun_normal(), "width", None),
             name="projection",
         )(both_BxTx2D)
         x = constrain_activation(x)
-        x, cache = Block(config, name="block")(x, cache, rotation, mask, start)
+        x, output = Block(config, name="block")(x, view)
         normed = norm(config, "output_norm")(x)
-        return (normed if self.pass_normed else x), (normed, cache)
+        return (normed if self.pass_normed else x), HeadOutput(normed, output)
 
 
 class Heads(nn.Module):
-    """K heads one after the other, as a scan, so that compile time does not grow with K.
+    """K heads one after the other.
 
     Parameters of a cascade are stacked along a leading axis of K; those of a recurrent head have no such axis.
     """
@@ -73,20 +76,10 @@ class Heads(nn.Module):
     heads: HeadsConfig
 
     @nn.compact
-    def __call__(
-        self, state: Hidden, embedded: Float[Array, "K B T D"], rotation: Rotation, mask: AttentionMask
-    ) -> tuple[Hidden, HeadsHidden]:
-        """Returns, for a whole packed row (no cache), the state for a head K+1, and h^1…h^K, [K, B, T, D]."""
-        tied = self.heads.kind == "recurrent"
-        head = nn.remat(Head, prevent_cse=False) if self.config.remat else Head
-        scanned = nn.scan(
-            head,
-            variable_axes={} if tied else {"params": 0},
-            variable_broadcast="params" if tied else False,
-            split_rngs={"params": not tied},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            length=self.heads.num_heads,
-            metadata_params={} if tied else {nn.PARTITION_NAME: "heads"},
-        )(self.config, self.heads.pass_normed, name="head")
-        state, (normed_KxBxTxD, _) = scanned(state, embedded, None, rotation, mask, None)
-        return state, normed_KxBxTxD
+    def __call__(self, state: Hidden, embedded: Float[Array, "K B T D"], view: View) -> tuple[Hidden, HeadOutput]:
+        """Returns the state for a head K+1, and the heads' outputs, stacked."""
+        recurrent = {"variable_axes": {}, "variable_broadcast": "params", "split_rngs": {"params": False}}
+        stacked = {"metadata_params": {nn.PARTITION_NAME: "heads"}}
+        options = recurrent if self.heads.kind == "recurrent" else stacked
+        head = scanned(Head, self.config, self.heads.num_heads, (0, nn.broadcast), **options)
+        return head(self.config, self.heads.pass_normed, name="head")(state, embedded, view)

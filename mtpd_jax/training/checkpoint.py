@@ -17,9 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from mtpd_jax.config import Config, differences
+from mtpd_jax.methods.method import Method
 from mtpd_jax.training.digests import digests_of
 from mtpd_jax.training.lock import Lock
-from mtpd_jax.training.partition import merge
 from mtpd_jax.training.processes import together
 from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.workdir import Workdir
@@ -27,6 +27,8 @@ from mtpd_jax.validation import check_integer
 
 # What stands beside every state.
 _RECORDED = {"config", "versions", "digests", "tokenizer", "data", "origin", "tokens", "seconds"}
+# What a record means that was written before there were digests, and so neither seal nor these.
+_BEFORE_DIGESTS: dict[str, Any] = {"digests": None, "tokenizer": None, "origin": None}
 _Read = TypeVar("_Read")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -186,16 +188,21 @@ def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: 
     return _read_tree(workdir, config, wanted, lambda state: state, step)
 
 
-def restore_parameters(workdir: Workdir, config: Config, abstract: TrainState, step: int | None = None) -> Restored:
+def restore_parameters(workdir: Workdir, method: Method, abstract: TrainState, step: int | None = None) -> Restored:
     """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
 
-    For arguments and errors see ``restore_state``.
+    Args:
+      workdir, method: of the run.
+      abstract, step: see ``restore_state``, also for errors.
+
+    Returns:
+      With the parameters of the whole model.
     """
     name = "parameters" if abstract.average is None else "average"
     parts = {name: getattr(abstract, name), "frozen": abstract.frozen}
     restore_args = ocp.checkpoint_utils.construct_restore_args(parts)
     wanted = ocp.args.PyTreeRestore(parts, restore_args, partial_restore=True)
-    return _read_tree(workdir, config, wanted, lambda found: merge(found[name], found["frozen"]), step)
+    return _read_tree(workdir, method.config, wanted, lambda parts: method.merge(parts[name], parts["frozen"]), step)
 
 
 def read_record(workdir: Workdir) -> dict[str, Any]:
@@ -220,7 +227,8 @@ def _read_tree(
         # A file may be damaged that one process reads and others do not; digests are of all of it, in all of them.
         found, record = together(lambda: files(step), DamagedError)
         digests, broken = digests_of(found)
-        changed = next((name for name, digest in digests.items() if record["digests"].get(name) != digest), None)
+        expected = digests if record["digests"] is None else record["digests"]
+        changed = next((name for name, digest in digests.items() if expected.get(name) != digest), None)
         if changed is not None:
             raise DamagedError(f"{changed} is not what was written")
         if broken is not None:
@@ -262,8 +270,10 @@ def _record(workdir: Workdir, step: int) -> dict[str, Any]:
     if not isinstance(sealed, dict):
         raise DamagedError("its record is no record")
     record = {name: value for name, value in sealed.items() if name != "sha256"}
-    if sealed.get("sha256") != _seal(record):
-        raise DamagedError("its record is not what was written, or another version of this code wrote it")
+    if not {"sha256", "digests"} & sealed.keys():
+        record = {**_BEFORE_DIGESTS, **record}
+    elif sealed.get("sha256") != _seal(record):
+        raise DamagedError("its record is not what was written")
     if not record.keys() >= _RECORDED:
         raise ValueError(
             f"{workdir.checkpoints}: written by another version of this code (without "
@@ -274,7 +284,7 @@ def _record(workdir: Workdir, step: int) -> dict[str, Any]:
 
 def _check_config(workdir: Workdir, config: Config, record: dict[str, Any]) -> None:
     try:
-        changed = differences(Config.build(record["config"]), config)
+        changed = differences(Config.stored(record["config"]), config)
     except ValueError as error:
         raise ValueError(
             f"{workdir.checkpoints}: written by another version of this code ({error}); train the run again"

@@ -9,11 +9,10 @@ import os
 import pathlib
 
 import jax
-from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, ModelConfig
-from mtpd_jax.sharding import BATCH_AXES
-from mtpd_jax.training.metrics import PEAK_FLOPS, model_flops_per_token
+from mtpd_jax.methods.method import Method
+from mtpd_jax.sharding import parts_of
 
 # No device computes faster than this, in FLOP/s; where the device is known, its own peak counts.
 _ANY_DEVICE_FLOPS = 1e16
@@ -26,25 +25,7 @@ _YEAR = 365.25 * 24 * 3600
 _HOST_BATCHES = 4
 
 
-def block_parameters(model: ModelConfig) -> int:
-    """Weights of one Transformer block, without norms and biases."""
-    attention = 2 * model.head_size * (model.query_heads + model.kv_heads)
-    return model.width * (attention + 3 * model.mlp_width)
-
-
-def parameters_of(config: Config) -> tuple[int, int]:
-    """Weights that are trained, and weights that are frozen, without norms and biases."""
-    model, heads = config.model, config.heads
-    matrices = 1 if model.tied_unembedding else 2
-    trunk = matrices * model.vocabulary_size * model.width + model.layers * block_parameters(model)
-    head = block_parameters(model) + 2 * model.width**2
-    modules = min(heads.num_heads, 1) if heads.kind == "recurrent" else heads.num_heads
-    if config.frozen_heads is None:
-        return trunk + modules * head, 0
-    return config.trained_heads * head, trunk + config.frozen_heads * head
-
-
-def check_training(config: Config, mesh: Mesh) -> str:
+def check_training(method: Method) -> str:
     """Checks that a run can fit into memory at all.
 
     Returns:
@@ -53,15 +34,14 @@ def check_training(config: Config, mesh: Mesh) -> str:
     Raises:
       ValueError: it needs more memory than a device or the host has, with both numbers.
     """
+    config, mesh, costs = method.config, method.mesh, method.costs()
     training, model = config.training, config.model
     numbers = 3 + (config.optimizer.ema_decay is not None)  # a parameter, two moments, and the average
     parts = math.prod(size for axis, size in mesh.shape.items() if axis != "data")
-    trained, frozen = parameters_of(config)
-    state = 4 * (numbers * trained + frozen) // parts
-    rows = training.batch_size // training.micro_batches // math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    state = 4 * (numbers * costs.trained + costs.frozen) // parts
+    rows = training.batch_size // training.micro_batches // parts_of(mesh, "batch")
     # With rematerialisation a block keeps its input for the backward pass, and without it more than that.
-    blocks = config.trained_heads + (model.layers if config.frozen_heads is None else 0)
-    activations = 2 * max(rows, 1) * training.sequence_length * model.width * blocks
+    activations = 2 * max(rows, 1) * training.sequence_length * model.width * costs.differentiated_blocks
     # A process can ask its own devices only; where it has none, as for a program to compile, the host's memory counts.
     own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     device, per_host = (own or list(mesh.devices.flat))[0], max(1, len(own))
@@ -70,17 +50,15 @@ def check_training(config: Config, mesh: Mesh) -> str:
     batches = _HOST_BATCHES * training.batch_size + config.data.shuffle_window
     host = 3 * 4 * batches * training.sequence_length
     _require(host, host_memory(), "reading its batches on the host", "batch_size, sequence_length or shuffle_window")
-    return _time(config, mesh)
+    return _time(method)
 
 
-def _time(config: Config, mesh: Mesh) -> str:
-    device, training = mesh.devices.flat[0], config.training
-    peak = PEAK_FLOPS.get(device.device_kind, _ANY_DEVICE_FLOPS)
-    devices = mesh.size
-    if device.platform == "cpu":
+def _time(method: Method) -> str:
+    training, peak, devices = method.config.training, method.platform.peak_flops or _ANY_DEVICE_FLOPS, method.mesh.size
+    if method.platform.on_cpu:
         peak, devices = _CORE_FLOPS, os.cpu_count() or 1
     tokens = training.steps * training.batch_size * training.sequence_length
-    years = tokens * model_flops_per_token(config) / (peak * devices) / _YEAR
+    years = tokens * method.costs().flops_per_token / (peak * devices) / _YEAR
     if years < 1:
         return ""
     return f"{training.steps:,} steps take these devices at least {years:,.1f} years"

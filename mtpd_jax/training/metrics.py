@@ -15,57 +15,22 @@ import jax
 import tensorboardX.event_file_writer
 import tensorboardX.summary
 from etils import epath
-from jax.sharding import Mesh
 from tensorboardX.proto import event_pb2
 
-from mtpd_jax.config import Config
+from mtpd_jax.methods.method import Method
 from mtpd_jax.training.lock import Lock
 from mtpd_jax.training.workdir import Workdir, write_atomically
 
 # Made when the module is imported, which type checkers do not do.
 Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
-# Dense bfloat16 peak per JAX device, in FLOP/s, from the vendors' data sheets; keyed by jax.Device.device_kind.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
-
-def model_flops_per_token(config: Config) -> float:
-    """FLOPs of one training token, counting what the model needs and not what an implementation recomputes.
-
-    6 per matrix weight used, K+1 times for the unembedding, and 12 · T · N · H per block for causal attention counted
-    whole, as PaLM (arXiv 2204.02311, appendix B) does. A third of it is the forward pass, which is all that frozen
-    parts have, another third the gradient by the weights, which an unembedding has not from heads that are cut off
-    from it (``detach_trunk``, or a frozen trunk); frozen heads make no logits. A head whose weights are used at every
-    depth counts at every depth.
-    """
-    model, frozen, trained = config.model, config.frozen_heads, config.trained_heads
-    attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
-    scores = 2 * config.training.sequence_length * model.query_heads * model.head_size
-    block = attention + 3 * model.width * model.mlp_width + scores
-    head, unembedding = block + 2 * model.width**2, model.vocabulary_size * model.width
-    trunk = model.layers * block + (frozen or 0) * head + unembedding
-    per_unembedding = 4.0 if frozen is not None or config.objective.detach_trunk else 6.0
-    return (6.0 if frozen is None else 2.0) * trunk + trained * (6.0 * head + per_unembedding * unembedding)
-
-
-def utilisation(config: Config, mesh: Mesh, tokens_per_second: float) -> float | None:
+def utilisation(method: Method, tokens_per_second: float) -> float | None:
     """Model FLOP utilisation of the mesh's devices, which need not be all, or None where their peak is not known."""
-    peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+    peak = method.platform.peak_flops
     if peak is None:
         return None
-    return tokens_per_second * model_flops_per_token(config) / (peak * mesh.size)
+    return tokens_per_second * method.costs().flops_per_token / (peak * method.mesh.size)
 
 
 class _TensorBoard:

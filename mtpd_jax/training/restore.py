@@ -7,14 +7,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config, MeshConfig
+from mtpd_jax.config import Config
 from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.model.backbone import LanguageModel, build_model
-from mtpd_jax.sharding import make_mesh
+from mtpd_jax.methods.method import method_of
+from mtpd_jax.model.backbone import LanguageModel
+from mtpd_jax.sharding import data_mesh
 from mtpd_jax.training.checkpoint import restore_parameters
-from mtpd_jax.training.looping import trained_on
 from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.origin import trained_on
 from mtpd_jax.training.progress import say
 from mtpd_jax.training.state import abstract_state
 from mtpd_jax.training.workdir import open_workdir
@@ -74,12 +75,11 @@ def open_run(workdir: str, checkpoint: int | None = None) -> TrainedRun:
     """
     place = open_workdir(workdir)
     config = place.read_config()
-    model = build_model(config)
-    mesh = make_mesh(MeshConfig(data=jax.device_count(), fsdp=1, tensor=1, expert=1))
-    abstract = abstract_state(model, make_optimizer(config), config, mesh)
-    found = restore_parameters(place, config, abstract, checkpoint)
+    method = method_of(config, data_mesh())
+    found = restore_parameters(place, method, abstract_state(method, make_optimizer(config)), checkpoint)
     tokenizer = place.read_tokenizer(config, found.record["tokenizer"])
     if note := found.note(place):
         say(note)
     sources = tuple(trained_on(found.record))
-    return TrainedRun(config, tokenizer, model, jax.block_until_ready(found.tree), mesh, found.step, sources)
+    parameters = jax.block_until_ready(found.tree)
+    return TrainedRun(config, tokenizer, method.model, parameters, method.mesh, found.step, sources)

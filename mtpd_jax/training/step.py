@@ -8,13 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jax.sharding import Mesh
 
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.losses.objective import Objective
-from mtpd_jax.losses.terms import LossSums, zero_sums
-from mtpd_jax.model.backbone import LanguageModel, further_heads, unembedding_of
-from mtpd_jax.model.layers import apply
+from mtpd_jax.methods.method import Method
 from mtpd_jax.shapes import Array, Float, Int
 from mtpd_jax.sharding import batch_sharding, replicated, within
 from mtpd_jax.training.state import TrainState
@@ -26,60 +22,39 @@ class StepResult:
 
     Attributes:
       loss: the objective, in nats.
-      sums, weights: the terms behind it and the supervised tokens per head.
+      sums, weights: the terms behind it, and what each is a mean over (see ``Method``).
       grad_norm: global norm of the gradient, before clipping.
       tokens: tokens of the batch that are not padding.
     """
 
     loss: Float[Array, ""]
-    sums: LossSums
+    sums: Any
     weights: Float[Array, " J"]
     grad_norm: Float[Array, ""]
     tokens: Int[Array, ""]
 
 
-def loss_of_rows(
-    model: LanguageModel,
-    objective: Objective,
-    parameters: Any,
-    frozen: Any,
-    rows: Batch,
-    weights: Array,
-    mesh: Mesh | None,
-) -> tuple[Float[Array, ""], LossSums]:
-    """Runs model and objective on [B, T] rows; returns their share of the loss and the sums behind it."""
-    inputs = rows.tokens, rows.segment_ids, rows.positions
-    if frozen is None:
-        hidden = apply(model, parameters, *inputs, detach_trunk=objective.trunk == "detached")
-    else:
-        hidden = further_heads(model, objective.first_head - 1, parameters, frozen, *inputs)
-    unembedding = unembedding_of(parameters if frozen is None else frozen)
-    return objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, mesh)
-
-
 def gradients_of_batch(
-    model: LanguageModel,
-    objective: Objective,
-    parameters: Any,
-    batch: Batch,
-    mesh: Mesh | None = None,
-    frozen: Any = None,
-) -> tuple[Float[Array, ""], LossSums, Float[Array, " J"], Any]:
+    method: Method, trained: Any, frozen: Any, batch: Batch, key: Array
+) -> tuple[Float[Array, ""], Any, Float[Array, " J"], Any]:
     """Loss, sums, weights and gradients, by the trained parameters, of a whole [micro-batch, B, T] batch."""
-    weights = objective.count(batch.segment_ids)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch.tokens.shape[0]))
+    weights = jnp.sum(jax.vmap(method.count)(batch, keys), axis=0)
 
-    def of_rows(rows: Batch) -> tuple[tuple[Array, LossSums], Any]:
-        def loss(parameters: Any) -> tuple[Array, LossSums]:
-            return loss_of_rows(model, objective, parameters, frozen, rows, weights, mesh)
+    def of_rows(rows: Batch, key: Array) -> tuple[tuple[Array, Any], Any]:
+        def loss(trained: Any) -> tuple[Array, Any]:
+            return method.loss(trained, frozen, rows, weights, key)
 
-        return jax.value_and_grad(loss, has_aux=True)(parameters)
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    def add_rows(total: Any, rows_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_rows(*rows_and_key)), None
 
     if batch.tokens.shape[0] == 1:
-        (loss, sums), gradients = of_rows(jax.tree.map(lambda part: part[0], batch))
+        (loss, sums), gradients = of_rows(jax.tree.map(lambda part: part[0], batch), keys[0])
     else:
-        zeros = (jnp.zeros(()), zero_sums(objective.num_heads)), jax.tree.map(jnp.zeros_like, parameters)
-        summed = jax.lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, of_rows(rows)), None), zeros, batch)
-        (loss, sums), gradients = summed[0]
+        zeros = (jnp.zeros(()), method.zero_sums()), jax.tree.map(jnp.zeros_like, trained)
+        ((loss, sums), gradients), _ = jax.lax.scan(add_rows, zeros, (batch, keys))
     return loss, sums, weights, gradients
 
 
@@ -94,38 +69,34 @@ def newest_share(decay: float, step: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def make_step(
-    model: LanguageModel,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    shardings: TrainState,
-    ema_decay: float | None = None,
+    method: Method, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepResult]]:
     """Returns the jitted step; it consumes the state that it is given (donation).
 
+    Whatever is random in a step depends on the seed and the step's number alone.
+
     Args:
-      model, objective, optimizer, mesh: what to train, and where.
+      method, optimizer: of the run.
       shardings: of the state, leaf by leaf (see ``state_shardings``); it goes out as it came in, so that a resumed
         run executes the same program as one that went on.
-      ema_decay: of the averaged parameters; None if the state has none.
     """
+    decay, seed = method.config.optimizer.ema_decay, method.config.training.seed
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
-        loss, sums, weights, gradients = gradients_of_batch(
-            model, objective, state.parameters, batch, mesh, state.frozen
-        )
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        loss, sums, weights, gradients = gradients_of_batch(method, state.parameters, state.frozen, batch, key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         average = state.average
-        if ema_decay is not None:
-            average = optax.incremental_update(parameters, average, newest_share(ema_decay, state.step + 1))
+        if decay is not None:
+            average = optax.incremental_update(parameters, average, newest_share(decay, state.step + 1))
         tokens = jnp.sum(batch.segment_ids != 0)
         result = StepResult(loss, sums, weights, optax.global_norm(gradients), tokens)
         return TrainState(state.step + 1, parameters, optimizer_state, average, state.frozen), result
 
     return jax.jit(
-        within(mesh, step),
+        within(method.mesh, step),
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(shardings, batch_sharding(method.mesh)),
+        out_shardings=(shardings, replicated(method.mesh)),
     )

@@ -82,7 +82,8 @@ class Workdir:
         if self.config_file.exists():
             stored = self.read_config()
             changed = differences(stored, config)
-            changed += ["data.paths"] if not begun and stored.data.paths != config.data.paths else []
+            paths = [getattr(one.data, "paths", None) for one in (stored, config)]
+            changed += ["data.paths"] if not begun and paths[0] != paths[1] else []
             if changed:
                 verb = "differs" if len(changed) == 1 else "differ"
                 raise ValueError(
@@ -109,7 +110,7 @@ class Workdir:
         if not self.config_file.exists():
             raise ValueError(f"{self.path}: holds no run (no config.json); train one with mtpd_jax.train")
         try:
-            return Config.build(json.loads(self.config_file.read_bytes()))
+            return Config.stored(json.loads(self.config_file.read_bytes()))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.config_file}: not a readable config ({error})") from error
 

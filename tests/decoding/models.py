@@ -9,10 +9,8 @@ import numpy as np
 import optax
 
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.losses.objective import training_objective
-from mtpd_jax.model.backbone import build_model, unembedding_of
-from mtpd_jax.training.step import gradients_of_batch
-from tests.builders import random_parameters, tiny_config, with_micro_batches
+from mtpd_jax.model.backbone import unembedding_of
+from tests.builders import gradients, method_on, random_parameters, tiny_config, with_micro_batches
 
 END, CONTEXT = 0, 4096
 PROMPTS = [np.array(p, np.int32) for p in ([3], [1, 2], [5, 4, 3, 2, 1, 6, 6, 2, 3, 1], [2] * 33)]
@@ -32,14 +30,15 @@ def small_vocabulary(kind="cascade", trained=True, num_heads=4):
     """
     config = tiny_config(heads__num_heads=num_heads, heads__kind=kind, heads__pass_normed=kind == "cascade")
     config = with_vocabulary(config, 7)
-    model = build_model(config)
+    method = method_on(config)
+    model = method.model
     parameters = random_parameters(model, seed=2, scale=0.4)
     if trained:
-        parameters = _train(model, training_objective(config), parameters)
+        parameters = _train(method, parameters)
     return model, parameters
 
 
-def _train(model, objective, parameters):
+def _train(method, parameters):
     rng = np.random.default_rng(0)
     tokens = np.zeros((8, 40), np.int32)
     for i in range(1, 40):
@@ -52,8 +51,7 @@ def _train(model, objective, parameters):
     def run(parameters):
         def step(carry, _):
             parameters, state = carry
-            gradients = gradients_of_batch(model, objective, parameters, batch)[3]
-            updates, state = optimizer.update(gradients, state)
+            updates, state = optimizer.update(gradients(method, parameters, batch)[3], state)
             return (optax.apply_updates(parameters, updates), state), None
 
         return jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=_STEPS)[0][0]

@@ -20,8 +20,7 @@ from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
 from mtpd_jax.decoding.speculative import make_loop
-from mtpd_jax.model.backbone import build_model
-from tests.builders import random_parameters, tiny_config
+from tests.builders import model_of, platform, random_parameters, tiny_config
 from tests.decoding.models import all_logits, with_vocabulary
 
 VOCABULARY, SAMPLES, END = 3, 30_000, 2
@@ -31,7 +30,7 @@ LEVEL, DISTANCE, POWER = 1e-3, 0.15, 0.99
 
 def tiny_model():
     config = tiny_config(heads__num_heads=4, model__width=16, model__mlp_width=16, model__layers=1)
-    model = build_model(with_vocabulary(config, VOCABULARY))
+    model = model_of(with_vocabulary(config, VOCABULARY))
     return model, random_parameters(model, seed=1, scale=0.8)
 
 
@@ -56,7 +55,7 @@ def enumerate_texts(model, parameters, sampling, new_tokens):
 
 def sample_texts(model, parameters, options):
     """Counts of texts over a batch of equal prompts, and the rows."""
-    network = Network(model, scanned=True)
+    network = Network(model, platform(), scanned=True)
     loop = make_loop(network, options, END, len(PROMPT))
     prompts = jnp.broadcast_to(jnp.asarray(PROMPT), (SAMPLES, len(PROMPT)))
     keys = jax.random.split(jax.random.key(7), SAMPLES)
@@ -170,7 +169,7 @@ def test_drafts_are_drawn_as_the_main_heads_tokens_are(sampling):
     same, and drafts rejected more often: no test of the text would notice."""
     model, parameters = tiny_model()
     options = Options(2, 5, sampling)
-    network = Network(model, scanned=True)
+    network = Network(model, platform(), scanned=True)
     laid_out = network.parameters(parameters)
     prompts, lengths = jnp.broadcast_to(jnp.asarray(PROMPT), (64, 2)), jnp.full(64, 2, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 64)

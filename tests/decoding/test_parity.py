@@ -16,7 +16,7 @@ NEW_TOKENS, LONG = 24, 80
 
 def rounds(model, parameters, options, scanned):
     """Decodes greedily and yields, round by round, the rows before it, the drafts, and how many were accepted."""
-    network = Network(model, scanned, True if options.adaptive else None)
+    network = Network(model, platform(), scanned, True if options.adaptive else None)
     laid_out = network.parameters(parameters)
     width = max(map(len, PROMPTS))
     prompts = jnp.asarray(np.stack([np.pad(p, (0, width - len(p))) for p in PROMPTS]))

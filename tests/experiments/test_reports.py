@@ -138,7 +138,7 @@ def test_the_paper_scale_writes_configs_and_their_order(name, tmp_path, monkeypa
         expected = Run(variant, 0, SCALES["paper"]).config()
         assert (config.heads, config.optimizer, config.model) == (expected.heads, expected.optimizer, expected.model)
         assert config.objective == expected.objective and config.training == expected.training
-        assert not config.init.workdir or config.init.workdir in trained
+        assert config.objective.source_run is None or config.objective.source_run in trained
         trained.append(workdir)
     assert str(tmp_path) in capsys.readouterr().out.replace("\n", "")
 

@@ -13,7 +13,7 @@ from mtpd_jax.losses.dense import dense_loss
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.fused import choose_tiling, fused_loss
 from mtpd_jax.losses.terms import Distillation
-from mtpd_jax.sharding import make_mesh
+from mtpd_jax.sharding import data_mesh, make_mesh
 from tests.builders import assert_trees_close
 
 B, T, K, D, V = 4, 10, 2, 12, 48
@@ -29,8 +29,14 @@ def problem(dtype=jnp.float32, seed=0):
     return hidden, unembedding, targets, mask, jnp.array([1.0, 0.1, 0.2]) / 30, jnp.array([0.5, 0.7]) / 30
 
 
+def one_device():
+    return data_mesh(jax.devices()[:1])
+
+
 def value_and_gradients(arguments, distillation=FORWARD, loss=fused_loss, **options):
     hidden, unembedding, *rest = arguments
+    if loss is fused_loss:
+        options.setdefault("mesh", one_device())
 
     def total(hidden, unembedding):
         result = loss(hidden, unembedding, *rest, distillation=distillation, **options)
@@ -54,7 +60,8 @@ def test_equals_float64(kind, top_n):
     arguments = problem()
     found = value_and_gradients(arguments, distillation, chunk_rows=7)
     assert_trees_close(found, reference(arguments, distillation), 3e-6)
-    alone = fused_loss(*arguments, distillation=distillation, chunk_rows=7)[0]  # without gradients: another program
+    # Without gradients it is another program.
+    alone, _ = fused_loss(*arguments, distillation=distillation, mesh=one_device(), chunk_rows=7)
     assert_trees_close(alone, found[0], 1e-6)
 
 
@@ -169,6 +176,8 @@ def example(rows, heads, width, vocabulary, sequences=1, dtype=jnp.float32):
 
 
 def compile_gradients(arguments, distillation, chunk, mesh=None):
+    mesh = mesh or one_device()
+
     def loss(hidden, unembedding, *rest):
         return fused_loss(hidden, unembedding, *rest, distillation=distillation, chunk_rows=chunk, mesh=mesh)[0]
 
@@ -226,7 +235,7 @@ def test_detached_trunk_leaves_the_unembedding_to_the_main_head():
 @pytest.mark.parametrize("shape", [None, (2, 2, 2, 1)], ids=str)
 def test_a_frozen_trunk_has_no_gradient_and_the_heads_have_theirs(shape):
     arguments = problem()
-    mesh = shape and make_mesh(MeshConfig(*shape))
+    mesh = make_mesh(MeshConfig(*shape)) if shape else one_device()
     value, (by_hidden, by_matrix) = value_and_gradients(arguments, trunk="frozen", chunk_rows=7, mesh=mesh)
     expected, (wanted, _) = value_and_gradients(arguments, chunk_rows=7)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
@@ -239,7 +248,7 @@ def test_sums_are_reported_without_gradient():
     hidden, unembedding, *rest = problem()
 
     def reported(hidden):
-        sums = fused_loss(hidden, unembedding, *rest, distillation=FORWARD)[1]
+        sums = fused_loss(hidden, unembedding, *rest, distillation=FORWARD, mesh=one_device())[1]
         return jnp.sum(sums.ce) + jnp.sum(sums.kl) + jnp.sum(sums.agreement)
 
     assert np.all(np.asarray(jax.grad(reported)(hidden)) == 0)
@@ -247,7 +256,7 @@ def test_sums_are_reported_without_gradient():
 
 def test_total_is_the_scaled_sum():
     *arrays, ce_scale, kl_scale = problem()
-    total, sums = fused_loss(*arrays, ce_scale, kl_scale, distillation=FORWARD, chunk_rows=7)
+    total, sums = fused_loss(*arrays, ce_scale, kl_scale, distillation=FORWARD, mesh=one_device(), chunk_rows=7)
     assert float(total) == pytest.approx(float(sums.ce @ ce_scale + sums.kl @ kl_scale), rel=1e-6)
 
 

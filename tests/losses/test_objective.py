@@ -5,10 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtpd_jax.losses.objective import align, scoring_objective, supervision_mask, training_objective
-from mtpd_jax.model.backbone import HiddenStates, build_model
-from mtpd_jax.training.step import gradients_of_batch
-from tests.builders import assert_trees_close, model_and_parameters, packed_batch, replace, tiny_config
+from mtpd_jax.losses.align import align, supervision_mask
+from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.model.backbone import HiddenStates
+from tests.builders import (
+    assert_trees_close,
+    gradients,
+    method_on,
+    model_and_parameters,
+    packed_batch,
+    replace,
+    tiny_config,
+)
 
 
 def test_rows_are_aligned_by_target():
@@ -19,9 +27,9 @@ def test_rows_are_aligned_by_target():
     hidden = HiddenStates(
         jnp.asarray(states[0], jnp.float32), jnp.asarray(states[1:], jnp.float32), jnp.zeros((1, 8, 1))
     )
-    rows = align(hidden, jnp.asarray(tokens), jnp.asarray(segment_ids))
+    rows = align(hidden, jnp.asarray(tokens), jnp.asarray(segment_ids), (1, 2))
     # With the first head left out, the others' rows are the same.
-    later = align(hidden.replace(heads=hidden.heads[1:]), jnp.asarray(tokens), jnp.asarray(segment_ids), first_head=2)
+    later = align(hidden.replace(heads=hidden.heads[1:]), jnp.asarray(tokens), jnp.asarray(segment_ids), (2,))
     for name in ("hidden", "mask"):
         np.testing.assert_array_equal(getattr(later, name), np.delete(getattr(rows, name), 1, axis=0))
     for j in range(8):
@@ -36,12 +44,11 @@ def test_rows_are_aligned_by_target():
 
 def test_weights_count_supervised_tokens(config):
     batch = packed_batch(config)
-    objective = training_objective(config)
-    weights = objective.count(batch.segment_ids)
+    weights = method_on(config).count(jax.tree.map(lambda part: part[0], batch), jax.random.key(0))
     # A document of n tokens has n-1-k targets for head k.
     expected = [8 * sum(max(0, n - 1 - k) for n in (11, 4, 9, 1)) for k in range(3)]
     assert weights.tolist() == expected
-    assert supervision_mask(jnp.zeros((2, 8), int), 1, 2).sum() == 0
+    assert supervision_mask(jnp.zeros((2, 8), int), (1, 2)).sum() == 0
 
 
 def independent_ce_step(model, parameters, batch, alpha):
@@ -72,12 +79,12 @@ def independent_ce_step(model, parameters, batch, alpha):
 def test_plain_mtp_and_next_token_equal_an_independent_step(num_heads):
     config = tiny_config(heads__num_heads=num_heads, objective__beta=0.0)
     model, parameters = model_and_parameters(config)
-    batch, objective = packed_batch(config), training_objective(config)
-    assert objective.distillation is None
-    loss, _, _, gradients = jax.jit(lambda p: gradients_of_batch(model, objective, p, batch))(parameters)
-    expected, reference = independent_ce_step(model, parameters, batch, objective.alpha)
+    batch, method = packed_batch(config), method_on(config)
+    assert method.objective.distillation is None
+    loss, _, _, found = jax.jit(lambda p: gradients(method, p, batch))(parameters)
+    expected, reference = independent_ce_step(model, parameters, batch, method.objective.alpha)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    assert_trees_close(gradients, reference, 1e-6)
+    assert_trees_close(found, reference, 1e-6)
 
 
 def test_default_coefficients(config):
@@ -91,15 +98,14 @@ def test_detached_trunk_trains_as_if_there_were_no_heads():
     _, parameters = model_and_parameters(config)
     batch = packed_batch(config)
 
-    def gradients(config, parameters):
-        model, objective = build_model(config), training_objective(config)
-        return jax.jit(lambda p: gradients_of_batch(model, objective, p, batch)[3])(parameters)
+    def of_step(config, parameters):
+        return jax.jit(lambda p: gradients(method_on(config), p, batch)[3])(parameters)
 
     trunk = {name: value for name, value in parameters.items() if name != "heads"}
-    alone = gradients(replace(config, heads__num_heads=0, objective__detach_trunk=False), trunk)
+    alone = of_step(replace(config, heads__num_heads=0, objective__detach_trunk=False), trunk)
     detached, joint = (
-        gradients(config, parameters),
-        gradients(replace(config, objective__detach_trunk=False), parameters),
+        of_step(config, parameters),
+        of_step(replace(config, objective__detach_trunk=False), parameters),
     )
     assert_trees_close({name: detached[name] for name in trunk}, alone, 1e-5)
     with pytest.raises(AssertionError):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mtpd_jax.losses import select
 from mtpd_jax.losses.select import nth_largest, ordered_key, value_of_key
-from mtpd_jax.losses.vocabulary import Vocabulary
+from mtpd_jax.sharding import LastAxis
 
-PLATFORMS = [Vocabulary(on_cpu=True), Vocabulary(on_cpu=False)]
+PLATFORMS = [LastAxis(on_cpu=True), LastAxis(on_cpu=False)]
 search = jax.jit(nth_largest, static_argnums=(1, 2))
 
 
@@ -66,7 +66,7 @@ def test_keys_are_ordered_as_the_numbers_are():
     np.testing.assert_array_equal(value_of_key(ordered_key(jnp.asarray(values))), values)
 
 
-class LeavesNanOut(Vocabulary):
+class LeavesNanOut(LastAxis):
     """What XLA makes of a minimum and a maximum on CPUs, depending on the program around them."""
 
     def min(self, values):
@@ -90,7 +90,7 @@ def test_nan_ends_the_search(vocabulary):
 def test_no_counts_keep_the_search_going():
     """Counts that contradict each other never settle a row: no input has such, but its end must not depend on that."""
 
-    class Inconsistent(Vocabulary):
+    class Inconsistent(LastAxis):
         def min(self, values):
             return jnp.full(values.shape[0], -1.0)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mtpd_jax.losses.dense import dense_total
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.terms import Distillation, chunk_loss
-from mtpd_jax.losses.vocabulary import WHOLE, Vocabulary
+from mtpd_jax.sharding import WHOLE, LastAxis
 
 J, P, V = 3, 6, 41
 KINDS = list(DIVERGENCES)
@@ -59,7 +59,7 @@ def test_against_float64(kind, top_n, temperature):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_compiled_for_accelerators(kind):
-    check(*problem(), Distillation(7, 1.0, kind, True), vocabulary=Vocabulary(on_cpu=False))
+    check(*problem(), Distillation(7, 1.0, kind, True), vocabulary=LastAxis(on_cpu=False))
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtpd_jax.model.backbone import build_model, count_parameters
-from mtpd_jax.model.layers import Rotation
-from tests.builders import model_and_parameters, packed_batch, replace, tiny_config
+from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.model.views import Rotation
+from tests.builders import model_and_parameters, model_of, packed_batch, replace, tiny_config
 from tests.model import reference
 
 
@@ -130,7 +130,7 @@ def test_remat_changes_nothing_but_is_on():
     _, parameters = model_and_parameters(config)
 
     def gradient(remat):
-        model = build_model(replace(config, model__remat=remat))
+        model = model_of(replace(config, model__remat=remat))
 
         def loss(parameters):
             hidden = model.apply({"params": parameters}, batch.tokens, batch.segment_ids, batch.positions)

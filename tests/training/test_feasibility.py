@@ -5,13 +5,14 @@ import pytest
 
 from mtpd_jax import train
 from mtpd_jax.config import MeshConfig
-from mtpd_jax.model.backbone import build_model, count_parameters
+from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.platform import PEAK_FLOPS
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training import feasibility
-from mtpd_jax.training.feasibility import check_decoding, check_scoring, check_training, host_memory, parameters_of
+from mtpd_jax.training.feasibility import check_decoding, check_scoring, check_training, host_memory
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
-from tests.builders import replace, tiny_config
+from tests.builders import method_on, replace, tiny_config
 
 GIB = 2**30
 
@@ -28,21 +29,30 @@ def mesh():
         {"model__tied_unembedding": False, "model__qkv_bias": True},
         {"heads__num_heads": 0},
         {"heads__kind": "recurrent", "heads__num_heads": 4},
-        {"objective__mode": "loop", "init__workdir": "x", "init__num_heads": 2, "heads__num_heads": 5},
+        {
+            "objective__mode": "extension",
+            "objective__source": "x",
+            "objective__frozen_heads": 2,
+            "heads__num_heads": 5,
+        },
     ],
     ids=str,
 )
 def test_parameters_are_counted_without_making_any(fields, mesh):
     """A lower bound, and no more under the truth than norms and biases, which are vectors."""
     config = tiny_config(**fields)
-    abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
+    method = method_on(config, mesh)
+    abstract = abstract_state(method, make_optimizer(config))
     found = [count_parameters(part) for part in (abstract.parameters, abstract.frozen)]
     vectors = [
         sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(part)
             if {"scale", "bias"} & {getattr(key, "key", None) for key in path})
         for part in (abstract.parameters, abstract.frozen)
     ]  # fmt: skip
-    assert [whole - few for whole, few in zip(found, vectors, strict=True)] == list(parameters_of(config))
+    assert [whole - few for whole, few in zip(found, vectors, strict=True)] == [
+        method.costs().trained,
+        method.costs().frozen,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -60,11 +70,11 @@ def test_parameters_are_counted_without_making_any(fields, mesh):
 def test_a_state_that_fits_nowhere_is_refused(fields, bytes_per_number, mesh):
     config = tiny_config(**fields)
     with pytest.raises(ValueError, match=r"needs more than [\d,.]+ GiB of memory, and there are [\d,.]+ GiB") as error:
-        check_training(config, mesh)
+        check_training(method_on(config, mesh))
     if bytes_per_number is None:
         return  # a number that no float can hold is a number
     named = float(str(error.value).split("than ")[1].split()[0].replace(",", ""))
-    assert named * GIB >= bytes_per_number * parameters_of(config)[0] * 0.99
+    assert named * GIB >= bytes_per_number * method_on(config, mesh).costs().trained * 0.99
 
 
 @pytest.mark.parametrize(
@@ -79,20 +89,20 @@ def test_a_state_that_fits_nowhere_is_refused(fields, bytes_per_number, mesh):
 )
 def test_batches_that_fit_nowhere_are_refused(fields, mesh):
     with pytest.raises(ValueError, match="GiB of memory"):
-        check_training(tiny_config(**fields), mesh)
+        check_training(method_on(tiny_config(**fields), mesh))
 
 
 def test_what_fits_is_not_refused(mesh, monkeypatch):
     """Split over devices, a state needs as much less; the limit is a device's own where it tells one."""
     config = tiny_config(model__vocabulary_size=1 << 20, training__batch_size=8)
-    needed = 12 * parameters_of(config)[0]
+    needed = 12 * method_on(config, mesh).costs().trained
     monkeypatch.setattr(feasibility, "host_memory", lambda: needed)
     with pytest.raises(ValueError, match="training on"):
-        check_training(config, mesh)
+        check_training(method_on(config, mesh))
     monkeypatch.setattr(feasibility, "device_memory", lambda *_: needed // 2)
     with pytest.raises(ValueError, match="training on"):
-        check_training(config, mesh)
-    assert check_training(config, make_mesh(MeshConfig(1, 4, 1, 1))) == ""
+        check_training(method_on(config, mesh))
+    assert check_training(method_on(config, make_mesh(MeshConfig(1, 4, 1, 1)))) == ""
 
 
 def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
@@ -118,14 +128,14 @@ def test_decoding_and_scoring_that_fit_nowhere_are_refused():
 
 
 def test_absurd_time_is_said(mesh, monkeypatch):
-    assert check_training(tiny_config(training__steps=10**5), mesh) == ""
-    found = check_training(tiny_config(training__steps=2**31 - 1, training__batch_size=8 * 10**4), mesh)
+    assert check_training(method_on(tiny_config(training__steps=10**5), mesh)) == ""
+    found = check_training(method_on(tiny_config(training__steps=2**31 - 1, training__batch_size=8 * 10**4), mesh))
     assert found.startswith("2,147,483,647 steps take these devices at least ") and found.endswith(" years")
     with pytest.raises(ValueError, match=r"steps = 10{30}: expected less than 2\*\*31"):
         tiny_config(training__steps=10**30)
-    monkeypatch.setitem(feasibility.PEAK_FLOPS, mesh.devices.flat[0].device_kind, 1.0)
+    monkeypatch.setitem(PEAK_FLOPS, mesh.devices.flat[0].device_kind, 1.0)
     monkeypatch.setattr(feasibility, "_CORE_FLOPS", 1.0)
-    assert "years" in check_training(tiny_config(training__steps=10**5), mesh)
+    assert "years" in check_training(method_on(tiny_config(training__steps=10**5), mesh))
 
 
 def test_nothing_is_created(text_file, tmp_path):

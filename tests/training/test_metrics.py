@@ -8,14 +8,15 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from mtpd_jax import train
+from mtpd_jax import trainer as trainer_module
 from mtpd_jax.config import MeshConfig
+from mtpd_jax.platform import PEAK_FLOPS
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training import loop as loop_module
 from mtpd_jax.training import metrics as metrics_module
 from mtpd_jax.training.lock import take_lock
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.workdir import open_workdir
-from tests.builders import replace, tiny_config
+from tests.builders import method_on, replace, tiny_config
 from tests.training.test_run import lines, restored
 
 
@@ -70,14 +71,14 @@ def test_the_learning_rate_is_that_of_the_step(run_config, tmp_path):
 
 def test_utilisation_is_of_the_devices_in_use(monkeypatch):
     """Two of eight devices at half their peak, whatever the other six do."""
-    monkeypatch.setitem(metrics_module.PEAK_FLOPS, "cpu", 1e12)
+    monkeypatch.setitem(PEAK_FLOPS, "cpu", 1e12)
     config = tiny_config()
     for devices in (1, 2):
-        mesh = make_mesh(MeshConfig(devices, 1, 1, 1))
-        rate = 0.5 * devices * 1e12 / metrics_module.model_flops_per_token(config)
-        assert metrics_module.utilisation(config, mesh, rate) == pytest.approx(0.5)
-    monkeypatch.delitem(metrics_module.PEAK_FLOPS, "cpu")
-    assert metrics_module.utilisation(config, mesh, 1.0) is None
+        method = method_on(config, make_mesh(MeshConfig(devices, 1, 1, 1)))
+        rate = 0.5 * devices * 1e12 / method.costs().flops_per_token
+        assert metrics_module.utilisation(method, rate) == pytest.approx(0.5)
+    monkeypatch.delitem(PEAK_FLOPS, "cpu")
+    assert metrics_module.utilisation(method, 1.0) is None
 
 
 def test_what_is_not_finite_is_null(tmp_path):
@@ -123,8 +124,8 @@ def test_tensorboard_has_what_metrics_have(whole_run):
 def test_tokens_per_second_leave_out_what_is_no_training(monkeypatch):
     """Compilation before the first result, and pauses for evaluating and saving, take no time."""
     clock = [0.0]
-    monkeypatch.setattr(loop_module.time, "monotonic", lambda: clock[0])
-    meter = loop_module._Meter()
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+    meter = trainer_module._Meter()
 
     def work(seconds, tokens):
         clock[0] += seconds

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import rich.console
 
-from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training import interrupt
 from mtpd_jax.training import progress as progress_module
@@ -18,7 +17,7 @@ from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.state import initial_state
 from mtpd_jax.training.workdir import open_workdir, write_atomically
-from tests.builders import replace, tiny_config
+from tests.builders import method_on, replace, tiny_config
 
 
 def test_a_second_interrupt_is_heeded_at_once_and_the_old_handlers_come_back():
@@ -100,7 +99,7 @@ def test_parameters_begin_from_the_seed():
 
     def begun(seed):
         one = replace(config, training__seed=seed)
-        return jax.device_get(initial_state(build_model(one), make_optimizer(one), one, mesh).parameters)
+        return jax.device_get(initial_state(method_on(one, mesh), make_optimizer(one)).parameters)
 
     first, again, other = (begun(seed)["embedding"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)

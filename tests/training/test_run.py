@@ -19,7 +19,6 @@ import tokenizers
 
 from mtpd_jax import evaluate, train
 from mtpd_jax.data.sources import held_out
-from mtpd_jax.model.backbone import build_model
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.checkpoint import restore_state
 from mtpd_jax.training.interrupt import StopRequest
@@ -27,7 +26,7 @@ from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.restore import open_run
 from mtpd_jax.training.state import DivergedError, abstract_state
 from mtpd_jax.training.workdir import Workdir, open_workdir
-from tests.builders import assert_trees_close, replace, tiny_config
+from tests.builders import assert_trees_close, method_on, replace, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -42,7 +41,7 @@ def run_config(text_file):
 def restored(workdir, config, step=None, mesh=None):
     """A checkpoint's state as NumPy arrays, and what was stored beside it."""
     mesh = mesh or make_mesh(config.mesh)
-    abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
+    abstract = abstract_state(method_on(config, mesh), make_optimizer(config))
     place = open_workdir(str(workdir))
     found = restore_state(place, place.read_config(), abstract, step)
     return jax.device_get(found.tree), found.record

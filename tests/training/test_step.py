@@ -8,14 +8,15 @@ import pytest
 
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.pipeline import put_on_devices
-from mtpd_jax.losses.objective import training_objective
-from mtpd_jax.model.backbone import build_model
-from mtpd_jax.sharding import batch_sharding, check_divisible, make_mesh, within
+from mtpd_jax.sharding import batch_sharding, check_batch, make_mesh
 from mtpd_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
-from mtpd_jax.training.step import gradients_of_batch, make_step, newest_share
+from mtpd_jax.training.step import make_step, newest_share
 from tests.builders import (
     assert_trees_close,
+    gradients,
+    method_on,
+    model_of,
     packed_batch,
     random_parameters,
     replace,
@@ -29,25 +30,23 @@ SHAPES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)]
 
 def one_step(config, mesh, batch, parameters):
     """Loss, gradients, and the parameters after one SGD step, as NumPy arrays."""
-    model, objective = build_model(config), training_objective(config)
-    optimizer = optax.sgd(0.5)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, optimizer, config, mesh).parameters)
+    method, optimizer = method_on(config, mesh), optax.sgd(0.5)
+    shardings = state_shardings(abstract_state(method, optimizer))
     # Copied first: the step donates its state.
-    placed = jax.device_put(jax.tree.map(np.array, parameters), shardings)
+    placed = jax.device_put(jax.tree.map(np.array, parameters), shardings.parameters)
     on_devices = put_on_devices(batch, batch_sharding(mesh))
-    compute = jax.jit(within(mesh, lambda p, b: gradients_of_batch(model, objective, p, b, mesh)))
-    loss, sums, weights, gradients = jax.device_get(compute(placed, on_devices))
-    state = initial_state(model, optimizer, config, mesh).replace(parameters=placed)
-    step = make_step(model, objective, optimizer, mesh, state_shardings(abstract_state(model, optimizer, config, mesh)))
-    state, result = step(state, on_devices)
+    compute = jax.jit(lambda p, b: gradients(method, p, b))
+    loss, sums, weights, by_parameters = jax.device_get(compute(placed, on_devices))
+    state = initial_state(method, optimizer).replace(parameters=placed)
+    state, result = make_step(method, optimizer, shardings)(state, on_devices)
     assert float(result.loss) == pytest.approx(float(loss), rel=1e-6)
-    return loss, (sums, weights), gradients, jax.device_get(state.parameters)
+    return loss, (sums, weights), by_parameters, jax.device_get(state.parameters)
 
 
 @pytest.fixture(scope="module")
 def reference():
     config = tiny_config()
-    parameters = random_parameters(build_model(config))
+    parameters = random_parameters(model_of(config))
     batch = uneven_batch(config)
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     return config, parameters, batch, one_step(config, mesh, batch, parameters)
@@ -90,32 +89,32 @@ def test_heads_without_a_supervised_token_have_no_loss_and_no_gradient(parts, kl
     config = tiny_config(objective__kl=kl)
     rows = ((2,) * 16, (2, 2), (3,), (1,), (2,), (2,), (1, 1), (2,))
     batch = with_micro_batches(packed_batch(config, rows=rows), parts)
-    model, objective = build_model(config), training_objective(config)
-    parameters = random_parameters(model)
-    loss, sums, weights, gradients = jax.jit(lambda p: gradients_of_batch(model, objective, p, batch))(parameters)
+    method = method_on(config)
+    parameters = random_parameters(method.model)
+    loss, sums, weights, found = jax.jit(lambda p: gradients(method, p, batch))(parameters)
     assert weights.tolist() == [23, 1, 0] and supervised(batch).tolist() == [23, 1, 0]
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((loss, sums, gradients)))
-    terms = objective.terms(sums, weights)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((loss, sums, found)))
+    terms = method.terms(sums, weights)
     assert terms["head_2/ce"].mean() is terms["head_2/kl"].mean() is None
     ce, (one, kl_one) = terms["main/ce"].mean(), (terms[f"head_1/{name}"].mean() for name in ("ce", "kl"))
     assert float(loss) == pytest.approx(ce + 0.15 * one + 0.5 * kl_one, rel=1e-5)
-    assert np.any(np.asarray(gradients["heads"]["head"]["projection"]["kernel"][0]))
-    assert not any(np.any(np.asarray(leaf[1])) for leaf in jax.tree.leaves(gradients["heads"]))
+    assert np.any(np.asarray(found["heads"]["head"]["projection"]["kernel"][0]))
+    assert not any(np.any(np.asarray(leaf[1])) for leaf in jax.tree.leaves(found["heads"]))
 
 
 def test_what_a_step_reports(reference):
     """Tokens without padding, and the norm of the gradient, which is neither clipped nor what Adam makes of it."""
-    config, parameters, batch, (_, _, gradients, _) = reference
+    config, parameters, batch, (_, _, by_parameters, _) = reference
     config = replace(config, optimizer__clip_norm=1e-3)
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    model, optimizer = build_model(config), make_optimizer(config)
-    shardings = state_shardings(abstract_state(model, optimizer, config, mesh))
-    state = initial_state(model, optimizer, config, mesh)
+    method, optimizer = method_on(config, mesh), make_optimizer(config)
+    shardings = state_shardings(abstract_state(method, optimizer))
+    state = initial_state(method, optimizer)
     state = state.replace(parameters=jax.tree.map(lambda leaf: jax.numpy.array(leaf), parameters))
-    step = make_step(model, training_objective(config), optimizer, mesh, shardings)
+    step = make_step(method, optimizer, shardings)
     _, result = step(state, put_on_devices(batch, batch_sharding(mesh)))
     assert int(result.tokens) == sum(map(sum, ((32,), (1, 2, 1), (2, 2), (20, 11), (3, 3, 3), (1,), (7,), (30, 2))))
-    squares = sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(gradients))
+    squares = sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(by_parameters))
     assert float(result.grad_norm) == pytest.approx(np.sqrt(squares), rel=1e-5) and np.sqrt(squares) > 1e-2
 
 
@@ -129,12 +128,13 @@ def test_accumulation_over_devices(reference):
 def test_state_is_sharded_and_work_is_divided(reference):
     """Parameters and optimizer state are split as the rules say, and a device does its share of the FLOPs."""
     config, _, batch, _ = reference
-    model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
+    optimizer = make_optimizer(config)
 
     def flops_and_bytes(mesh):
-        state = abstract_state(model, optimizer, config, mesh)
+        method = method_on(config, mesh)
+        state = abstract_state(method, optimizer)
         on_devices = put_on_devices(batch, batch_sharding(mesh))
-        step = make_step(model, objective, optimizer, mesh, state_shardings(state))
+        step = make_step(method, optimizer, state_shardings(state))
         compiled = step.lower(state, on_devices).compile()
         local = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
         return compiled.cost_analysis()["flops"], local
@@ -148,10 +148,11 @@ def test_state_is_sharded_and_work_is_divided(reference):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_step_keeps_the_shardings_and_compiles_once(reference, shape):
     config, _, batch, _ = reference
-    mesh, model, optimizer = make_mesh(MeshConfig(*shape)), build_model(config), make_optimizer(config)
-    abstract = abstract_state(model, optimizer, config, mesh)
-    step = make_step(model, training_objective(config), optimizer, mesh, state_shardings(abstract))
-    state, on_devices = initial_state(model, optimizer, config, mesh), put_on_devices(batch, batch_sharding(mesh))
+    mesh, optimizer = make_mesh(MeshConfig(*shape)), make_optimizer(config)
+    method = method_on(config, mesh)
+    abstract = abstract_state(method, optimizer)
+    step = make_step(method, optimizer, state_shardings(abstract))
+    state, on_devices = initial_state(method, optimizer), put_on_devices(batch, batch_sharding(mesh))
     begun = state
     for _ in range(2):
         state, _ = step(state, on_devices)
@@ -164,12 +165,12 @@ def test_the_step_keeps_the_shardings_and_compiles_once(reference, shape):
 def test_clipping_bounds_the_global_norm(reference):
     """With plain SGD in place of Adam, the change of the parameters is the clipped gradient."""
     config, parameters, _, _ = reference
-    gradients = jax.grad(lambda p: sum(jnp.sum(100 * leaf**2) for leaf in jax.tree.leaves(p)))(parameters)
+    slope = jax.grad(lambda p: sum(jnp.sum(100 * leaf**2) for leaf in jax.tree.leaves(p)))(parameters)
     optimizer = make_optimizer(replace(config, optimizer__clip_norm=0.5))
-    huge, _ = optimizer.update(jax.tree.map(lambda g: 1e4 * g, gradients), optimizer.init(parameters), parameters)
-    usual, _ = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    huge, _ = optimizer.update(jax.tree.map(lambda g: 1e4 * g, slope), optimizer.init(parameters), parameters)
+    usual, _ = optimizer.update(slope, optimizer.init(parameters), parameters)
     assert_trees_close(huge, usual, 1e-4)  # both were clipped to the same gradient
-    state = optimizer.update(gradients, optimizer.init(parameters), parameters)[1]
+    state = optimizer.update(slope, optimizer.init(parameters), parameters)[1]
     assert float(optax.global_norm(state[1][0].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)  # (1 - b1) * clipped
 
 
@@ -179,13 +180,13 @@ def test_plain_mtp_costs_what_a_dense_step_costs(reference):
 
     def flops(objective_config, heads):
         config = replace(reference[0], objective__chunk_rows=8 * 32, heads__num_heads=heads, **objective_config)
-        model, objective = build_model(config), training_objective(config)
+        method = method_on(config)
         p = parameters if heads else {name: value for name, value in parameters.items() if name != "heads"}
-        compute = jax.jit(lambda p: gradients_of_batch(model, objective, p, batch)[3])
+        compute = jax.jit(lambda p: gradients(method, p, batch)[3])
         return compute.lower(p).compile().cost_analysis()["flops"]
 
     def dense_flops(heads):
-        model = build_model(replace(config, heads__num_heads=heads))
+        model = model_of(replace(config, heads__num_heads=heads))
         p = parameters if heads else {name: value for name, value in parameters.items() if name != "heads"}
 
         def loss(p):
@@ -204,14 +205,18 @@ def test_plain_mtp_costs_what_a_dense_step_costs(reference):
     ("overrides", "message"),
     [
         ({"mesh__data": 16}, "must multiply to the number of devices"),
-        ({"mesh__data": 1, "mesh__tensor": 8}, "query_heads"),
+        ({"mesh__data": 1, "mesh__tensor": 8}, "query_heads = 4 .* expected a multiple of mesh tensor = 8"),
+        ({"mesh__data": 1, "mesh__fsdp": 3, "training__batch_size": 9}, "width = 32 .* mesh fsdp = 3"),
+        ({"mesh__data": 1, "mesh__tensor": 2, "model__vocabulary_size": 301}, "vocabulary = 301 .of .*embedding"),
         ({"mesh__data": 8, "training__micro_batches": 2}, "batch_size"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused(config, overrides, message):
     config = replace(config, **overrides)
     with pytest.raises(ValueError, match=message):
-        check_divisible(make_mesh(config.mesh), config.model, config.training)
+        mesh = make_mesh(config.mesh)
+        check_batch(mesh, config.training)
+        abstract_state(method_on(config, mesh), make_optimizer(config))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
@@ -227,7 +232,7 @@ def test_schedules(name):
 
 
 def test_matrices_are_decayed_and_norms_are_not(config):
-    parameters = random_parameters(build_model(tiny_config(model__qkv_bias=True)))
+    parameters = random_parameters(model_of(tiny_config(model__qkv_bias=True)))
     mask = decay_mask(parameters)
     flat = {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(mask)}
     for path, decayed in flat.items():
@@ -238,12 +243,10 @@ def test_matrices_are_decayed_and_norms_are_not(config):
 def test_the_average_is_that_of_the_parameters_trained():
     """Weights decay^age of the steps done, and none for what the parameters began with."""
     config = tiny_config(optimizer__ema_decay=0.75)
-    model, optimizer, objective = build_model(config), make_optimizer(config), training_objective(config)
-    mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
-    state = initial_state(model, optimizer, config, mesh)
-    step = make_step(
-        model, objective, optimizer, mesh, state_shardings(abstract_state(model, optimizer, config, mesh)), 0.75
-    )
+    mesh, optimizer = make_mesh(MeshConfig(-1, 1, 1, 1)), make_optimizer(config)
+    method = method_on(config, mesh)
+    state = initial_state(method, optimizer)
+    step = make_step(method, optimizer, state_shardings(abstract_state(method, optimizer)))
     trained = []
     for _ in range(4):
         state, _ = step(state, put_on_devices(packed_batch(config), batch_sharding(mesh)))

@@ -11,25 +11,31 @@ import pytest
 
 from mtpd_jax import evaluate, generate, train
 from mtpd_jax.config import MeshConfig
-from mtpd_jax.losses.objective import training_objective
-from mtpd_jax.model.backbone import build_model, further_heads
+from mtpd_jax.methods.partition import cut_heads, extend_heads
+from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.layers import apply
-from mtpd_jax.sharding import make_mesh, within
+from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.checkpoint import restore_parameters
-from mtpd_jax.training.metrics import model_flops_per_token
 from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.partition import extend_heads, merge, split
 from mtpd_jax.training.state import abstract_state, initial_state
-from mtpd_jax.training.step import gradients_of_batch
 from mtpd_jax.training.workdir import open_workdir
-from tests.builders import assert_trees_close, model_and_parameters, packed_batch, replace, tiny_config
+from tests.builders import (
+    assert_trees_close,
+    gradients,
+    method_on,
+    model_and_parameters,
+    packed_batch,
+    replace,
+    tiny_config,
+)
 from tests.training.test_run import assert_bitwise, lines, restored, stop_after
 
 
-def looped_config(heads=5, frozen=2, **overrides):
+def extension_config(heads=5, frozen=2, **overrides):
     return tiny_config(
-        objective__mode="loop", init__workdir="elsewhere", init__num_heads=frozen, heads__num_heads=heads, **overrides
-    )
+        objective__mode="extension", objective__source="elsewhere", objective__frozen_heads=frozen,
+        heads__num_heads=heads, **overrides,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +51,23 @@ def base(base_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loop_config(base, base_config):
-    return replace(base_config, objective__mode="loop", init__workdir=str(base), heads__num_heads=5)
+def longer_config(base, base_config):
+    return replace(base_config, objective__mode="extension", objective__source=str(base), heads__num_heads=5)
 
 
 @pytest.fixture(scope="module")
-def extended(loop_config, tmp_path_factory):
+def extended(longer_config, tmp_path_factory):
     """Two heads extended to five."""
     workdir = tmp_path_factory.mktemp("loops") / "extended"
-    assert train.run(loop_config, str(workdir)).finished
+    assert train.run(longer_config, str(workdir)).finished
     return workdir
 
 
 def evaluated(workdir):
     config = open_workdir(str(workdir)).read_config()
-    mesh = make_mesh(config.mesh)
-    abstract = abstract_state(build_model(config), make_optimizer(config), config, mesh)
-    return jax.device_get(restore_parameters(open_workdir(str(workdir)), config, abstract).tree)
+    method = method_on(config, make_mesh(config.mesh))
+    abstract = abstract_state(method, make_optimizer(config))
+    return jax.device_get(restore_parameters(open_workdir(str(workdir)), method, abstract).tree)
 
 
 @pytest.mark.parametrize(("heads", "wanted"), [(1, 8), (4, 8), (3, 7)])
@@ -76,46 +82,42 @@ def test_new_heads_are_copies_in_turn(heads, wanted):
 
 
 def test_split_and_merge_are_inverse():
-    _, parameters = model_and_parameters(tiny_config(heads__num_heads=5))
-    trained, frozen = split(parameters, 2)
+    config = extension_config()
+    _, parameters = model_and_parameters(config)
+    extension, joint = method_on(config), method_on(tiny_config(heads__num_heads=5))
+    trained, frozen = extension.split(parameters)
     assert set(trained) == {"heads"} and jax.tree.leaves(trained)[0].shape[0] == 3
-    assert_bitwise(merge(trained, frozen), parameters)
-    assert split(parameters, None) == (parameters, None) and merge(parameters, None) is parameters
+    assert_bitwise(extension.merge(trained, frozen), parameters)
+    assert joint.split(parameters) == (parameters, None) and joint.merge(parameters, None) is parameters
 
 
 @pytest.mark.parametrize("pass_normed", [True, False])
 def test_two_parts_are_the_whole_model(pass_normed):
-    config = looped_config(heads__pass_normed=pass_normed)
+    config = extension_config(heads__pass_normed=pass_normed)
     model, parameters = model_and_parameters(config)
+    above, below = (LanguageModel(model.config, dataclasses.replace(config.heads, num_heads=n)) for n in (3, 2))
     rows = jax.tree.map(lambda array: array[0], packed_batch(config))
     inputs = rows.tokens, rows.segment_ids, rows.positions
     whole = apply(model, parameters, *inputs)
-    parts = further_heads(model, 2, *split(parameters, 2), *inputs)
+    trained, frozen = cut_heads(parameters, 2)
+    parts = apply(above, {**frozen, **trained}, apply(below, frozen, *inputs), 3, *inputs, method="further_heads")
     assert_trees_close((parts.main, parts.heads, parts.carried), (whole.main, whole.heads[2:], whole.carried), 1e-6)
-
-
-def gradients(config, parameters, frozen, batch, mesh=None):
-    model, objective = build_model(config), training_objective(config)
-
-    def compute(parameters, frozen):
-        return gradients_of_batch(model, objective, parameters, batch, mesh, frozen)
-
-    return jax.jit(within(mesh, compute) if mesh else compute)(parameters, frozen)
 
 
 @pytest.mark.parametrize(("shape", "kl"), [(None, "forward"), ((2, 2, 2, 1), "lk")], ids=str)
 def test_new_heads_have_the_gradient_of_joint_training(shape, kl):
     """The same terms in a joint objective whose other coefficients are zero; there, all heads are differentiated."""
-    config = looped_config(objective__kl=kl, objective__alpha=(0.1, 0.2, 0.3), objective__beta=(0.5, 0.6, 0.7))
+    config = extension_config(objective__kl=kl, objective__alpha=(0.1, 0.2, 0.3), objective__beta=(0.5, 0.6, 0.7))
     joint = tiny_config(
         heads__num_heads=5, objective__kl=kl, objective__alpha=(0.0, 0.0, 0.1, 0.2, 0.3),
         objective__beta=(0.0, 0.0, 0.5, 0.6, 0.7),
     )  # fmt: skip
     _, parameters = model_and_parameters(config)
     batch = packed_batch(config)
-    mesh = shape and make_mesh(MeshConfig(*shape))
-    loss, sums, weights, found = gradients(config, *split(parameters, 2), batch, mesh)
-    whole = gradients(joint, parameters, None, batch)
+    method = method_on(config, shape and make_mesh(MeshConfig(*shape)))
+    compute = jax.jit(lambda trained, frozen: gradients(method, trained, batch, frozen))
+    loss, sums, weights, found = compute(*method.split(parameters))
+    whole = jax.jit(lambda parameters: gradients(method_on(joint), parameters, batch))(parameters)
     assert_trees_close(found["heads"], jax.tree.map(lambda stacked: stacked[2:], whole[3]["heads"]), 1e-5)
     assert_trees_close((sums.ce[1:], sums.kl, weights[1:]), (whole[1].ce[3:], whole[1].kl[2:], whole[2][3:]), 1e-5)
     main = float(whole[1].ce[0] / whole[2][0])  # constant, and so no part of what is minimised
@@ -125,34 +127,32 @@ def test_new_heads_have_the_gradient_of_joint_training(shape, kl):
 def test_the_backward_pass_does_not_enter_what_is_frozen_or_detached():
     """FLOPs of the compiled gradients; one layer and one head of each kind, because a loop's body is counted once."""
     large = {"model__layers": 1, "model__width": 64, "model__mlp_width": 256, "model__vocabulary_size": 512}
-    loop = looped_config(heads=2, frozen=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
+    extension = extension_config(heads=2, frozen=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
     joint = tiny_config(heads__num_heads=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large)
     detached = replace(joint, objective__detach_trunk=True)
 
     def flops(config):
         _, parameters = model_and_parameters(config)
-        batch = packed_batch(config)
-        model, objective = build_model(config), training_objective(config)
+        batch, method = packed_batch(config), method_on(config)
+        compute = jax.jit(lambda trained, frozen: gradients(method, trained, batch, frozen)[3])
+        return compute.lower(*method.split(parameters)).compile().cost_analysis()["flops"] / batch.tokens.size
 
-        def compute(trained, frozen):
-            return gradients_of_batch(model, objective, trained, batch, None, frozen)[3]
-
-        compiled = jax.jit(compute).lower(*split(parameters, config.frozen_heads)).compile()
-        return compiled.cost_analysis()["flops"] / batch.tokens.size
+    def needed(config):
+        return method_on(config).costs().flops_per_token
 
     # What the model needs: 6 per weight that is trained, 2 per weight that is not.
-    for config in (joint, loop, detached):
-        assert 0.9 < flops(config) / model_flops_per_token(config) < 1.2
+    for config in (joint, extension, detached):
+        assert 0.9 < flops(config) / needed(config) < 1.2
     # The unembedding has no gradient from a head that is cut off from it: two of six per weight.
-    saved = model_flops_per_token(joint) - model_flops_per_token(detached)
+    saved = needed(joint) - needed(detached)
     assert saved == 2 * 512 * 64
     assert flops(joint) - flops(detached) == pytest.approx(saved, rel=0.2)
-    everything_trained = dataclasses.replace(loop, objective=joint.objective, init=joint.init)
-    assert model_flops_per_token(loop) < 0.6 * model_flops_per_token(everything_trained)
+    everything_trained = dataclasses.replace(extension, objective=joint.objective)
+    assert needed(extension) < 0.6 * needed(everything_trained)
 
 
 @pytest.mark.optimised
-def test_a_run_changes_new_heads_only(base, extended, loop_config):
+def test_a_run_changes_new_heads_only(base, extended, longer_config):
     before, after = evaluated(base), evaluated(extended)
     copied = extend_heads(before, 5)
     assert_bitwise({**after, "heads": 0}, {**before, "heads": 0})
@@ -171,21 +171,21 @@ def test_a_run_changes_new_heads_only(base, extended, loop_config):
     assert (extended / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
 
 
-def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, loop_config, tmp_path, text_file, capsys):
+def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, longer_config, tmp_path, text_file, capsys):
     """More documents held out of the same data are refused; other data are said, in training and in evaluation."""
     with pytest.raises(ValueError, match=r"validation_fraction = 0.4: expected at most 0.2, that of the run in"):
-        train.run(replace(loop_config, data__validation_fraction=0.4), str(tmp_path / "more"))
+        train.run(replace(longer_config, data__validation_fraction=0.4), str(tmp_path / "more"))
     assert not (tmp_path / "more").exists()
     note = "trained on other documents"
     assert note not in capsys.readouterr().err
     (tmp_path / "other.txt").write_text(pathlib.Path(text_file).read_text().replace("cat", "car"))
-    other = replace(loop_config, data__paths=(str(tmp_path / "other.txt"),), training__steps=5)
+    other = replace(longer_config, data__paths=(str(tmp_path / "other.txt"),), training__steps=5)
     train.run(other, str(tmp_path / "other"))
     assert note in capsys.readouterr().err
     evaluate.run(str(tmp_path / "other"), split_name="validation", batch_size=8)
     assert note in capsys.readouterr().err
     # And of a run on top of it, though its data are those that the other was trained on.
-    again = replace(other, init__workdir=str(tmp_path / "other"), heads__num_heads=6)
+    again = replace(other, objective__source=str(tmp_path / "other"), heads__num_heads=6)
     train.run(again, str(tmp_path / "again"))
     assert note in capsys.readouterr().err
     evaluate.run(str(base), split_name="validation", batch_size=8)
@@ -193,11 +193,11 @@ def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, loop_config, t
 
 
 @pytest.mark.optimised
-def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, loop_config, tmp_path, monkeypatch):
+def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, longer_config, tmp_path, monkeypatch):
     """5 to 7 heads, stopped on the way, gone on with after the run that it began from is moved, and gone: the same
     bits. Another run, or nothing, in its place is refused."""
     source = shutil.copytree(extended, tmp_path / "source")
-    config = replace(loop_config, init__workdir=str(source), heads__num_heads=7, training__micro_batches=2)
+    config = replace(longer_config, objective__source=str(source), heads__num_heads=7, training__micro_batches=2)
     config = replace(config, mesh__data=2, mesh__fsdp=2)
     assert train.run(config, str(tmp_path / "whole")).finished
     stopped = tmp_path / "stopped"
@@ -210,30 +210,30 @@ def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, lo
     open_workdir(str(tmp_path / "other")).write_config(other)
     for name in ("other", "nothing"):
         with pytest.raises(ValueError, match=rf"not the run that .* began from, which is '{source}'") as raised:
-            train.run(replace(config, init__workdir=str(tmp_path / name)), str(stopped))
+            train.run(replace(config, objective__source=str(tmp_path / name)), str(stopped))
         assert len(str(raised.value).splitlines()) == 1
     with monkeypatch.context() as patch:
         stop_after(patch, 15)
-        assert train.run(replace(config, init__workdir=str(moved)), str(stopped)).step == 15
+        assert train.run(replace(config, objective__source=str(moved)), str(stopped)).step == 15
     shutil.rmtree(moved)
     assert train.run(config, str(stopped)).finished
     resolved = open_workdir(str(stopped)).read_config()
-    assert resolved.init.num_heads == 5
+    assert resolved.objective.frozen_heads == 5
     origins = [restored(tmp_path / name, resolved)[1]["origin"] for name in ("stopped", "whole")]
     assert origins[0] == origins[1] and len(origins[0]["sources"]) == 2  # the extended run's data, and its trunk's
     assert_bitwise(restored(stopped, resolved)[0], restored(tmp_path / "whole", resolved)[0])
     assert_bitwise(evaluated(tmp_path / "whole")["embedding"], evaluated(extended)["embedding"])
 
 
-def test_a_restart_before_the_first_checkpoint_looks_at_its_source_again(base, loop_config, tmp_path):
+def test_a_restart_before_the_first_checkpoint_looks_at_its_source_again(base, longer_config, tmp_path):
     """config.json is written, and nothing else; meanwhile the run to extend has become another."""
     source = shutil.copytree(base, tmp_path / "source")
-    config = replace(loop_config, init__workdir=str(source))
+    config = replace(longer_config, objective__source=str(source))
     begun = open_workdir(str(tmp_path / "begun"))
-    begun.write_config(replace(config, init__num_heads=2))
+    begun.write_config(replace(config, objective__frozen_heads=2))
     other = open_workdir(str(source)).read_config()
     open_workdir(str(source)).write_config(replace(other, heads__num_heads=3))
-    with pytest.raises(ValueError, match="init.num_heads differs"):
+    with pytest.raises(ValueError, match="objective.frozen_heads differs"):
         train.run(config, str(begun.path))
 
 
@@ -243,49 +243,51 @@ def test_an_extended_run_decodes_as_plainly(extended):
     assert len(found.acceptance.conditional) == 5
 
 
-def test_a_new_state_is_the_copy(base, loop_config):
+def test_a_new_state_is_the_copy(base, longer_config):
     """Before the first step, the state is that of the training-free loop."""
-    config = replace(loop_config, init__num_heads=2)
-    mesh = make_mesh(config.mesh)
-    state = initial_state(build_model(config), make_optimizer(config), config, mesh, evaluated(base))
-    assert_bitwise(jax.device_get(state.evaluated), extend_heads(evaluated(base), 5))
+    config = replace(longer_config, objective__frozen_heads=2)
+    method = method_on(config, make_mesh(config.mesh))
+    state = initial_state(method, make_optimizer(config), evaluated(base))
+    whole = method.merge(state.evaluated, state.frozen)
+    assert_bitwise(jax.device_get(whole), extend_heads(evaluated(base), 5))
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         ({"heads__num_heads": 2}, ["heads.num_heads = 2", "more than the 2 heads"]),
-        ({"init__num_heads": 3}, ["init.num_heads = 3", "has 2"]),
+        ({"objective__frozen_heads": 3}, ["objective.frozen_heads = 3", "has 2"]),
         ({"model__width": 48}, ["model.width = 48", "has 32"]),
         ({"heads__pass_normed": False}, ["heads.pass_normed = False", "has True"]),
-        ({"init__workdir": "/nowhere"}, ["/nowhere", "holds no run"]),
+        ({"objective__source": "/nowhere"}, ["/nowhere", "holds no run"]),
         ({"heads__kind": "recurrent"}, ["heads.kind", "cascade"]),
-        ({"objective__detach_teacher": False}, ["objective.detach_teacher"]),
-        ({"init__workdir": ""}, ["init.workdir", "the run to extend"]),
-        ({"objective__mode": "joint"}, ["init.workdir", "objective.mode = 'joint'"]),
+        ({"objective__detach_teacher": False}, ["objective.detach_teacher", "objective.mode = 'extension'"]),
+        ({"objective__source": ""}, ["objective.source", "the run to extend"]),
+        ({"objective__mode": "joint"}, ["objective.source", "objective.mode = 'joint'"]),
+        ({"objective__mode": "loop"}, ["objective.mode = 'loop'", "one of extension, joint"]),
         ({"objective__alpha": (0.1, 0.1)}, ["objective.alpha", "3 (the heads that are trained)"]),
         ({"tokenizer__path": "other.json"}, ["tokenizer.path", "takes the tokenizer of"]),
         ({"tokenizer__end_token": "<end>"}, ["tokenizer.end_token", "has '<|endoftext|>'"]),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_created(loop_config, tmp_path, overrides, words):
-    tree = loop_config.to_dict()
+def test_what_does_not_fit_is_refused_before_anything_is_created(longer_config, tmp_path, overrides, words):
+    tree = longer_config.to_dict()
     for name, value in overrides.items():
         section, field = name.split("__")
         tree[section][field] = value
     with pytest.raises(ValueError) as raised:
-        train.run(type(loop_config).build(tree), str(tmp_path / "new"))
+        train.run(type(longer_config).build(tree), str(tmp_path / "new"))
     assert all(word in str(raised.value) for word in words), raised.value
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_without_a_checkpoint_cannot_be_extended(base, loop_config, tmp_path):
+def test_a_run_without_a_checkpoint_cannot_be_extended(base, longer_config, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(base / name, empty / name)
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        train.run(replace(loop_config, init__workdir=str(empty)), str(tmp_path / "new"))
+        train.run(replace(longer_config, objective__source=str(empty)), str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     assert json.loads((empty / "config.json").read_text())["heads"]["num_heads"] == 2

@@ -1,4 +1,4 @@
-"""The training loop: everything around the step that is not mathematics."""
+"""Training from the first step to the last: everything around the step that is not mathematics."""
 
 import collections
 import dataclasses
@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
-from mtpd_jax.losses.objective import training_objective
+from mtpd_jax.methods.method import Method
 from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.checkpoint import Checkpointer
 from mtpd_jax.training.interrupt import StopRequest
@@ -58,7 +56,7 @@ class _Meter:
         return rate
 
 
-class Loop:
+class Trainer:
     """Runs steps from a restored or fresh state to the config's last step.
 
     Results are read one step late, so that the devices never wait for the host; before anything is saved they are
@@ -67,11 +65,10 @@ class Loop:
 
     def __init__(
         self,
-        config: Config,
+        method: Method,
         step: Step,
         evaluate: Evaluate | None,
         data: TrainingData,
-        mesh: Mesh,
         checkpointer: Checkpointer,
         metrics: MetricsLog,
         stop: StopRequest,
@@ -80,14 +77,13 @@ class Loop:
     ):
         """See ``train.run``.
 
-        ``about`` is kept in every checkpoint: the digest of the tokenizer, and the origin (see ``looping.Origin``).
+        ``about`` is kept in every checkpoint: the digest of the tokenizer, and the origin (see ``origin.Origin``).
         ``evaluate`` is None where nothing is held out.
         """
-        self._config, self._step = config, step
-        self._objective, self._schedule = training_objective(config), learning_rate_schedule(config)
+        self._method, self._config, self._step = method, method.config, step
+        self._schedule, self._sharding = learning_rate_schedule(method.config), batch_sharding(method.mesh)
         self._evaluate, self._data, self._checkpointer = evaluate, data, checkpointer
         self._metrics, self._stop, self._progress, self._about = metrics, stop, progress, about
-        self._mesh, self._sharding = mesh, batch_sharding(mesh)
         self._meter = _Meter()
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
@@ -133,7 +129,7 @@ class Loop:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the loop, compilation and evaluation included, over all calls."""
+        """Wall time of training, compilation and evaluation included, over all calls."""
         return time.monotonic() - self._begin
 
     @property
@@ -167,8 +163,7 @@ class Loop:
         if result is None:
             return
         rate = self._meter.read()
-        terms = self._objective.terms(result.sums, result.weights)
-        means = {name: term.mean() for name, term in terms.items()}
+        means = {name: term.mean() for name, term in self._method.terms(result.sums, result.weights).items()}
         values: dict[str, float | None] = {
             "tokens": self._tokens,
             "loss": float(result.loss),
@@ -176,7 +171,7 @@ class Loop:
             "learning_rate": float(jax.device_get(self._schedule(done - 1))),
             "grad_norm": float(result.grad_norm),
             "tokens_per_second": rate,
-            "mfu": None if rate is None else utilisation(self._config, self._mesh, rate),
+            "mfu": None if rate is None else utilisation(self._method, rate),
         }
         self._metrics.write(done, values)
         heads = " ".join(
@@ -193,11 +188,12 @@ class Loop:
         self._read_results(leave=0)
         self._meter.pause()
         assert self._evaluate is not None  # or none would be due
-        found = self._evaluate(state.evaluated, lambda: not self._stop.asked())
-        self._evaluated = found is not None
-        if found is not None:
-            self._metrics.write(done, {f"eval/{name}": value for name, value in found.items()})
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
+        parameters = self._method.merge(state.evaluated, state.frozen)
+        scores = self._evaluate(parameters, lambda: not self._stop.asked())
+        self._evaluated = scores is not None
+        if scores is not None:
+            self._metrics.write(done, {f"eval/{name}": value for name, value in scores.items()})
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items() if value is not None)
             self._progress.say(f"step {done}  held out:  {shown}")
         self._meter.resume()
 

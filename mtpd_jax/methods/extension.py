@@ -1,0 +1,136 @@
+"""Looped extension (MTP-D §3.3): more heads for a trained run, whose own backbone and heads stay as they are."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mtpd_jax.config import Config, HeadsConfig, ObjectiveConfig
+from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.fields import POSITIVE, field, given, require
+from mtpd_jax.losses.objective import LossTerm, objective_of
+from mtpd_jax.losses.terms import LossSums, zero_sums
+from mtpd_jax.methods.method import Method
+from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
+from mtpd_jax.model import costs
+from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.layers import apply
+from mtpd_jax.shapes import Array, Float
+
+# What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
+_FREE = {"remat", "dtype", "attention"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtensionConfig(ObjectiveConfig, case="extension"):
+    """More heads for a trained run: up to ``heads.num_heads``; all that the run has stays frozen."""
+
+    source: str = field("", given("the workdir of the run to extend"))
+    frozen_heads: int | None = field(None, POSITIVE)  # heads of that run; None: read from it, and recorded
+
+    @property
+    def source_run(self) -> str:
+        return self.source
+
+    def trained_heads(self, heads: HeadsConfig) -> int | None:
+        return None if self.frozen_heads is None else heads.num_heads - self.frozen_heads
+
+    def check(self, config: Config) -> None:
+        kind, number = config.heads.kind, config.heads.num_heads
+        require(kind == "cascade", "heads.kind", kind, "cascade: a recurrent head runs to any depth as it is")
+        if self.frozen_heads is not None:
+            expected = f"more than the {self.frozen_heads} heads of {self.source}, which is to be extended"
+            require(number > self.frozen_heads, "heads.num_heads", number, expected)
+        super().check(config)
+
+
+class Extension(Method, section=ExtensionConfig):
+    """The new heads begin as copies of those that are there, in turn, and are trained alone."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        super().__init__(config, mesh)
+        assert isinstance(config.objective, ExtensionConfig) and config.objective.frozen_heads is not None
+        self._frozen_heads, number = config.objective.frozen_heads, config.heads.num_heads
+
+        def with_heads(count: int) -> LanguageModel:
+            return LanguageModel(self.model.config, dataclasses.replace(config.heads, num_heads=count))
+
+        self._below, self._above = with_heads(self._frozen_heads), with_heads(number - self._frozen_heads)
+        self.objective = objective_of(config, tuple(range(self._frozen_heads + 1, number + 1)), "frozen")
+
+    @classmethod
+    def complete(cls, config: Config, source: Config) -> Config:
+        where = config.objective.source_run
+        wanted, there = (_shape(one) for one in (config, source))
+        for name, value in wanted.items():
+            if there[name] != value:
+                raise ValueError(
+                    f"config.{name} = {value!r}: the run in {where}, which is to be extended, "
+                    f"has {there[name]!r}; more heads are all that can be added to it"
+                )
+        fraction, most = config.data.validation_fraction, source.data.validation_fraction
+        expected = (
+            f"at most {most}, that of the run in {where}; with more, text that its trunk was trained on would count as "
+            "held out"
+        )
+        require(fraction <= most, "data.validation_fraction", fraction, expected)
+        expected = f"nothing with objective.mode = 'extension', which takes the tokenizer of {where}"
+        require(not config.tokenizer.path, "tokenizer.path", config.tokenizer.path, expected)
+        assert isinstance(config.objective, ExtensionConfig)
+        named, number = config.objective.frozen_heads, source.heads.num_heads
+        if named not in (None, number):
+            raise ValueError(f"config.objective.frozen_heads = {named}: {where} has {number}; leave it out")
+        require(number > 0, "objective.source", where, "a run that has heads")
+        return dataclasses.replace(config, objective=dataclasses.replace(config.objective, frozen_heads=number))
+
+    def initial_parameters(self, key: Array, source: Any) -> Any:
+        if source is None:
+            return super().initial_parameters(key, None)
+        return extend_heads(source, self.config.heads.num_heads)
+
+    def split(self, parameters: Any) -> tuple[Any, Any]:
+        return cut_heads(parameters, self._frozen_heads)
+
+    def merge(self, trained: Any, frozen: Any) -> Any:
+        return join_heads(trained, frozen)
+
+    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
+        return self.objective.count(rows.segment_ids)
+
+    def loss(
+        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
+    ) -> tuple[Float[Array, ""], LossSums]:
+        # Differentiated by ``trained``, the first part has no backward pass at all: nothing in it depends on that.
+        inputs = rows.tokens, rows.segment_ids, rows.positions
+        below = apply(self._below, frozen, *inputs)
+        first = self._frozen_heads + 1
+        hidden = apply(self._above, {**frozen, **trained}, below, first, *inputs, method="further_heads")
+        unembedding = unembedding_of(frozen)
+        return self.objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, self.mesh)
+
+    def zero_sums(self) -> LossSums:
+        return zero_sums(len(self.objective.heads))
+
+    def terms(self, sums: LossSums, weights: Float[Array, " J"]) -> dict[str, LossTerm]:
+        """Those of the heads that are trained; frozen heads make no logits."""
+        return self.objective.terms(sums, weights)
+
+    def costs(self) -> costs.Costs:
+        config, length, number = self.config, self.config.training.sequence_length, len(self.objective.heads)
+        frozen = costs.trunk(config.model, length) + costs.head(config.model, length).times(self._frozen_heads)
+        trained = costs.head(config.model, length).times(number)
+        logits = number * costs.unembedding(config.model)  # which get no gradient by the unembedding
+        flops = 2 * frozen.multiplications + 6 * trained.multiplications + 4 * logits
+        return costs.Costs(trained.weights, frozen.weights, number, flops)
+
+    def describe(self) -> str:
+        first, last = self.objective.heads[0], self.objective.heads[-1]
+        return f"heads {first} to {last} on top of {self.config.objective.source_run}"
+
+
+def _shape(config: Config) -> dict[str, Any]:
+    """What has to be the same in both runs, by the names of its fields."""
+    model = dataclasses.asdict(config.model)
+    fields = {f"model.{name}": value for name, value in model.items() if name not in _FREE}
+    heads = {"heads.kind": config.heads.kind, "heads.pass_normed": config.heads.pass_normed}
+    return {**fields, **heads, "tokenizer.end_token": config.tokenizer.end_token}

@@ -1,0 +1,112 @@
+"""What a training method is: all that the step, the state, the trainer and the metrics ask of it."""
+
+import abc
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtpd_jax.config import Config, ObjectiveConfig
+from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.losses.objective import LossTerm
+from mtpd_jax.model.backbone import LanguageModel, build_model
+from mtpd_jax.model.costs import Costs
+from mtpd_jax.platform import Platform, platform_of
+from mtpd_jax.shapes import Array, Float
+
+METHODS: dict[str, type["Method"]] = {}
+
+
+class Method(abc.ABC):
+    """One way of training, for one run. A subclass names its config section, ``class Joint(Method, section=…)``.
+
+    Attributes:
+      config: of the run; complete (see ``complete``).
+      mesh, platform: where it is trained.
+      model: the whole model, frozen parts included.
+    """
+
+    section: ClassVar[type[ObjectiveConfig]]
+
+    def __init_subclass__(cls, section: type[ObjectiveConfig]) -> None:
+        cls.section = section
+        METHODS[section.case] = cls
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.platform: Platform = platform_of(mesh)
+        self.model: LanguageModel = build_model(config, self.platform)
+
+    @classmethod
+    def complete(cls, config: Config, source: Config) -> Config:
+        """Fills in what a config leaves to the run that it starts from.
+
+        Args:
+          config: whose ``objective.source_run`` names a run.
+          source: the config of that run.
+
+        Raises:
+          ValueError: nothing of this kind can start from that run; the message names the field.
+        """
+        return config
+
+    def initial_parameters(self, key: Array, source: Any) -> Any:
+        """Parameters of the whole model before the first step, with Linen's metadata or without.
+
+        Args:
+          key: for random ones.
+          source: the parameters of the run to start from; None without one, and where only shapes are asked for.
+        """
+        dummy = jnp.ones((1, self.model.heads_config.num_heads + 2), jnp.int32)
+        return self.model.init(key, dummy, dummy, dummy)["params"]
+
+    def split(self, parameters: Any) -> tuple[Any, Any]:
+        """Cuts the whole model's parameters into those that are trained and those that are frozen (None: none are)."""
+        return parameters, None
+
+    def merge(self, trained: Any, frozen: Any) -> Any:
+        """Puts the whole model's parameters together again."""
+        return trained
+
+    @abc.abstractmethod
+    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
+        """What each term of the loss is a mean over, in these rows. A step counts all its rows before any loss.
+
+        Args:
+          rows: [B, T].
+          key: what ``loss`` is given for the same rows.
+        """
+
+    @abc.abstractmethod
+    def loss(
+        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
+    ) -> tuple[Float[Array, ""], Any]:
+        """The share of these rows in the step's loss, differentiable by ``trained``, and the sums that are reported.
+
+        Args:
+          trained, frozen: from ``split``.
+          rows: [B, T].
+          weights: of the whole step, from ``count``.
+          key: of these rows: the seed, the step and the micro-batch folded into one.
+        """
+
+    @abc.abstractmethod
+    def zero_sums(self) -> Any:
+        """The sums that ``loss`` reports, over no rows."""
+
+    @abc.abstractmethod
+    def terms(self, sums: Any, weights: Float[Array, " J"]) -> dict[str, LossTerm]:
+        """What a step reports, by the names of ``metrics.jsonl``; ``main/ce`` is among them."""
+
+    @abc.abstractmethod
+    def costs(self) -> Costs:
+        """What training costs."""
+
+    def describe(self) -> str:
+        """What is trained, for people: nothing where it is the whole model."""
+        return ""
+
+
+def method_of(config: Config, mesh: Mesh) -> Method:
+    """The method that a config names, on a mesh."""
+    return METHODS[config.objective.mode](config, mesh)

@@ -1,0 +1,35 @@
+"""Cutting a model between its heads. They are stacked along a leading axis, so that every cut is one of arrays.
+
+Freezing is a partition of the parameters: what is trained has gradients and optimizer state, what is frozen neither.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def cut_heads(parameters: Any, number: int) -> tuple[Any, Any]:
+    """Cuts parameters into the heads after the first ``number``, and all the rest."""
+    above = jax.tree.map(lambda stacked: stacked[number:], parameters["heads"])
+    below = jax.tree.map(lambda stacked: stacked[:number], parameters["heads"])
+    return {"heads": above}, {**parameters, "heads": below}
+
+
+def join_heads(above: Any, below: Any) -> Any:
+    """Puts together what ``cut_heads`` returned."""
+    return {**below, "heads": jax.tree.map(lambda *parts: jnp.concatenate(parts), below["heads"], above["heads"])}
+
+
+def extend_heads(parameters: Any, num_heads: int) -> Any:
+    """Parameters of a model with ``num_heads`` heads, new head j a copy of head ((j-1) mod m)+1 (MTP-D §3.3).
+
+    Args:
+      parameters: of a model with m heads, m at most ``num_heads``.
+      num_heads: heads wanted.
+    """
+
+    def gather(stacked: jax.Array) -> jax.Array:
+        return stacked[jnp.arange(num_heads) % stacked.shape[0]]
+
+    return {**parameters, "heads": jax.tree.map(gather, parameters["heads"])}

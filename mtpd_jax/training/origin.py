@@ -1,0 +1,115 @@
+"""Where a run comes from: the run that its parameters start from, and the documents that both were trained on."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mtpd_jax.config import Config, differences
+from mtpd_jax.methods.method import METHODS, method_of
+from mtpd_jax.training.checkpoint import latest_step, read_record, restore_parameters
+from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.state import abstract_state
+from mtpd_jax.training.workdir import Workdir, open_workdir
+
+
+def completed(config: Config, workdir: Workdir) -> Config:
+    """Fills in what a config leaves to the run that it starts from.
+
+    Once a run has begun, its checkpoints say what it began from, which may be gone. It may also have been moved;
+    another one in its place is told by its config and its data.
+
+    Raises:
+      ValueError: the run to start from is not there, or does not fit; or it is not the one that this run began from.
+    """
+    if config.objective.source_run is None:
+        return config
+    if latest_step(workdir) is None:
+        return _complete(config, source_of(config).read_config())
+    origin, begun = read_record(workdir)["origin"], workdir.read_config()
+    if origin is None or begun.objective.source_run is None:
+        return config  # and is refused, as any other config
+    if config.objective.source_run != begun.objective.source_run:
+        if not _is_origin(source_of(config), origin):
+            raise ValueError(
+                f"config.objective.source = {config.objective.source_run!r}: not the run that {workdir.path} began "
+                f"from, which is {begun.objective.source_run!r}; name that one, though it need not be there any more"
+            )
+        objective: Any = config.objective
+        config = dataclasses.replace(
+            config, objective=dataclasses.replace(objective, source=begun.objective.source_run)
+        )
+    return _complete(config, Config.stored(origin["config"]))
+
+
+def _complete(config: Config, source: Config) -> Config:
+    config = METHODS[config.objective.mode].complete(config, source)
+    config.validate()
+    return config
+
+
+def _is_origin(workdir: Workdir, origin: dict[str, Any]) -> bool:
+    """Whether a folder holds the run that another one began from: by its config, and by what it was trained on."""
+    return (
+        latest_step(workdir) is not None
+        and not differences(workdir.read_config(), Config.stored(origin["config"]))
+        and trained_on(read_record(workdir)) == origin["sources"]
+    )
+
+
+def source_of(config: Config) -> Workdir:
+    """The workdir of the run to start from."""
+    assert config.objective.source_run is not None  # or nobody asks
+    return open_workdir(config.objective.source_run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a run begins from.
+
+    Attributes:
+      parameters: of the run that it starts from (its average if it keeps one).
+      record: what the new run's checkpoints will say of where it comes from: ``config`` and ``step`` of that run, and
+        ``sources``, which documents that run and those before it were trained on (see ``sources.identity``).
+    """
+
+    parameters: Any
+    record: dict[str, Any]
+
+
+def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
+    """The newest parameters of the run to start from; None for a run that starts from nothing, or has a checkpoint.
+
+    Raises:
+      ValueError: the run to start from has no checkpoint, or none that can be read.
+    """
+    if config.objective.source_run is None or latest_step(workdir) is not None:
+        return None
+    place = source_of(config)
+    source = place.read_config()
+    method = method_of(source, mesh)
+    restored = restore_parameters(place, method, abstract_state(method, make_optimizer(source)))
+    place.read_tokenizer(source, restored.record["tokenizer"])
+    record = {"config": source.to_dict(), "step": restored.step, "sources": trained_on(restored.record)}
+    return Origin(restored.tree, record)
+
+
+def trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which documents a run was trained on, by its record: see ``all_sources``."""
+    return all_sources(record["data"]["source"], record["origin"])
+
+
+def all_sources(own: dict[str, Any], origin: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Which documents a run was trained on (see ``sources.identity``), its own first, then those of its origin."""
+    return [own] if origin is None else [own, *origin["sources"]]
+
+
+def held_out_note(sources: Sequence[dict[str, Any]]) -> str:
+    """What has to be said of the held-out text of a run, from ``trained_on``; nothing where there is nothing to say."""
+    if all(source == sources[0] for source in sources):
+        return ""
+    return (
+        "held-out text: held out of this run; the run that it starts from was trained on other documents, "
+        "and what this one holds out may be among them, changed"
+    )
