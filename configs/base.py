@@ -6,7 +6,7 @@ What each field means, its unit and what it may be stand beside it: in ``mtpd_ja
 
 import ml_collections
 
-from mtpd_jax.config import editable
+from mtpd_jax.editing import editable
 
 
 def get_config() -> ml_collections.ConfigDict:

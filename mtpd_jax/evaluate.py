@@ -169,8 +169,8 @@ def _score_text(
 
 def _decode(decoder: Decoder, prompts: list[np.ndarray], ways: Ways, batch_size: int, seed: int) -> PromptReport:
     with Progress("decoding", len(prompts) * len(ways)) as progress:
-        found = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed, on_batch=progress.advance)
-    scores = score_decoding(decoder, prompts, ways, found, batch_size)
+        decoded = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed, on_batch=progress.advance)
+    scores = score_decoding(decoder, prompts, ways, decoded, batch_size)
     by_heads = {str(name): score for name, score in scores.items() if name != PADDED_PLAIN}
     return PromptReport(by_heads, scores.get(PADDED_PLAIN))
 
@@ -230,12 +230,12 @@ def main() -> int:
     console = rich.console.Console()
     if report.text:
         console.print(text_table(report.text))
-    for name, found in report.decoding.items():
-        console.print(decoding_table(name, found.heads, found.padded_plain))
-        console.print(acceptance_table(name, found.heads))
+    for name, mode_report in report.decoding.items():
+        console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain))
+        console.print(acceptance_table(name, mode_report.heads))
     if flags.json:
         write_json(flags.json, report.to_json())
-    return int(any(found.failed for found in report.decoding.values()))
+    return int(any(mode_report.failed for mode_report in report.decoding.values()))
 
 
 if __name__ == "__main__":

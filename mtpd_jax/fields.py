@@ -60,6 +60,12 @@ def field(default: Any, *constraints: Constraint, resumable: bool = False, as_be
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def is_as_before(declared: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field that runs were stored without has the value that means what they did."""
+    before = declared.metadata["as_before"]
+    return before is not _MISSING and value == before
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """Fields that belong together.

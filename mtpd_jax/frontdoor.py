@@ -21,9 +21,9 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mtpd_jax.config import check_name, chosen_cases, fit_cases
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.editing import check_name, chosen_cases, fit_cases
 from mtpd_jax.training.interrupt import end_on_signals, leave, say_last
 from mtpd_jax.training.state import DivergedError
 
@@ -148,11 +148,11 @@ def check_json_path(path: str | None) -> None:
         raise ValueError(f"--json={path}: expected the name of a file")
     if "://" in path:
         return
-    place = pathlib.Path(path).resolve()
-    if not place.parent.is_dir():
-        raise ValueError(f"--json={path}: there is no folder {place.parent}")
+    target = pathlib.Path(path).resolve()
+    if not target.parent.is_dir():
+        raise ValueError(f"--json={path}: there is no folder {target.parent}")
     # A file is written beside its place first; what is no file is written to as it is.
-    written = place if place.exists() and not place.is_file() else place.parent
+    written = target if target.exists() and not target.is_file() else target.parent
     if not os.access(written, os.W_OK):
         raise ValueError(f"--json={path}: {written} may not be written to")
 

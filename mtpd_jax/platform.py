@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import ModelConfig
+from mtpd_jax.fields import require
 
 # Dense bfloat16 peak per JAX device, in FLOP/s, from the vendors' data sheets; keyed by jax.Device.device_kind.
 PEAK_FLOPS = {
@@ -25,8 +26,8 @@ PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
-# The attention kernel of each kind of device; see ``model.attention``.
-_ATTENTION = {"cpu": "dense", "gpu": "triton", "tpu": "splash"}
+# The attention kernels that each kind of device has, the one that ``auto`` stands for first; see ``model.attention``.
+_ATTENTION = {"cpu": ("dense",), "gpu": ("triton", "cudnn", "dense"), "tpu": ("splash", "dense")}
 # On CPUs, layers with more bytes than this are scanned when decoding. Weights that stay in the processor's cache are
 # multiplied fastest where they lie; from memory they come fastest as a stream, and a scan copies each layer's weights
 # in one. By measurement (experiments/bench/decode.py --layout).
@@ -56,9 +57,15 @@ class Platform:
         return PEAK_FLOPS.get(self.device_kind)
 
     def resolve(self, model: ModelConfig) -> ModelConfig:
-        """The model as it is computed here: every ``auto`` replaced by what it stands for."""
+        """The model as it is computed here: every ``auto`` replaced by what it stands for.
+
+        Raises:
+          ValueError: an attention kernel that this kind of device has not.
+        """
         dtype = ("float32" if self.on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype
-        attention = _ATTENTION[self.kind] if model.attention == "auto" else model.attention
+        kernels = _ATTENTION[self.kind]
+        attention = kernels[0] if model.attention == "auto" else model.attention
+        require(attention in kernels, "model.attention", attention, f"{' or '.join(('auto', *kernels))} on {self.kind}")
         return dataclasses.replace(model, dtype=dtype, attention=attention)
 
     def scans_layers(self, layer_weights: int, dtype: jnp.dtype) -> bool:

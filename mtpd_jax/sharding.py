@@ -54,8 +54,8 @@ class ShardingRules:
                 if mesh_axis in taken:
                     raise ValueError(f"axes {taken[mesh_axis]!r} and {axis!r} both lie on mesh axis {mesh_axis!r}")
                 taken[mesh_axis] = axis
-        found = [self.mesh_axes(axis) for axis in axes]
-        return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in found))
+        mesh_axes = [self.mesh_axes(axis) for axis in axes]
+        return PartitionSpec(*(names[0] if len(names) == 1 else names or None for names in mesh_axes))
 
 
 RULES = ShardingRules()

@@ -26,6 +26,7 @@ from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.scoring import make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective
 from mtpd_jax.methods.method import Method, method_of
+from mtpd_jax.model.attention import kernel_note
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Evaluate, Trainer
@@ -89,44 +90,44 @@ def run(
       DivergedError: the loss is not finite any more.
       OSError: something cannot be read or written.
     """
-    config, place = Config.of(config), open_workdir(workdir)
-    config = completed(config, place)
-    place.check(config, begun=latest_step(place) is not None)
-    check_chosen(place, checkpoint)
+    config, folder = Config.of(config), open_workdir(workdir)
+    config = completed(config, folder)
+    folder.check(config, begun=latest_step(folder) is not None)
+    check_chosen(folder, checkpoint)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
-    notes = [check_training(method)]
+    notes = [check_training(method), kernel_note(method.model.config.attention, config.training.sequence_length)]
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
-    origin = beginning(config, place, mesh)
-    given = _given_tokenizer(config, place)
+    origin = beginning(config, folder, mesh)
+    given = _given_tokenizer(config, folder)
     with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(_begin(config, place, source, given, break_lock))
-        tokenizer = _checked(place.read_tokenizer(config), config)
+        lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
+        tokenizer = _checked(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(config, place, abstract, checkpoint, data)
-        start = start or _fresh(method, place, optimizer, abstract, origin)
+        start = _restored(config, folder, abstract, checkpoint, data)
+        start = start or _fresh(method, folder, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
-        checkpointer = stack.enter_context(Checkpointer(place, config.checkpoint.keep, lock))
-        _record_config(config, place, start.step)
+        checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
+        _record_config(config, folder, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
-        metrics = stack.enter_context(MetricsLog(place, start.step, config.logging.tensorboard, lock))
+        metrics = stack.enter_context(MetricsLog(folder, start.step, config.logging.tensorboard, lock))
         evaluate = _evaluator(method, source, tokenizer)
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out]
-        progress.say("\n".join([f"{place.path}: {start.news}", *filter(None, notes)]))
+        progress.say("\n".join([f"{folder.path}: {start.news}", *filter(None, notes)]))
         step = make_step(method, optimizer, state_shardings(abstract))
-        about = {"tokenizer": place.tokenizer_digest(), "origin": start.origin}
+        about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
         trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
         done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
         finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
             left = "; its evaluation was cut short: the same command does it again" if not trainer.evaluated else ""
-            progress.say(f"{place.path}: asked to stop; saved step {done}{left}")
+            progress.say(f"{folder.path}: asked to stop; saved step {done}{left}")
     parameters = count_parameters(abstract.parameters) + count_parameters(abstract.frozen)
-    return TrainResult(str(place.path), done, finished, stop.signal, trainer.tokens, parameters, trainer.seconds)
+    return TrainResult(str(folder.path), done, finished, stop.signal, trainer.tokens, parameters, trainer.seconds)
 
 
 @dataclasses.dataclass
@@ -145,7 +146,7 @@ class _Start:
     tokens: int
     seconds: float
     origin: dict[str, Any] | None
-    news: str
+    message: str
     note: str
 
     def take_state(self) -> TrainState:
@@ -157,7 +158,7 @@ class _Start:
 
 def _fresh(
     method: Method,
-    place: Workdir,
+    folder: Workdir,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     origin: Origin | None,
@@ -165,46 +166,50 @@ def _fresh(
     """A run that begins; what is left of the metrics of one that lost its checkpoints is put aside."""
     state = initial_state(method, optimizer, origin and origin.parameters)
     steps, trained = method.config.training.steps, count_parameters(abstract.parameters)
-    news = f"training {trained:,} parameters for {steps} steps on {_describe(method.mesh)}"
+    message = f"training {trained:,} parameters for {steps} steps on {_describe(method.mesh)}"
     if origin is not None:
-        news += f": {method.describe()}, step {origin.record['step']}"
+        message += f": {method.describe()}, step {origin.record['step']}"
     note = ""
-    if jax.process_index() == 0 and place.metrics_file.exists() and place.metrics_file.stat().length:
-        kept = place.set_aside(place.metrics_file)
+    if jax.process_index() == 0 and folder.metrics_file.exists() and folder.metrics_file.stat().length:
+        kept = folder.set_aside(folder.metrics_file)
         note = f"no checkpoint is there, so that the run begins anew; the metrics that were there are kept in {kept}"
-    return _Start(state, 0, 0, 0.0, origin and origin.record, news, note)
+    return _Start(state, 0, 0, 0.0, origin and origin.record, message, note)
 
 
 def _restored(
-    config: Config, place: Workdir, abstract: TrainState, checkpoint: int | None, data: TrainingData
+    config: Config, folder: Workdir, abstract: TrainState, checkpoint: int | None, data: TrainingData
 ) -> _Start | None:
     """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside."""
-    if latest_step(place) is None and checkpoint is None:
+    if latest_step(folder) is None and checkpoint is None:
         return None
-    found = restore_state(place, config, abstract, checkpoint)
-    place.read_tokenizer(config, found.record["tokenizer"])
-    data.set_state(found.record["data"])
-    newer = [step for step in steps_of(place) if step > found.step]
+    restored = restore_state(folder, config, abstract, checkpoint)
+    folder.read_tokenizer(config, restored.record["tokenizer"])
+    data.set_state(restored.record["data"])
+    newer = [step for step in steps_of(folder) if step > restored.step]
     if jax.process_index() == 0 and newer:
         for step in newer:
-            place.set_aside(place.checkpoints / str(step))
-        if place.metrics_file.exists():  # the lines of those steps are dropped
-            place.copy_aside(place.metrics_file)
+            folder.set_aside(folder.checkpoints / str(step))
+        if folder.metrics_file.exists():  # the lines of those steps are dropped
+            folder.copy_aside(folder.metrics_file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("newer checkpoints put aside")
-    done, steps, record = found.step, config.training.steps, found.record
-    news = f"resuming from step {done} of {steps}" if done < steps else f"already finished, at step {done} of {steps}"
-    return _Start(found.tree, done, record["tokens"], record["seconds"], record["origin"], news, found.note(place))
+    done, steps, record = restored.step, config.training.steps, restored.record
+    message = (
+        f"resuming from step {done} of {steps}" if done < steps else f"already finished, at step {done} of {steps}"
+    )
+    return _Start(
+        restored.tree, done, record["tokens"], record["seconds"], record["origin"], message, restored.note(folder)
+    )
 
 
-def _record_config(config: Config, place: Workdir, done: int) -> None:
+def _record_config(config: Config, folder: Workdir, done: int) -> None:
     """Writes the config with what a resume may change; of a finished run, only where its data lie."""
     if jax.process_index() == 0:
         finished = done >= config.training.steps
-        place.write_config(dataclasses.replace(place.read_config(), data=config.data) if finished else config)
+        folder.write_config(dataclasses.replace(folder.read_config(), data=config.data) if finished else config)
 
 
-def _begin(config: Config, place: Workdir, source: Source, given: Tokenizer | None, break_lock: bool) -> Lock:
+def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | None, break_lock: bool) -> Lock:
     """Takes the workdir's lock and creates what is not there, once nothing can be wrong with the config any more.
 
     The first process does both, and all read the tokenizer that it wrote: one that made its own could differ.
@@ -213,10 +218,10 @@ def _begin(config: Config, place: Workdir, source: Source, given: Tokenizer | No
         multihost_utils.sync_global_devices("workdir looked at")
     lock = error = None
     try:
-        lock = take_lock(place, break_lock)
-        place.check(config, begun=latest_step(place) is not None)  # again: another process may have begun meanwhile
-        if jax.process_index() == 0 and not place.tokenizer_file.exists():
-            _create(config, place, source, given)
+        lock = take_lock(folder, break_lock)
+        folder.check(config, begun=latest_step(folder) is not None)  # again: another process may have begun meanwhile
+        if jax.process_index() == 0 and not folder.tokenizer_file.exists():
+            _create(config, folder, source, given)
     except (ValueError, OSError) as caught:
         error = caught
     except BaseException:  # the process may go on, as in a notebook, and must not keep itself out
@@ -229,10 +234,10 @@ def _begin(config: Config, place: Workdir, source: Source, given: Tokenizer | No
         return lock
     if lock is not None:
         lock.__exit__()
-    raise error or ValueError(f"{place.path}: the first process could not begin; its own message says why")
+    raise error or ValueError(f"{folder.path}: the first process could not begin; its own message says why")
 
 
-def _create(config: Config, place: Workdir, source: Source, given: Tokenizer | None) -> None:
+def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | None) -> None:
     """Writes config and tokenizer; one that is not given is trained, on training documents only."""
     tokenizer = given or Tokenizer.train(
         split(source, config.data.validation_fraction, validation=False),
@@ -240,16 +245,16 @@ def _create(config: Config, place: Workdir, source: Source, given: Tokenizer | N
         config.tokenizer.end_token,
         config.tokenizer.train_bytes,
     )
-    place.write_config(config)
-    write_atomically(place.tokenizer_file, tokenizer.to_json())
+    folder.write_config(config)
+    write_atomically(folder.tokenizer_file, tokenizer.to_json())
 
 
-def _given_tokenizer(config: Config, place: Workdir) -> Tokenizer | None:
+def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
     """The tokenizer of the run to start from, or of the config's file; None: there is one, or one is to be trained."""
-    if place.tokenizer_file.exists():
+    if folder.tokenizer_file.exists():
         return None
-    if latest_step(place) is not None:
-        return place.read_tokenizer(config)  # which says that it is missing
+    if latest_step(folder) is not None:
+        return folder.read_tokenizer(config)  # which says that it is missing
     if config.objective.source_run is not None:
         return _checked(source_of(config).read_tokenizer(config), config)
     if config.tokenizer.path:

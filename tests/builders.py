@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from configs import base
-from mtpd_jax.config import Config, change, sections
+from mtpd_jax.config import Config, sections
 from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.editing import change
 from mtpd_jax.fields import defaults_of
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import LanguageModel, build_model

@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 from configs import base
-from mtpd_jax.config import Config, change, differences, fit_cases
+from mtpd_jax.config import Config, differences
+from mtpd_jax.editing import change, fit_cases
 from mtpd_jax.fields import Section, field, flat, read_section
 from tests.builders import replace, tiny_config
 

@@ -24,6 +24,7 @@ WITHOUT_SPARSECORE = {
     "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
 }
 V5P_HERTZ = 1.75e9  # of the clock whose cycles the compiler estimates
+_NO_ESTIMATE = 2**63 - 1  # what the compiler writes where it has none
 
 
 def topology_mesh(name: str = "v5p:2x2x1", fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -63,7 +64,8 @@ def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HE
 
     The compiler writes estimated cycles beside each instruction, those of a loop's body once. This walks the module
     from its entry and multiplies a body by its number of trips; of a conditional's branches it takes the cheapest,
-    since the loss branches only for what all but never happens.
+    since the loss branches only for what all but never happens. What the compiler has no estimate for, such as a Pallas
+    kernel, takes no time.
 
     Args:
       text: of a compiled TPU module.
@@ -73,22 +75,29 @@ def estimated_seconds(text: str, trips: tuple[float, ...], hertz: float = V5P_HE
     computations, entry = _computations(text)
     word = r"%?([\w.\-]+)"
 
+    def counted(condition: str) -> float | None:
+        """How often a loop runs that counts up to a constant."""
+        limit = re.search(rf"ROOT .* compare\(.*, {word}\), direction=LT", "\n".join(computations[condition]))
+        lines = [line for line in computations[condition] if limit and f"%{limit.group(1)} = " in line]
+        number = re.search(r" constant\((\d+)\)", lines[0]) if lines else None
+        return float(number.group(1)) if number else None
+
     def cycles(name: str, depth: int) -> float:
         total = 0.0
         for line in computations[name]:
             estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-            body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+            loop = re.search(rf" while\(.*condition={word}, body={word}", line)
             branches = re.search(
                 rf"branch_computations={{([^}}]*)}}|true_computation={word}, false_computation={word}", line
             )
-            if body:
+            if loop:
                 known = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                runs = float(known.group(1)) if known else trips[depth]
-                total += runs * cycles(body.group(1), depth + 1)
+                runs = float(known.group(1)) if known else counted(loop.group(1)) or trips[depth]
+                total += runs * cycles(loop.group(2), depth + 1)
             elif branches:
                 names = branches.group(1).split(",") if branches.group(1) else branches.groups()[1:]
                 total += min(cycles(branch.strip().lstrip("%"), depth) for branch in names)
-            elif estimate:
+            elif estimate and int(estimate.group(1)) < _NO_ESTIMATE:
                 total += int(estimate.group(1))
         return total
 

@@ -9,12 +9,15 @@ from typing import Any
 
 from experiments.sweep.scale import Scale
 from mtpd_jax.config import Config
+from mtpd_jax.fields import is_as_before
 
 # More than any experiment has.
 _SEEDS = 1000
 
 # They decide where and how often a run writes, not what it learns.
 _LEFT_OUT = ("mesh", "checkpoint", "logging", "evaluation")
+# A row has the seed beside its key, and the key of the run that it starts from in it.
+_SAID_OTHERWISE = ("training.seed", "objective.source", "objective.frozen_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +71,7 @@ class Run:
 
     def training_key(self) -> str:
         """A hash of every field of the configuration that decides what is learned, but for the seed."""
-        tree = self.config().to_dict()
-        del tree["training"]["seed"], tree["init"]
-        trained = {name: fields for name, fields in tree.items() if name not in _LEFT_OUT}
-        return digest([trained, None if self.start is None else self.start.training_key()])
+        return digest([decided(self.config()), None if self.start is None else self.start.training_key()])
 
     def key(self) -> str:
         """A hash of what is learned and how it is measured: with seed and code version, the name of a row."""
@@ -86,6 +86,22 @@ class Run:
     def workdir(self, root: pathlib.Path, code: str) -> pathlib.Path:
         """Where a version of the code trains it. Variants of several experiments that learn the same share it."""
         return root / f"{self.training_key()}-{code}-seed{self.seed}"
+
+
+def decided(config: Config) -> dict[str, Any]:
+    """The fields that decide what a run learns, by name: what rows are known by.
+
+    A field that came later than rows is among them where it differs from what they did before there was one: so it
+    disowns no row, and a default that changes does.
+    """
+    found = {}
+    for section, fields in config.to_dict().items():
+        declared = {one.name: one for one in dataclasses.fields(getattr(config, section))}
+        for name, value in fields.items():
+            later = name in declared and is_as_before(declared[name], value)
+            if section not in _LEFT_OUT and f"{section}.{name}" not in _SAID_OTHERWISE and not later:
+                found[f"{section}.{name}"] = value
+    return found
 
 
 def digest(value: Any) -> str:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from configs import cpu, gpu, mtpd_2b
-from mtpd_jax.config import Config, change
+from mtpd_jax.config import Config
+from mtpd_jax.editing import change
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,15 +46,15 @@ class File:
           ValueError: the file is not what it was when it was opened.
         """
         with self.path.open("rb", buffering=0) as file:
-            found = os.pread(file.fileno(), end - start, start)
-            while len(found) < end - start and (
-                more := os.pread(file.fileno(), end - start - len(found), start + len(found))
+            content = os.pread(file.fileno(), end - start, start)
+            while len(content) < end - start and (
+                more := os.pread(file.fileno(), end - start - len(content), start + len(content))
             ):
-                found += more  # a single call reads 2 GiB at most
+                content += more  # a single call reads 2 GiB at most
             state = _state(os.fstat(file.fileno()))
-        if len(found) < end - start or (state != self._state and not self._only_touched(state)):
+        if len(content) < end - start or (state != self._state and not self._only_touched(state)):
             raise ValueError(f"{self.path}: was changed while it was in use; put it back and run the command again")
-        return found
+        return content
 
     def _only_touched(self, state: tuple[int, int]) -> bool:
         """Whether it is the time alone that changed; then the file is used on."""
@@ -79,17 +79,17 @@ class File:
 
     def pieces(self, separator: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields what stands between separators: the place of its first byte, and the bytes."""
-        held, place, searched = bytearray(), self._begin, 0
+        held, offset, searched = bytearray(), self._begin, 0
         for chunk in self.chunks():
             held += chunk
             begin = 0
             while (end := held.find(separator, max(begin, searched))) >= 0:
-                yield place + begin, bytes(held[begin:end])
+                yield offset + begin, bytes(held[begin:end])
                 begin = end + len(separator)
             del held[:begin]
-            place += begin
+            offset += begin
             searched = max(0, len(held) - len(separator) + 1)
-        yield place, bytes(held)
+        yield offset, bytes(held)
 
     def holds(self, separator: bytes) -> bool:
         """Whether the separator occurs."""
@@ -100,8 +100,8 @@ class File:
                 return True
         return False
 
-    def _lines_before(self, place: int) -> int:
-        return sum(part.count(b"\n") for part in self._parts(0, place))
+    def _lines_before(self, offset: int) -> int:
+        return sum(part.count(b"\n") for part in self._parts(0, offset))
 
     def text(self, start: int, end: int) -> str:
         """Decodes a part of the file.
@@ -135,8 +135,8 @@ class File:
         return whole.hexdigest()
 
 
-def _state(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
+def _state(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _kept_digest(path: pathlib.Path) -> pathlib.Path | None:
@@ -144,8 +144,8 @@ def _kept_digest(path: pathlib.Path) -> pathlib.Path | None:
 
     None where nobody is at home.
     """
-    found = path.stat()
-    key = [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    stat = path.stat()
+    key = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     try:
         root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     except RuntimeError:
@@ -155,8 +155,8 @@ def _kept_digest(path: pathlib.Path) -> pathlib.Path | None:
 
 def _read_kept(kept: pathlib.Path | None) -> str | None:
     with contextlib.suppress(OSError, ValueError):
-        found = kept.read_text(encoding="ascii") if kept is not None else ""
-        return found if re.fullmatch("[0-9a-f]{64}", found) else None
+        stat = kept.read_text(encoding="ascii") if kept is not None else ""
+        return stat if re.fullmatch("[0-9a-f]{64}", stat) else None
     return None
 
 
@@ -223,16 +223,16 @@ def check_text(text: str, where: str) -> None:
 
 def plain_pieces(file: File) -> Iterator[tuple[int, bytes]]:
     """Cuts text without separators into documents, where it can at blank lines; yields places and bytes."""
-    held, place = b"", file.begin
+    held, offset = b"", file.begin
     for chunk in file.chunks():
         held += chunk
         begin = 0
         while len(held) - begin > _LONGEST_PIECE:
             end = _end_of_piece(held, begin)
-            yield place + begin, held[begin:end]
+            yield offset + begin, held[begin:end]
             begin = end
-        held, place = held[begin:], place + begin
-    yield place, held
+        held, offset = held[begin:], offset + begin
+    yield offset, held
 
 
 def _end_of_piece(text: bytes, begin: int) -> int:

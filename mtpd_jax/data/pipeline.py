@@ -68,10 +68,10 @@ class TrainingData:
         Raises:
           ValueError: the source is not the one that the state came from: other documents, or other contents.
         """
-        found, expected = self._source, state["source"]
-        if found != expected:
+        present, expected = self._source, state["source"]
+        if present != expected:
             raise ValueError(
-                f"config.data: the {found['documents']} documents found are not the {expected['documents']} "
+                f"config.data: the {present['documents']} documents found are not the {expected['documents']} "
                 "that the run was trained on, or have changed; it can only go on with the data that it began with"
             )
         self._iterator.set_state(_with_tuples(state["iterator"]))
@@ -111,7 +111,7 @@ def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.Iter
 def put_on_devices(batch: Batch, sharding: Sharding) -> Batch:
     """Places a global batch; each process transfers only the rows of its own devices."""
 
-    def place(values: Any) -> jax.Array:
+    def put(values: Any) -> jax.Array:
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(place, batch)
+    return jax.tree.map(put, batch)

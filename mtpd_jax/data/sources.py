@@ -193,13 +193,13 @@ def expand(patterns: Sequence[str], name: str) -> list[pathlib.Path]:
     Raises:
       ValueError: a pattern matches no file; ``name`` says where it was given.
     """
-    found: dict[pathlib.Path, None] = {}
+    files: dict[pathlib.Path, None] = {}
     for pattern in patterns:
         matches = [path for path in map(pathlib.Path, sorted(glob.glob(pattern, recursive=True))) if path.is_file()]  # noqa: PTH207
         if not matches:
             raise ValueError(f"{name} = {pattern!r}: expected a file, or a glob that matches one")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        files.update(dict.fromkeys(matches))
+    return list(files)
 
 
 _FILES = given("at least one file or glob")

@@ -115,9 +115,9 @@ class Decoder:
         arguments = (parameters, *jax.device_put((padded, lengths, keys), split))
         loop = self._loop(network, arguments, options, mesh)
         start = time.perf_counter()
-        found: Rows = jax.device_get(jax.block_until_ready(loop(*arguments)))
+        rows_written: Rows = jax.device_get(jax.block_until_ready(loop(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
-        return [_continuation(found, row, int(lengths[row]), seconds) for row in range(len(prompts))]
+        return [_continuation(rows_written, row, int(lengths[row]), seconds) for row in range(len(prompts))]
 
     def _padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
@@ -151,11 +151,11 @@ class Decoder:
         row[0, : len(text)] = text
         network, _ = self.network(Options(0, 1))
 
-        def last(parameters: Any, row: Array, place: Array) -> Array:
+        def last(parameters: Any, row: Array, last_index: Array) -> Array:
             parameters = cast_matrices(parameters, network.dtype)
             hidden = apply(model, parameters, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None]).main
             return jnp.einsum(
-                "d,vd->v", hidden[0, place], unembedding_of(parameters), preferred_element_type=jnp.float32
+                "d,vd->v", hidden[0, last_index], unembedding_of(parameters), preferred_element_type=jnp.float32
             )
 
         key = ("logits", dtype, row.shape)
@@ -212,13 +212,13 @@ def _on(mesh: Mesh, parameters: Any) -> Any:
     return jax.tree.map(on_mesh, parameters)
 
 
-def _continuation(found: Rows, row: int, prompt_length: int, seconds: float) -> Continuation:
-    span = slice(prompt_length, int(found.length[row]))
+def _continuation(written: Rows, row: int, prompt_length: int, seconds: float) -> Continuation:
+    span = slice(prompt_length, int(written.length[row]))
     return Continuation(
-        tokens=tuple(map(int, found.tokens[row, span])),
-        proposers=tuple(map(int, found.proposer[row, span])),
-        passes=int(found.passes[row]),
-        tried=tuple(map(int, found.tried[row])),
-        accepted=tuple(map(int, found.accepted[row])),
+        tokens=tuple(map(int, written.tokens[row, span])),
+        proposers=tuple(map(int, written.proposer[row, span])),
+        passes=int(written.passes[row]),
+        tried=tuple(map(int, written.tried[row])),
+        accepted=tuple(map(int, written.accepted[row])),
         seconds=seconds,
     )

@@ -202,12 +202,12 @@ def over_layers(
 
         (carry, caches), outputs = jax.lax.scan(step, (carry, caches), jnp.arange(count))
         return carry, caches, outputs
-    found, outputs = [], []
+    new_caches, outputs = [], []
     for index, cache in enumerate(caches):
         carry, cache, output = body(index, carry, cache)
-        found.append(cache)
+        new_caches.append(cache)
         outputs.append(output)
-    return carry, tuple(found), jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+    return carry, tuple(new_caches), jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
 def _laid_out(stacked: Any, count: int, scanned: bool) -> Any:

@@ -80,11 +80,11 @@ def ratio(numerators: Sequence[Sequence[float]], denominators: Sequence[Sequence
     with warnings.catch_warnings():
         # Resamples without a single denominator have no ratio; then the interval has no end, and is reported so.
         warnings.simplefilter("ignore", scipy.stats.DegenerateDataWarning)
-        found = scipy.stats.bootstrap(
+        bounds = scipy.stats.bootstrap(
             samples, statistic, paired=True, vectorized=True, method="percentile", n_resamples=1000,
             rng=np.random.default_rng(seed),
         ).confidence_interval  # fmt: skip
-    return Interval(mean, _number(found.low), _number(found.high))
+    return Interval(mean, _number(bounds.low), _number(bounds.high))
 
 
 def acceptance_of(continuations: Sequence[Continuation]) -> Acceptance[float | None]:
@@ -97,8 +97,8 @@ def acceptance_of(continuations: Sequence[Continuation]) -> Acceptance[float | N
 
 def acceptance_intervals(continuations: Sequence[Continuation], resample: bool = True) -> Acceptance[Interval]:
     """Rates with their intervals over prompts."""
-    tried = list(zip(*(found.tried for found in continuations), strict=True))
-    accepted = list(zip(*(found.accepted for found in continuations), strict=True))
+    tried = list(zip(*(one.tried for one in continuations), strict=True))
+    accepted = list(zip(*(one.accepted for one in continuations), strict=True))
     if not resample:  # the sums over all prompts are one "prompt", which has no interval
         tried, accepted = [(sum(row),) for row in tried], [(sum(row),) for row in accepted]
     return Acceptance(
@@ -109,12 +109,12 @@ def acceptance_intervals(continuations: Sequence[Continuation], resample: bool =
 
 def tokens_per_pass(continuations: Sequence[Continuation]) -> Interval:
     """Tokens written per verification pass, the bonus token included; the one from prefill is not counted."""
-    return ratio([[len(found.tokens) - 1 for found in continuations]], [[found.passes for found in continuations]])
+    return ratio([[len(one.tokens) - 1 for one in continuations]], [[one.passes for one in continuations]])
 
 
 def tokens_per_pass_without_bonus(continuations: Sequence[Continuation]) -> Interval:
     """Accepted drafts per verification pass."""
-    return ratio([[sum(found.accepted) for found in continuations]], [[found.passes for found in continuations]])
+    return ratio([[sum(one.accepted) for one in continuations]], [[one.passes for one in continuations]])
 
 
 def _number(value: float | np.ndarray) -> float | None:

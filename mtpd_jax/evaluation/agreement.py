@@ -73,9 +73,9 @@ def count_agreement(
         text = np.concatenate([prompt, np.asarray(continuation.tokens, np.int32)])
         padded = np.zeros((1, -(-len(text) // _TEXT_MULTIPLE) * _TEXT_MULTIPLE), np.int32)
         padded[0, : len(text)] = text
-        found = np.asarray(jax.device_get(choices(parameters, padded)))[:, 0]
+        chosen = np.asarray(jax.device_get(choices(parameters, padded)))[:, 0]
         for depth in range(1, depths + 1):
             targets = np.arange(max(len(prompt), depth) + 1, len(text))
-            agreed[depth - 1, number] = np.sum(found[depth, targets - 1 - depth] == found[0, targets - 1])
+            agreed[depth - 1, number] = np.sum(chosen[depth, targets - 1 - depth] == chosen[0, targets - 1])
             counted[depth - 1, number] = len(targets)
     return agreed, counted

@@ -39,7 +39,7 @@ def first_divergence(
         return None
     shorter = min(len(plain.tokens), len(other.tokens))
     index = next((i for i in range(shorter) if plain.tokens[i] != other.tokens[i]), shorter)
-    written = [found.tokens[index] for found in (plain, other) if index < shorter]
+    written = [continuation.tokens[index] for continuation in (plain, other) if index < shorter]
     text = [*prompt, *plain.tokens[:index]]
     exact, rounded = (decoder.logits_at(text, dtype) for dtype in ("float32", decoder.dtype))
     second, first = np.sort(exact)[-2:]

@@ -83,13 +83,13 @@ def decode_prompts(
     """
     for options in ways.values():
         decoder.check(prompts, options, batch_size)
-    found: dict[int | str, list[Continuation]] = {name: [] for name in ways}
+    decoded: dict[int | str, list[Continuation]] = {name: [] for name in ways}
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         for name, options in ways.items():
-            found[name] += decoder.run(batch, options, seed=seed, first_row=start)
+            decoded[name] += decoder.run(batch, options, seed=seed, first_row=start)
             on_batch(len(batch))
-    return found
+    return decoded
 
 
 def ways_of(options: Options, numbers: Sequence[int]) -> Ways:
@@ -102,7 +102,7 @@ def score_decoding(
     decoder: Decoder,
     prompts: Sequence[np.ndarray],
     ways: Ways,
-    found: Mapping[int | str, Sequence[Continuation]],
+    decoded: Mapping[int | str, Sequence[Continuation]],
     batch_size: int,
 ) -> dict[int | str, DecodingScore]:
     """Turns what ``decode_prompts`` found, given the same arguments, into scores.
@@ -110,7 +110,7 @@ def score_decoding(
     Baselines are plain decoding, one head if it is among the ways, and padded plain decoding if that is: then texts
     have to be its text, else plain decoding's.
     """
-    plain, one_head, padded = found[0], found.get(1), found.get(PADDED_PLAIN)
+    plain, one_head, padded = decoded[0], decoded.get(1), decoded.get(PADDED_PLAIN)
     agreement = agreement_of_heads(decoder, prompts, plain, max(options.num_heads for options in ways.values()))
 
     def score(options: Options, continuations: Sequence[Continuation]) -> DecodingScore:
@@ -133,7 +133,7 @@ def score_decoding(
             prompts=len(continuations),
         )
 
-    return {name: score(ways[name], continuations) for name, continuations in found.items()}
+    return {name: score(ways[name], continuations) for name, continuations in decoded.items()}
 
 
 def _tokens(continuations: Sequence[Continuation], batch_size: int) -> list[float]:

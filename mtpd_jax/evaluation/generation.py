@@ -30,9 +30,9 @@ class PlainRun:
     tokens_per_second: float
 
     @classmethod
-    def of(cls, found: Continuation) -> "PlainRun":
+    def of(cls, continuation: Continuation) -> "PlainRun":
         """What is kept of a continuation."""
-        return cls(found.tokens, found.seconds, len(found.tokens) / found.seconds)
+        return cls(continuation.tokens, continuation.seconds, len(continuation.tokens) / continuation.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,16 +147,16 @@ def _generate(
     compare: bool,
     row: int,
 ) -> Generation:
-    found = decoder.run([ids], options, seed=seed, first_row=row)[0]
+    continuation = decoder.run([ids], options, seed=seed, first_row=row)[0]
     generation = Generation(
-        text=trained.tokenizer.decode(found.tokens),
-        tokens=found.tokens,
-        proposers=found.proposers,
-        passes=found.passes,
-        tokens_per_pass=tokens_per_pass([found]).mean,
-        seconds=found.seconds,
-        tokens_per_second=len(found.tokens) / found.seconds,
-        acceptance=acceptance_of([found]),
+        text=trained.tokenizer.decode(continuation.tokens),
+        tokens=continuation.tokens,
+        proposers=continuation.proposers,
+        passes=continuation.passes,
+        tokens_per_pass=tokens_per_pass([continuation]).mean,
+        seconds=continuation.seconds,
+        tokens_per_second=len(continuation.tokens) / continuation.seconds,
+        acceptance=acceptance_of([continuation]),
     )
     if not compare:
         return generation
@@ -172,8 +172,8 @@ def _generate(
         speedup=rate / beside.tokens_per_second,
         padded_plain=padded,
         speedup_over_padded_plain=rate / padded.tokens_per_second if padded else None,
-        identical=same.tokens == found.tokens if greedy else None,
-        divergence=first_divergence(decoder, ids.tolist(), same, found) if greedy else None,
+        identical=same.tokens == continuation.tokens if greedy else None,
+        divergence=first_divergence(decoder, ids.tolist(), same, continuation) if greedy else None,
     )
 
 

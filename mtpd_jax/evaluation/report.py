@@ -118,11 +118,11 @@ def write_json(path: str, value: Any) -> None:
         if "://" in path:
             write_atomically(epath.Path(path), text)
             return
-        place = pathlib.Path(path).resolve()  # where a link leads
-        if place.exists() and not place.is_file():
-            place.write_text(text, encoding="utf-8")
+        target = pathlib.Path(path).resolve()  # where a link leads
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
         else:
-            write_atomically(epath.Path(place), text)
+            write_atomically(epath.Path(target), text)
     except OSError as error:
         raise ValueError(f"--json={path}: cannot be written ({error.strerror or error})") from error
 

@@ -138,8 +138,8 @@ def score_documents(
     sharding = batch_sharding(mesh, leading=0)
     weights, sums = np.zeros(num_heads + 1), LossSums(*(np.zeros(num_heads + extra) for extra in (1, 0, 0)))
     for batch in batches(rows(), batch_size, length):
-        found = jax.device_get(scorer(parameters, put_on_devices(batch, sharding)))
-        weights, sums = jax.tree.map(np.add, (weights, sums), found)
+        added = jax.device_get(scorer(parameters, put_on_devices(batch, sharding)))
+        weights, sums = jax.tree.map(np.add, (weights, sums), added)
         if not on_batch():
             return None
     return _summarise(weights, sums, encoded_bytes)

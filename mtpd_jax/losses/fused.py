@@ -174,6 +174,94 @@ def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...
     )(*arrays)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """The rows of one device, padded to whole chunks, and what is done with each of them.
+
+    Attributes:
+      problem, vocabulary: see ``fused_loss``.
+      tiling: how the rows are cut.
+      with_gradients: whether gradients are formed, too.
+      hidden, matrix, targets, mask, ce_scale, kl_scale: [J, R, D], [V, D], [R], [J, R], [J], [K].
+    """
+
+    problem: _Problem
+    vocabulary: LastAxis
+    tiling: Tiling
+    with_gradients: bool
+    hidden: Array
+    matrix: Array
+    targets: Array
+    mask: Array
+    ce_scale: Array
+    kl_scale: Array
+
+    @property
+    def frozen(self) -> bool:
+        """Whether neither unembedding nor main head gets a gradient."""
+        return self.problem.trunk == "frozen"
+
+    def start(self) -> Any:
+        """Sums over no rows, and gradients of nothing: what goes from chunk to chunk."""
+        sums = zero_sums(self.hidden.shape[0] - 1)
+        if not self.with_gradients:
+            return sums, None, None, None
+        trained = self.hidden[int(self.frozen) :]
+        groups, group_rows = self.tiling.chunk_rows // self.tiling.group_rows, self.tiling.group_rows
+        # The chunk's gradient by the logits is carried along only to be written over: a CPU would clear a new one.
+        chunk = jnp.zeros((groups, trained.shape[0], group_rows, self.matrix.shape[0]), self.hidden.dtype)
+        by_matrix = None if self.frozen else jnp.zeros(self.matrix.shape, jnp.float32)
+        return sums, jnp.zeros_like(trained), by_matrix, chunk
+
+    def one_chunk(self, start: Array, carry: Any) -> Any:
+        """Adds the chunk of rows from ``start`` on."""
+        sums, by_hidden, by_matrix, gradient = carry
+        hidden_QxJxPxD = self._in_groups(self.hidden, start)
+        logits = jnp.einsum("qjpd,vd->qjpv", hidden_QxJxPxD, self.matrix, preferred_element_type=jnp.float32)
+        targets, mask = self._in_groups(self.targets[None], start)[:, 0], self._in_groups(self.mask, start)
+        rows_of_groups = logits, logits[:, :1], targets, mask
+
+        def one_group(group: Array | int, carry: Any) -> Any:
+            return self._one_group(rows_of_groups, group, *carry)
+
+        sums, gradient = jax.lax.fori_loop(0, hidden_QxJxPxD.shape[0], one_group, (sums, gradient))
+        if self.with_gradients:
+            by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, self._by_hidden(gradient), start, 1)
+        if self.with_gradients and not self.frozen:
+            counted = slice(0, 1) if self.problem.trunk == "detached" else slice(None)
+            block = self.tiling.vocabulary_block
+            by_matrix = _add_product(by_matrix, gradient[:, counted], hidden_QxJxPxD[:, counted], block)
+        return sums, by_hidden, by_matrix, gradient
+
+    def _in_groups(self, values: Array, start: Array) -> Array:
+        """[J, R, …] -> a chunk's rows as [groups, J, rows of a group, …]."""
+        chunk = jax.lax.dynamic_slice_in_dim(values, start, self.tiling.chunk_rows, 1)
+        return jnp.moveaxis(chunk.reshape(chunk.shape[0], -1, self.tiling.group_rows, *chunk.shape[2:]), 1, 0)
+
+    def _one_group(
+        self, rows_of_groups: tuple[Array, ...], group: Array | int, sums: LossSums, gradient: Array | None
+    ) -> tuple[LossSums, Array | None]:
+        """Adds the sums of a group of a chunk's rows, and writes its gradient by the logits."""
+        logits, teacher, targets, mask = (
+            jax.lax.dynamic_index_in_dim(values, group, keepdims=False) for values in rows_of_groups
+        )
+        added, part = chunk_loss(
+            logits, teacher, targets, mask, self.ce_scale, self.kl_scale, self.problem.distillation, self.vocabulary
+        )
+        if gradient is not None:
+            part = part[int(self.frozen) :].astype(self.hidden.dtype)
+            gradient = jax.lax.dynamic_update_index_in_dim(gradient, part, group, 0)
+        return jax.tree.map(jnp.add, sums, added), gradient
+
+    def _by_hidden(self, gradient: Array) -> Array:
+        """A chunk's gradient by the hidden states, [J, R, D], from that by the logits."""
+        gradient_RxV, width = gradient.reshape(-1, gradient.shape[-1]), self.matrix.shape[1]
+        states = jnp.einsum("rv,vd->rd", gradient_RxV, self.matrix, preferred_element_type=jnp.float32)
+        states = self.vocabulary.sum_parts(states)
+        states = states.astype(self.hidden.dtype).reshape(*gradient.shape[:-1], width)
+        return jnp.moveaxis(states, 0, 1).reshape(gradient.shape[1], self.tiling.chunk_rows, width)
+
+
 def _over_chunks(
     problem: _Problem,
     vocabulary: LastAxis,
@@ -187,70 +275,25 @@ def _over_chunks(
 ) -> tuple[Array, LossSums, tuple[Array, Array | None] | None]:
     """The chunks of one device's rows, one after the other: total, sums, gradients by hidden states and unembedding."""
     heads, width, rows = hidden.shape[0], hidden.shape[-1], targets.size
-    frozen = problem.trunk == "frozen"
-    first = int(frozen)  # of the rows of J whose states get a gradient
     tiling = choose_tiling(rows, heads, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
-    size, group = tiling.chunk_rows, tiling.group_rows
-    padding = -rows % size
+    padding = -rows % tiling.chunk_rows
     hidden_JxRxD = jnp.pad(hidden.reshape(heads, rows, width), ((0, 0), (0, padding), (0, 0)))
     mask_JxR = jnp.pad(mask.reshape(heads, rows), ((0, 0), (0, padding)))
     targets_R = jnp.pad(targets.reshape(rows), (0, padding))
+    of_device = hidden_JxRxD, matrix, targets_R, mask_JxR, ce_scale, kl_scale
+    chunks = _Chunks(problem, vocabulary, tiling, with_gradients, *of_device)
     # Chunks with nothing to supervise go last, where the loop does not come.
-    supervised = jnp.any(mask_JxR.reshape(heads, -1, size), axis=(0, 2))
-    chunk_order = jnp.argsort(~supervised)
+    supervised = jnp.any(mask_JxR.reshape(heads, -1, tiling.chunk_rows), axis=(0, 2))
+    order = jnp.argsort(~supervised)
 
-    def one_chunk(step: Array, carry: Any) -> Any:
-        sums, by_hidden, by_matrix, gradient = carry
-        start = chunk_order[step] * size
+    def step(index: Array, carry: Any) -> Any:
+        return chunks.one_chunk(order[index] * tiling.chunk_rows, carry)
 
-        def in_groups(values: Array) -> Array:
-            """[J, rows, …] -> the chunk's rows as [groups, J, rows of a group, …]."""
-            chunk = jax.lax.dynamic_slice_in_dim(values, start, size, 1)
-            return jnp.moveaxis(chunk.reshape(chunk.shape[0], -1, group, *chunk.shape[2:]), 1, 0)
-
-        hidden_QxJxPxD = in_groups(hidden_JxRxD)
-        logits = jnp.einsum("qjpd,vd->qjpv", hidden_QxJxPxD, matrix, preferred_element_type=jnp.float32)
-        rows_of_groups = logits, logits[:, :1], in_groups(targets_R[None])[:, 0], in_groups(mask_JxR)
-
-        def one_group(place: Array | int, carry: Any) -> Any:
-            sums, gradient = carry
-            logits, teacher, targets, mask = (
-                jax.lax.dynamic_index_in_dim(values, place, keepdims=False) for values in rows_of_groups
-            )
-            found, part = chunk_loss(
-                logits, teacher, targets, mask, ce_scale, kl_scale, problem.distillation, vocabulary
-            )
-            if with_gradients:
-                part = part[first:].astype(hidden.dtype)
-                gradient = jax.lax.dynamic_update_index_in_dim(gradient, part, place, 0)
-            return jax.tree.map(jnp.add, sums, found), gradient
-
-        sums, gradient = jax.lax.fori_loop(0, size // group, one_group, (sums, gradient))
-        if with_gradients:
-            gradient_RxV = gradient.reshape(-1, gradient.shape[-1])
-            states = jnp.einsum("rv,vd->rd", gradient_RxV, matrix, preferred_element_type=jnp.float32)
-            states = vocabulary.sum_parts(states)
-            states = states.astype(hidden.dtype).reshape(*gradient.shape[:-1], width)
-            states = jnp.moveaxis(states, 0, 1).reshape(heads - first, size, width)
-            by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, states, start, 1)
-        if with_gradients and not frozen:
-            counted = slice(0, 1) if problem.trunk == "detached" else slice(None)
-            by_matrix = _add_product(
-                by_matrix, gradient[:, counted], hidden_QxJxPxD[:, counted], tiling.vocabulary_block
-            )
-        return sums, by_hidden, by_matrix, gradient
-
-    carry = zero_sums(heads - 1), None, None, None
-    if with_gradients:
-        # The chunk's gradient by the logits is carried along only to be written over: a CPU would clear a new one.
-        chunk = jnp.zeros((size // group, heads - first, group, matrix.shape[0]), hidden.dtype)
-        by_matrix = None if frozen else jnp.zeros(matrix.shape, jnp.float32)
-        carry = carry[0], jnp.zeros_like(hidden_JxRxD[first:]), by_matrix, chunk
-    sums, by_hidden, by_matrix, _ = jax.lax.fori_loop(0, jnp.sum(supervised), one_chunk, carry)
+    sums, by_hidden, by_matrix, _ = jax.lax.fori_loop(0, jnp.sum(supervised), step, chunks.start())
     total = jnp.dot(sums.ce, ce_scale) + jnp.dot(sums.kl, kl_scale)
     if by_hidden is None:
         return total, sums, None
-    by_hidden = jnp.pad(by_hidden[:, :rows], ((first, 0), (0, 0), (0, 0)))
+    by_hidden = jnp.pad(by_hidden[:, :rows], ((heads - by_hidden.shape[0], 0), (0, 0), (0, 0)))
     return total, sums, (by_hidden.reshape(hidden.shape), by_matrix)
 
 

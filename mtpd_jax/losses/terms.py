@@ -151,9 +151,9 @@ def _compare(
 
     # A head may hold the teacher's set for all but impossible. Then, and only then, a pass more finds its maximum.
     # The barrier keeps the compiler from moving these sums out of the pass that they share and into the branch.
-    found = jax.lax.optimization_barrier((*sums(largest, threshold), largest))
-    lost = jnp.any(found[0] < _LOG_UNDERFLOW)
-    normaliser, weighted, reference = jax.lax.cond(lost, from_the_set, lambda: found)
+    first_pass = jax.lax.optimization_barrier((*sums(largest, threshold), largest))
+    lost = jnp.any(first_pass[0] < _LOG_UNDERFLOW)
+    normaliser, weighted, reference = jax.lax.cond(lost, from_the_set, lambda: first_pass)
     return result(normaliser, weighted, reference, threshold)
 
 

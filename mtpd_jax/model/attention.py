@@ -204,12 +204,24 @@ KERNELS: dict[str, Callable[..., Any]] = {
 _BLOCKS = {"splash": _SPLASH_BLOCKS, "triton": _TRITON_BLOCKS}
 
 
-def fits(kernel: str, length: int) -> bool:
-    """Whether a kernel can attend over whole rows of this length."""
-    return kernel not in _BLOCKS or length % min(_BLOCKS[kernel]) == 0
+def kernel_for(wanted: str, rows: int, length: int) -> str:
+    """The kernel for whole rows: the one that is wanted, or the dense one where that cannot attend over them.
 
-
-def shares_rows(rows: int) -> bool:
-    """Whether the devices of what is being traced can share so many rows evenly: kernels need whole ones."""
+    Pallas kernels need rows that their blocks divide, and as many on every device of what is being traced.
+    """
     mesh = traced_mesh()
-    return mesh is None or rows % parts_of(mesh, "batch") == 0
+    shared = mesh is None or rows % parts_of(mesh, "batch") == 0
+    return wanted if shared and not kernel_note(wanted, length) else "dense"
+
+
+def kernel_note(kernel: str, length: int) -> str:
+    """Why a kernel cannot attend over rows of this length; nothing where it can."""
+    multiple = min(_BLOCKS.get(kernel, (1,)))
+    if length % multiple == 0:
+        return ""
+    return f"rows of {length} tokens are attended to densely: {kernel} attention needs a multiple of {multiple}"
+
+
+def attend(kernel: str, query: Query, key: Key, value: Key, pattern: Pattern) -> Query:
+    """Attends with a kernel of ``KERNELS``; patterns that are given as arrays are for the dense one."""
+    return KERNELS[kernel if isinstance(pattern, Documents) else "dense"](query, key, value, pattern)

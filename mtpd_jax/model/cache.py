@@ -60,9 +60,9 @@ def _write(slots: Array, block: Array | None, start: Int[Array, " B"], new: Arra
     new, (batch, groups) = new.astype(slots.dtype), new.shape[:2]
     if batch <= _ROWS_WRITTEN_ONE_BY_ONE:
         for row in range(batch):
-            place = (row * groups, start[row], 0) if axis == -2 else (row * groups, 0, start[row])
-            piece, place = (new[row], place) if block is None else (new[row][None], (block, *place))
-            slots = jax.lax.dynamic_update_slice(slots, piece, place)
+            corner = (row * groups, start[row], 0) if axis == -2 else (row * groups, 0, start[row])
+            piece, corner = (new[row], corner) if block is None else (new[row][None], (block, *corner))
+            slots = jax.lax.dynamic_update_slice(slots, piece, corner)
         return slots
 
     def write_row(slots: Array, new: Array, start: Array) -> Array:

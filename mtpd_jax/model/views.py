@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.model.attention import KERNELS, Documents, Drawn, Pattern, Slots, attend_to_slots, fits, shares_rows
+from mtpd_jax.model.attention import Documents, Drawn, Pattern, Slots, attend, attend_to_slots, kernel_for
 from mtpd_jax.model.cache import KVCache
 from mtpd_jax.shapes import Array, Float, Int, Positions, SegmentIds
 
@@ -71,7 +71,7 @@ class PackedRows:
     Attributes:
       rotation: of the tokens' positions.
       pattern: who sees whom in a row.
-      kernel: a key of ``KERNELS``.
+      kernel: a key of ``attention.KERNELS``.
     """
 
     rotation: Rotation
@@ -82,15 +82,14 @@ class PackedRows:
     def of(cls, segment_ids: SegmentIds, positions: Positions, config: ModelConfig) -> "PackedRows":
         """Rows that hold documents. Where the config's kernel cannot be used, they are attended to densely."""
         pattern: Pattern = Documents(segment_ids)
-        rows, length = segment_ids.shape
-        kernel = config.attention if fits(config.attention, length) and shares_rows(rows) else "dense"
+        kernel = kernel_for(config.attention, *segment_ids.shape)
         if kernel == "dense":
             pattern = Drawn(pattern.dense())  # once for all layers
         return cls(Rotation.of(positions, config), pattern, kernel)
 
     def attend(self, query: GroupedQuery, key: NewKey, value: NewKey) -> tuple[GroupedQuery, None]:
         query_BxTxNxH = query.reshape(*query.shape[:2], -1, query.shape[-1])
-        return KERNELS[self.kernel](query_BxTxNxH, key, value, self.pattern).reshape(query.shape), None
+        return attend(self.kernel, query_BxTxNxH, key, value, self.pattern).reshape(query.shape), None
 
 
 @struct.dataclass

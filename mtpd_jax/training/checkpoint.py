@@ -225,18 +225,18 @@ def _read_tree(
 
     def read(step: int) -> tuple[Any, dict[str, Any]]:
         # A file may be damaged that one process reads and others do not; digests are of all of it, in all of them.
-        found, record = together(lambda: files(step), DamagedError)
-        digests, broken = digests_of(found)
+        parts, record = together(lambda: files(step), DamagedError)
+        digests, broken = digests_of(parts)
         expected = digests if record["digests"] is None else record["digests"]
         changed = next((name for name, digest in digests.items() if expected.get(name) != digest), None)
         if changed is not None:
             raise DamagedError(f"{changed} is not what was written")
         if broken is not None:
             raise DamagedError(f"{broken} holds numbers that are not finite")
-        return found, record
+        return parts, record
 
-    (found, record), step, damaged = _newest_whole(workdir, chosen, read)
-    return Restored(tree(found), record, step, damaged)
+    (parts, record), step, damaged = _newest_whole(workdir, chosen, read)
+    return Restored(tree(parts), record, step, damaged)
 
 
 def _newest_whole(
@@ -346,9 +346,9 @@ def _whole_text(error: BaseException) -> str:
 
 
 def _error_number(error: BaseException) -> int | None:
-    found = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", _whole_text(error))
-    if found:
-        return int(found[1] or found[2])
+    number = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", _whole_text(error))
+    if number:
+        return int(number[1] or number[2])
     return error.errno if isinstance(error, OSError) else None
 
 

@@ -20,13 +20,13 @@ def _mixed(words: UInt32[AnyArray, "..."]) -> UInt32[AnyArray, "..."]:
     return words ^ (words >> np.uint32(16))
 
 
-def _sums(words: UInt32[AnyArray, "..."], place: UInt32[AnyArray, "..."]) -> list[UInt32[AnyArray, ""]]:
+def _sums(words: UInt32[AnyArray, "..."], index: UInt32[AnyArray, "..."]) -> list[UInt32[AnyArray, ""]]:
     """Two sums over the elements of a mixture of their bits and their places.
 
     The order of summing does not matter, and so neither does how the array is split over devices. One element that
     changes changes both sums for certain; several escape with a chance of 2^-64.
     """
-    return [_mixed(words ^ _mixed(place + seed)).sum(dtype=np.uint32) for seed in _SEEDS]
+    return [_mixed(words ^ _mixed(index + seed)).sum(dtype=np.uint32) for seed in _SEEDS]
 
 
 def _unsigned(leaf: AnyArray) -> np.dtype:
@@ -37,11 +37,11 @@ def _unsigned(leaf: AnyArray) -> np.dtype:
 @jax.jit
 def _on_devices(leaf: Array) -> tuple[list[UInt32[Array, ""]], Bool[Array, ""]]:
     words = jax.lax.bitcast_convert_type(leaf, _unsigned(leaf)).astype(jnp.uint32)
-    place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(stride % 2**32)
+        index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * np.uint32(stride % 2**32)
         stride *= leaf.shape[axis]
-    return _sums(words, place), jnp.all(jnp.isfinite(leaf))
+    return _sums(words, index), jnp.all(jnp.isfinite(leaf))
 
 
 def _on_host(leaf: Array) -> tuple[list[np.uint32], bool]:
@@ -50,8 +50,8 @@ def _on_host(leaf: Array) -> tuple[list[np.uint32], bool]:
     total, finite = np.zeros(2, np.uint32), True
     for start in range(0, values.size, _AT_ONCE):
         part = values[start : start + _AT_ONCE]
-        place = np.arange(part.size, dtype=np.uint32) + np.uint32(start % 2**32)
-        total += np.array(_sums(part.view(_unsigned(part)).astype(np.uint32), place))
+        index = np.arange(part.size, dtype=np.uint32) + np.uint32(start % 2**32)
+        total += np.array(_sums(part.view(_unsigned(part)).astype(np.uint32), index))
         finite &= bool(np.isfinite(part.astype(np.float32)).all())
     return list(total), finite
 
@@ -68,6 +68,8 @@ def digests_of(tree: Any) -> tuple[dict[str, str], str | None]:
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     on_host = all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for leaf in leaves)
-    found = jax.device_get([(_on_host if on_host else _on_devices)(leaf) for leaf in leaves])
-    digests = {name: "".join(f"{half:08x}" for half in sums) for name, (sums, _) in zip(names, found, strict=True)}
-    return digests, next((name for name, (_, finite) in zip(names, found, strict=True) if not finite), None)
+    sums_and_finite = jax.device_get([(_on_host if on_host else _on_devices)(leaf) for leaf in leaves])
+    digests = {
+        name: "".join(f"{half:08x}" for half in sums) for name, (sums, _) in zip(names, sums_and_finite, strict=True)
+    }
+    return digests, next((name for name, (_, finite) in zip(names, sums_and_finite, strict=True) if not finite), None)

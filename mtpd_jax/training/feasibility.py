@@ -108,10 +108,10 @@ def host_memory() -> int:
 def device_memory(device: jax.Device, per_host: int) -> int:
     """Bytes that a device has; devices that are the host's own processor share its memory."""
     try:
-        found = (device.memory_stats() or {}).get("bytes_limit")
+        limit = (device.memory_stats() or {}).get("bytes_limit")
     except jax.errors.JaxRuntimeError:  # a device that is only compiled for has no statistics
-        found = None
-    return int(found) if found else host_memory() // per_host
+        limit = None
+    return int(limit) if limit else host_memory() // per_host
 
 
 def _require(needed: int, there: int, what: str, fields: str) -> None:

@@ -81,9 +81,9 @@ def _taken(workdir: Workdir, holder: dict[str, Any]) -> ValueError:
 def _read(text: str) -> dict[str, Any]:
     """A holder's description; empty where there is none, as between taking a lock and writing one's name."""
     with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-        if isinstance(found, dict):
-            return found
+        holder = json.loads(text)
+        if isinstance(holder, dict):
+            return holder
     return {}
 
 

@@ -85,8 +85,8 @@ class MetricsLog:
             good, broken = _parse(stored.read_bytes())
             self._lines = [line for line in good if line["step"] <= resumed_step]
             if broken:
-                place = workdir.copy_aside(stored)
-                self._note = f"{stored}: {broken} lines that are no metrics were left out; all of it is kept in {place}"
+                copy = workdir.copy_aside(stored)
+                self._note = f"{stored}: {broken} lines that are no metrics were left out; all of it is kept in {copy}"
         self._rewrite()
         if tensorboard:
             self._writer = _TensorBoard(self._folder / "tb", resumed_step)
@@ -170,11 +170,11 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
     *whole, _ = content.split(b"\n")
     for line in filter(None, whole):
         try:
-            found = json.loads(line)
+            parsed = json.loads(line)
         except (ValueError, RecursionError):
-            found = None
-        if isinstance(found, dict) and type(found.get("step")) is int:
-            lines.append(found)
+            parsed = None
+        if isinstance(parsed, dict) and type(parsed.get("step")) is int:
+            lines.append(parsed)
         else:
             broken += 1
     return lines, broken

@@ -86,11 +86,11 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
     """
     if config.objective.source_run is None or latest_step(workdir) is not None:
         return None
-    place = source_of(config)
-    source = place.read_config()
+    folder = source_of(config)
+    source = folder.read_config()
     method = method_of(source, mesh)
-    restored = restore_parameters(place, method, abstract_state(method, make_optimizer(source)))
-    place.read_tokenizer(source, restored.record["tokenizer"])
+    restored = restore_parameters(folder, method, abstract_state(method, make_optimizer(source)))
+    folder.read_tokenizer(source, restored.record["tokenizer"])
     record = {"config": source.to_dict(), "step": restored.step, "sources": trained_on(restored.record)}
     return Origin(restored.tree, record)
 

@@ -51,10 +51,10 @@ class TrainedRun:
         """
         data = self.config.data
         source = open_source(data)
-        found, expected = identity(source), self.sources[0]
-        if found != expected:
+        present, expected = identity(source), self.sources[0]
+        if present != expected:
             raise ValueError(
-                f"config.data of the run: the {found['documents']} documents found are not the "
+                f"config.data of the run: the {present['documents']} documents found are not the "
                 f"{expected['documents']} that it was trained on, or have changed, so that none is sure to be held "
                 "out; restore them, or score files that it was not trained on with --text"
             )
@@ -73,13 +73,13 @@ def open_run(workdir: str, checkpoint: int | None = None) -> TrainedRun:
     Raises:
       ValueError: there is no run in the folder, no checkpoint that can be read, or the run's files were changed.
     """
-    place = open_workdir(workdir)
-    config = place.read_config()
+    folder = open_workdir(workdir)
+    config = folder.read_config()
     method = method_of(config, data_mesh())
-    found = restore_parameters(place, method, abstract_state(method, make_optimizer(config)), checkpoint)
-    tokenizer = place.read_tokenizer(config, found.record["tokenizer"])
-    if note := found.note(place):
+    restored = restore_parameters(folder, method, abstract_state(method, make_optimizer(config)), checkpoint)
+    tokenizer = folder.read_tokenizer(config, restored.record["tokenizer"])
+    if note := restored.note(folder):
         say(note)
-    sources = tuple(trained_on(found.record))
-    parameters = jax.block_until_ready(found.tree)
-    return TrainedRun(config, tokenizer, method.model, parameters, method.mesh, found.step, sources)
+    sources = tuple(trained_on(restored.record))
+    parameters = jax.block_until_ready(restored.tree)
+    return TrainedRun(config, tokenizer, method.model, parameters, method.mesh, restored.step, sources)

@@ -50,12 +50,12 @@ class Workdir:
 
         Nothing that a run has written is deleted because it cannot be used.
         """
-        place = self._free_place(file)
+        target = self._free_place(file)
         if self.remote:
-            file.rename(place)
+            file.rename(target)
         else:
-            shutil.move(file, place)  # also to another disk, as where a folder of the run is a link
-        return place
+            shutil.move(file, target)  # also to another disk, as where a folder of the run is a link
+        return target
 
     def copy_aside(self, file: epath.Path) -> epath.Path:
         """Copies a file that goes on being used; see ``set_aside``."""

@@ -43,7 +43,7 @@ def test_small_vocabularies_compile_too():
 
 
 def test_loops_are_multiplied():
-    """Two loops, one inside the other, and a branch of which the cheaper counts."""
+    """Two loops, one inside the other, and a branch of which the cheaper counts; then one that counts to a constant."""
     text = """
 %inner (p: f32[]) -> f32[] {
   %a = f32[] add(), backend_config={"estimated_cycles":"10"}
@@ -59,9 +59,18 @@ def test_loops_are_multiplied():
 %rare (p: f32[]) -> f32[] {
   %e = f32[] add(), backend_config={"estimated_cycles":"1000"}
 }
+%c (p: f32[]) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+%to_four (p: f32[]) -> pred[] {
+  %four = s32[]{:T(128)} constant(4)
+  ROOT %less = pred[] compare(%i, %four), direction=LT, metadata={}
+}
 ENTRY %main (p: f32[]) -> f32[] {
+  %u = f32[] custom-call(%p), backend_config={"estimated_cycles":"9223372036854775807"}
   %o = f32[] while(%p), condition=%c, body=%outer
+  %f = f32[] while(%p), condition=%to_four, body=%inner
   %l = f32[] while(%p), condition=%c, body=%inner, backend_config={"known_trip_count":{"n":"7"}}
 }
 """
-    assert estimated_seconds(text, (3, 5), hertz=1.0) == 3 * (100 + 5 * 10 + 1) + 7 * 10
+    assert estimated_seconds(text, (3, 5), hertz=1.0) == 3 * (100 + 5 * 10 + 1) + 4 * 10 + 7 * 10
