@@ -174,7 +174,7 @@ def _check_foreign(declared: type[Section], cls: type[Section], name: str, value
         cases = " or ".join(map(repr, others))
         raise ValueError(
             f"{path}.{name} = {value!r}: expected nothing with {path.removeprefix('config.')}.{cls.tag} = "
-            f"{cls.case!r}; {cases} reads it"
+            f"{cls.case!r}: only {cases} reads it"
         )
 
 

@@ -6,11 +6,11 @@
     F  width of the gated feed-forward layer
     N  query heads
     G  key/value heads (N is a multiple of G; R = N/G query heads share one)
-    H  size of one attention head
+    H  size of one query head, and of one key/value head
     L  Transformer layers of the backbone
-    K  multi-token-prediction heads (depths)
+    K  multi-token-prediction heads (depths): what `heads` alone means
     J  all heads, J = K+1: the main head is row 0
-    P  rows of the loss whose softmaxes are formed together; Q groups of P rows in a chunk; R rows, all in a line
+    P  rows of the loss whose softmaxes are formed together; Q groups of P rows in a chunk; M rows, all in a line
     S  slots of a key/value cache
     V  vocabulary
 

@@ -117,7 +117,7 @@ def run(
         evaluate = _evaluator(method, source, tokenizer)
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out]
-        progress.say("\n".join([f"{folder.path}: {start.news}", *filter(None, notes)]))
+        progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
         step = make_step(method, optimizer, state_shardings(abstract))
         about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
         trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
@@ -137,7 +137,7 @@ class _Start:
     Attributes:
       state: of ``step`` steps, ``tokens`` tokens and ``seconds`` of earlier calls.
       origin: of the run that it starts from, see ``origin.beginning``.
-      news: what the run is about to do.
+      message: what the run is about to do.
       note: what else has to be said; nothing where there is nothing to say.
     """
 
@@ -194,12 +194,9 @@ def _restored(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("newer checkpoints put aside")
     done, steps, record = restored.step, config.training.steps, restored.record
-    message = (
-        f"resuming from step {done} of {steps}" if done < steps else f"already finished, at step {done} of {steps}"
-    )
-    return _Start(
-        restored.tree, done, record["tokens"], record["seconds"], record["origin"], message, restored.note(folder)
-    )
+    message = f"resuming from step {done}" if done < steps else f"already finished, at step {done}"
+    counters = record["tokens"], record["seconds"], record["origin"]
+    return _Start(restored.tree, done, *counters, f"{message} of {steps}", restored.note(folder))
 
 
 def _record_config(config: Config, folder: Workdir, done: int) -> None:

@@ -208,7 +208,10 @@ def test_seeds_have_an_effect(workdir, tmp_path):
             ["--config=configs/base.py", "--workdir=W", "--config.objective.kl=backward"],
             ["backward", "forward, reverse"],
         ),
-        (["--config=configs/base.py", "--workdir=W", "--config.objective.mode=post"], ["post", "one of joint, loop"]),
+        (
+            ["--config=configs/base.py", "--workdir=W", "--config.objective.mode=post"],
+            ["post", "extension, joint"],
+        ),
         (["--config=configs/base.py", "--workdir=W", "--config.objective.beta=(1.0,2.0)"], ["objective.beta", "4"]),
         (["--config=configs/base.py", "--workdir=W", "--config.data.source=text"], ["config.data.paths"]),
         (["--config=configs/base.py", "--workdir=W", "--config.mesh.data=16"], ["config.mesh", "number of devices"]),
@@ -355,7 +358,7 @@ MISTAKES = (
         "model.width = '32'",
     ),
     (
-        "train.run({**config, 'data': {**config['data'], 'paths': 'a.txt'}}, new)",
+        "train.run({**config, 'data': {'source': 'text', 'paths': 'a.txt'}}, new)",
         "data.paths = 'a.txt': expected tuple",
     ),
     ("evaluate.run(run, text=[3])", "text = [3]: expected a list of files"),

@@ -155,8 +155,8 @@ def _kept_digest(path: pathlib.Path) -> pathlib.Path | None:
 
 def _read_kept(kept: pathlib.Path | None) -> str | None:
     with contextlib.suppress(OSError, ValueError):
-        stat = kept.read_text(encoding="ascii") if kept is not None else ""
-        return stat if re.fullmatch("[0-9a-f]{64}", stat) else None
+        digest = kept.read_text(encoding="ascii") if kept is not None else ""
+        return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
     return None
 
 

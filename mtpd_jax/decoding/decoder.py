@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.rows import Rows
-from mtpd_jax.decoding.speculative import make_loop
+from mtpd_jax.decoding.speculative import make_decode
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply, compute_dtype
 from mtpd_jax.platform import platform_of
@@ -113,9 +113,9 @@ class Decoder:
         if parts < len(self._devices):
             parameters = _on(mesh, parameters)
         arguments = (parameters, *jax.device_put((padded, lengths, keys), split))
-        loop = self._loop(network, arguments, options, mesh)
+        decode = self._program(network, arguments, options, mesh)
         start = time.perf_counter()
-        rows_written: Rows = jax.device_get(jax.block_until_ready(loop(*arguments)))
+        rows_written: Rows = jax.device_get(jax.block_until_ready(decode(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
         return [_continuation(rows_written, row, int(lengths[row]), seconds) for row in range(len(prompts))]
 
@@ -192,12 +192,12 @@ class Decoder:
         longest = max(map(len, prompts)) + options.max_new_tokens
         check_decoding(self._model.config, options.num_heads, rows, longest, self._devices[0])
 
-    def _loop(self, network: Network, arguments: tuple[Any, ...], options: Options, mesh: Mesh) -> Any:
+    def _program(self, network: Network, arguments: tuple[Any, ...], options: Options, mesh: Mesh) -> Any:
         shape = arguments[1].shape
         if (options, shape) not in self._compiled:
             chunk = min(self._chunk, shape[1])
-            loop = make_loop(network, options, self._end_id, chunk, mesh if mesh.size > 1 else None)
-            self._compiled[options, shape] = loop.lower(*arguments).compile()
+            decode = make_decode(network, options, self._end_id, chunk, mesh if mesh.size > 1 else None)
+            self._compiled[options, shape] = decode.lower(*arguments).compile()
         return self._compiled[options, shape]
 
 

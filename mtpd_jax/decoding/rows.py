@@ -35,9 +35,9 @@ class Rows:
 
     @classmethod
     def start(
-        cls, prompts: Int[Array, "B P"], lengths: Int[Array, " B"], num_heads: int, max_new_tokens: int, slots: int
+        cls, prompts: Int[Array, "B T"], lengths: Int[Array, " B"], num_heads: int, max_new_tokens: int, slots: int
     ) -> "Rows":
-        """Rows that hold their prompts, [B, P], filled up on the right, and nothing else."""
+        """Rows that hold their prompts, [B, T], filled up on the right, and nothing else."""
         batch = prompts.shape[0]
         counts = jnp.zeros((batch, num_heads), jnp.int32)
         return cls(

@@ -49,7 +49,7 @@ class State:
 def prefill(
     network: Network,
     parameters: DecodingParameters,
-    prompts: Int[Array, "B P"],
+    prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
     keys: Array,
     options: Options,
@@ -62,10 +62,10 @@ def prefill(
     length beyond the caches. The heads look ahead into the next chunk.
 
     Args:
-      prompts: [B, P], filled up on the right with anything: a slot is overwritten before it can be seen.
+      prompts: [B, T], filled up on the right with anything: a slot is overwritten before it can be seen.
       lengths: [B]; tokens of each prompt, at least one.
       keys: one per row.
-      chunk: tokens; P is a multiple of it.
+      chunk: tokens; T is a multiple of it.
     """
     batch, padded = prompts.shape
     depths, window = options.num_heads, options.window
@@ -167,8 +167,8 @@ def one_round(
     return advance(state, drafts, candidates, accepted, cache, heads, hidden, end_id)
 
 
-def make_loop(network: Network, options: Options, end_id: int, chunk: int, mesh: Mesh | None = None) -> Any:
-    """Returns the jitted loop (parameters, prompts [B, P], lengths [B], keys [B]) -> ``Rows``.
+def make_decode(network: Network, options: Options, end_id: int, chunk: int, mesh: Mesh | None = None) -> Any:
+    """Returns the jitted function (parameters, prompts [B, T], lengths [B], keys [B]) -> ``Rows``.
 
     Greedy output equals plain decoding's up to rounding; sampled output has plain decoding's distribution.
 

@@ -96,8 +96,8 @@ def dense_loss(
     selection: str = "sort",
 ) -> Float[Array, ""]:
     """The total of ``fused_loss``, with K+1 full logit tensors in memory."""
-    rows_JxRxD = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+    rows_JxMxD = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
     precision = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum("jrd,vd->jrv", rows_JxRxD, unembedding.astype(hidden.dtype), preferred_element_type=precision)
-    mask_JxR = mask.reshape(mask.shape[0], -1)
-    return dense_total(logits, targets.reshape(-1), mask_JxR, ce_scale, kl_scale, distillation, selection)
+    logits = jnp.einsum("jmd,vd->jmv", rows_JxMxD, unembedding.astype(hidden.dtype), preferred_element_type=precision)
+    mask_JxM = mask.reshape(mask.shape[0], -1)
+    return dense_total(logits, targets.reshape(-1), mask_JxM, ce_scale, kl_scale, distillation, selection)

@@ -182,7 +182,7 @@ class _Chunks:
       problem, vocabulary: see ``fused_loss``.
       tiling: how the rows are cut.
       with_gradients: whether gradients are formed, too.
-      hidden, matrix, targets, mask, ce_scale, kl_scale: [J, R, D], [V, D], [R], [J, R], [J], [K].
+      hidden, matrix, targets, mask, ce_scale, kl_scale: [J, M, D], [V, D], [M], [J, M], [J], [K].
     """
 
     problem: _Problem
@@ -234,7 +234,7 @@ class _Chunks:
         return sums, by_hidden, by_matrix, gradient
 
     def _in_groups(self, values: Array, start: Array) -> Array:
-        """[J, R, …] -> a chunk's rows as [groups, J, rows of a group, …]."""
+        """[J, M, …] -> a chunk's rows as [groups, J, rows of a group, …]."""
         chunk = jax.lax.dynamic_slice_in_dim(values, start, self.tiling.chunk_rows, 1)
         return jnp.moveaxis(chunk.reshape(chunk.shape[0], -1, self.tiling.group_rows, *chunk.shape[2:]), 1, 0)
 
@@ -254,9 +254,9 @@ class _Chunks:
         return jax.tree.map(jnp.add, sums, added), gradient
 
     def _by_hidden(self, gradient: Array) -> Array:
-        """A chunk's gradient by the hidden states, [J, R, D], from that by the logits."""
-        gradient_RxV, width = gradient.reshape(-1, gradient.shape[-1]), self.matrix.shape[1]
-        states = jnp.einsum("rv,vd->rd", gradient_RxV, self.matrix, preferred_element_type=jnp.float32)
+        """A chunk's gradient by the hidden states, [J, M, D], from that by the logits."""
+        gradient_MxV, width = gradient.reshape(-1, gradient.shape[-1]), self.matrix.shape[1]
+        states = jnp.einsum("mv,vd->md", gradient_MxV, self.matrix, preferred_element_type=jnp.float32)
         states = self.vocabulary.sum_parts(states)
         states = states.astype(self.hidden.dtype).reshape(*gradient.shape[:-1], width)
         return jnp.moveaxis(states, 0, 1).reshape(gradient.shape[1], self.tiling.chunk_rows, width)
@@ -277,13 +277,13 @@ def _over_chunks(
     heads, width, rows = hidden.shape[0], hidden.shape[-1], targets.size
     tiling = choose_tiling(rows, heads, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
     padding = -rows % tiling.chunk_rows
-    hidden_JxRxD = jnp.pad(hidden.reshape(heads, rows, width), ((0, 0), (0, padding), (0, 0)))
-    mask_JxR = jnp.pad(mask.reshape(heads, rows), ((0, 0), (0, padding)))
-    targets_R = jnp.pad(targets.reshape(rows), (0, padding))
-    of_device = hidden_JxRxD, matrix, targets_R, mask_JxR, ce_scale, kl_scale
+    hidden_JxMxD = jnp.pad(hidden.reshape(heads, rows, width), ((0, 0), (0, padding), (0, 0)))
+    mask_JxM = jnp.pad(mask.reshape(heads, rows), ((0, 0), (0, padding)))
+    targets_M = jnp.pad(targets.reshape(rows), (0, padding))
+    of_device = hidden_JxMxD, matrix, targets_M, mask_JxM, ce_scale, kl_scale
     chunks = _Chunks(problem, vocabulary, tiling, with_gradients, *of_device)
     # Chunks with nothing to supervise go last, where the loop does not come.
-    supervised = jnp.any(mask_JxR.reshape(heads, -1, tiling.chunk_rows), axis=(0, 2))
+    supervised = jnp.any(mask_JxM.reshape(heads, -1, tiling.chunk_rows), axis=(0, 2))
     order = jnp.argsort(~supervised)
 
     def step(index: Array, carry: Any) -> Any:
@@ -302,7 +302,7 @@ def _add_product(total: Array, gradient: Array, hidden: Array, block: int) -> Ar
     gradient, hidden = (values.reshape(-1, values.shape[-1]) for values in (gradient, hidden))
 
     def product(part: Array) -> Array:
-        return jnp.einsum("rv,rd->vd", part, hidden, preferred_element_type=jnp.float32)
+        return jnp.einsum("mv,md->vd", part, hidden, preferred_element_type=jnp.float32)
 
     vocabulary = total.shape[0]
     if block >= vocabulary:

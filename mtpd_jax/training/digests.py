@@ -68,8 +68,6 @@ def digests_of(tree: Any) -> tuple[dict[str, str], str | None]:
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     on_host = all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for leaf in leaves)
-    sums_and_finite = jax.device_get([(_on_host if on_host else _on_devices)(leaf) for leaf in leaves])
-    digests = {
-        name: "".join(f"{half:08x}" for half in sums) for name, (sums, _) in zip(names, sums_and_finite, strict=True)
-    }
-    return digests, next((name for name, (_, finite) in zip(names, sums_and_finite, strict=True) if not finite), None)
+    checked = jax.device_get([(_on_host if on_host else _on_devices)(leaf) for leaf in leaves])
+    digests = {name: "".join(f"{half:08x}" for half in sums) for name, (sums, _) in zip(names, checked, strict=True)}
+    return digests, next((name for name, (_, finite) in zip(names, checked, strict=True) if not finite), None)

@@ -182,7 +182,7 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
     decoder = decoder_of(model, parameters)
     network, laid_out = decoder.network(Options(2, 4))
     keys = jax.random.split(jax.random.key(0), 1)
-    loop = speculative.make_loop(network, Options(2, 4), END, 32)
+    loop = speculative.make_decode(network, Options(2, 4), END, 32)
     text = loop.lower(laid_out, jnp.ones((1, 32), int), jnp.ones(1, int), keys).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 20

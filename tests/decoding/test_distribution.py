@@ -19,7 +19,7 @@ from mtpd_jax.decoding import sampling as sampling_module
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
-from mtpd_jax.decoding.speculative import make_loop
+from mtpd_jax.decoding.speculative import make_decode
 from tests.builders import model_of, platform, random_parameters, tiny_config
 from tests.decoding.models import all_logits, with_vocabulary
 
@@ -56,7 +56,7 @@ def enumerate_texts(model, parameters, sampling, new_tokens):
 def sample_texts(model, parameters, options):
     """Counts of texts over a batch of equal prompts, and the rows."""
     network = Network(model, platform(), scanned=True)
-    loop = make_loop(network, options, END, len(PROMPT))
+    loop = make_decode(network, options, END, len(PROMPT))
     prompts = jnp.broadcast_to(jnp.asarray(PROMPT), (SAMPLES, len(PROMPT)))
     keys = jax.random.split(jax.random.key(7), SAMPLES)
     lengths = jnp.full(SAMPLES, len(PROMPT), jnp.int32)

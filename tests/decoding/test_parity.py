@@ -9,6 +9,7 @@ from mtpd_jax.decoding import speculative
 from mtpd_jax.decoding.drafting import draft
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
+from tests.builders import platform
 from tests.decoding.models import PROMPTS, all_logits, forward, small_vocabulary
 
 NEW_TOKENS, LONG = 24, 80

@@ -24,7 +24,7 @@ LIMIT = 120.0
 PHASES = {
     "train": {
         "flags": "mtpd_jax.frontdoor:parse_config_flags",
-        "config": "mtpd_jax.train:with_source",
+        "config": "mtpd_jax.train:completed",
         "data": "mtpd_jax.train:open_source",
         "lock": "mtpd_jax.train:take_lock",
         "tokenizer": "mtpd_jax.train:Tokenizer.train",
@@ -34,8 +34,8 @@ PHASES = {
         "restoring": "mtpd_jax.train:restore_state",
         "opening metrics": "mtpd_jax.train:MetricsLog",
         "compilation": "mtpd_jax.train:make_step",
-        "step": "mtpd_jax.training.loop:put_on_devices",
-        "logging": "mtpd_jax.training.loop:Loop._log",
+        "step": "mtpd_jax.trainer:put_on_devices",
+        "logging": "mtpd_jax.trainer:Trainer._log",
         "evaluation": "mtpd_jax.train:score_documents",
         "writing metrics": "mtpd_jax.train:MetricsLog.write",
         "saving": "mtpd_jax.train:Checkpointer.save",

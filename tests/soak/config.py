@@ -8,7 +8,7 @@ from configs import base
 def get_config() -> ml_collections.ConfigDict:
     """Returns twenty steps with a checkpoint, an evaluation and a logged line every few of them."""
     config = base.get_config()
-    config.data.update(source="text", packages=False, shuffle_window=8, validation_fraction=0.2)
+    config.data.update(source="text", shuffle_window=8, validation_fraction=0.2)
     config.model.update(
         vocabulary_size=300, width=32, layers=2, query_heads=4, kv_heads=2, head_size=8, mlp_width=48, dtype="float32"
     )
