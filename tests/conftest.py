@@ -44,3 +44,13 @@ def text_file(tmp_path_factory):
     documents = [" ".join(words[(i * j + j) % len(words)] for j in range(1, 30 + 7 * (i % 9))) for i in range(50)]
     path.write_text("<|endoftext|>".join(documents + documents[:10]))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def workdir(text_file, tmp_path_factory):
+    """A finished run of ten steps, for tests that read one."""
+    from mtpd_jax import train
+
+    path = tmp_path_factory.mktemp("finished") / "run"
+    train.run(tiny_config(data__source="text", data__paths=(text_file,), training__steps=10), str(path))
+    return path

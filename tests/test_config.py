@@ -74,9 +74,7 @@ def test_the_fields_of_a_section_depend_on_its_case():
     """Those of another case are refused by name, unless they say nothing."""
     text = Config.build({"data": {"source": "text", "paths": ["a"], "packages": True}})
     assert text.data.source == "text" and text.data.paths == ("a",) and not hasattr(text.data, "packages")
-    with pytest.raises(
-        ValueError, match=r"packages = False: .* data.source = 'text': only 'python' reads it"
-    ):
+    with pytest.raises(ValueError, match=r"packages = False: .* data.source = 'text': only 'python' reads it"):
         Config.build({"data": {"source": "text", "paths": ["a"], "packages": False}})
     with pytest.raises(ValueError, match=r"data.field = 'x': .* 'jsonl' or 'tfds' reads it"):
         Config.build({"data": {"source": "text", "paths": ["a"], "field": "x"}})

@@ -1,39 +1,23 @@
 """The commands as a user types them: what they print and write, and one clear line for every mistake."""
 
-import dataclasses
 import io
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
-import textwrap
-import warnings
 
 import pytest
 import rich.console
-from ml_collections import config_dict
 
-from configs import base, quickstart
-from experiments import quickstart as quickstart_module
+from configs import base
 from mtpd_jax import evaluate, frontdoor, generate, train
-from mtpd_jax.config import Config
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.acceptance import Acceptance
 from mtpd_jax.evaluation.comparison import Divergence
 from mtpd_jax.training.restore import open_run
-from tests.builders import tiny_config
 
 DOORS = {"train": train, "generate": generate, "evaluate": evaluate}
-
-
-@pytest.fixture(scope="module")
-def workdir(text_file, tmp_path_factory):
-    path = tmp_path_factory.mktemp("frontdoors") / "run"
-    train.run(tiny_config(data__source="text", data__paths=(text_file,), training__steps=10), str(path))
-    return path
 
 
 @pytest.fixture
@@ -344,84 +328,6 @@ def test_evaluate_answers_mistakes(call, workdir, tmp_path, monkeypatch, argumen
     assert_one_line(call("evaluate", f"--workdir={workdir}", *arguments), *words)
 
 
-# What is given from Python where something else is expected, and the words of the answer.
-MISTAKES = (
-    ("train.run(None, new)", "config = None: expected a Config"),
-    ("train.run({**config, 'model': None}, new)", "config.model = None: expected a section"),
-    ("train.run(config, 3)", "workdir = 3: expected the name of a folder"),
-    ("train.run(config, '')", "workdir = '': expected the name of a folder"),
-    ("train.run(config, new, checkpoint='10')", "checkpoint = '10': expected an integer"),
-    ("generate.run(run, ['a'], checkpoint=10.0)", "checkpoint = 10.0: expected an integer"),
-    ("generate.run(run, ['a'], bit_exact='no')", "bit_exact = 'no': expected True or False"),
-    (
-        "train.run(dataclasses.replace(whole, model=dataclasses.replace(whole.model, width='32')), new)",
-        "model.width = '32'",
-    ),
-    (
-        "train.run({**config, 'data': {'source': 'text', 'paths': 'a.txt'}}, new)",
-        "data.paths = 'a.txt': expected tuple",
-    ),
-    ("evaluate.run(run, text=[3])", "text = [3]: expected a list of files"),
-    ("evaluate.run(run, split_name='validation', heads=3)", "heads = 3: expected a list of integers"),
-    ("generate.run(run, 'Once')", "prompts = 'Once': expected a list of texts"),
-    ("generate.run(run, [3])", "prompt 1 = 3: expected a text"),
-    ("generate.run(run, None)", "prompts = None: expected a list"),
-    ("generate.run(run, ['a'], sampling={})", "sampling = {}: expected a Sampling"),
-    ("generate.run(run, ['a'], seed=-1)", "seed = -1: expected 0 to"),
-    ("generate.run(run, ['a'], seed='1')", "seed = '1': expected an integer"),
-    ("generate.run(run, ['a'], heads='2')", "heads = '2': expected an integer"),
-    ("generate.run(run, ['a'], heads=True)", "heads = True: expected an integer"),
-    ("generate.run(run, ['a'], max_new_tokens=4.0)", "max_new_tokens = 4.0: expected an integer"),
-    ("generate.run(run, ['a'], sampling=Sampling('1'))", "temperature = '1': expected a number"),
-    ("generate.run(run, ['a'], min_confidence=None)", "min_confidence = None: expected a number"),
-    ("evaluate.run(run, text='a.txt')", "text = 'a.txt': expected a list of files"),
-    ("evaluate.run(run, prompts=['a'])", "prompts = ['a']: expected the name of a file"),
-    ("evaluate.run(run, split_name='validation', sampling={})", "sampling = {}: expected a Sampling"),
-    ("evaluate.run(run, split_name='validation', heads=['2'])", "heads = '2': expected an integer"),
-    ("evaluate.run(run, split_name='validation', batch_size='2')", "batch_size = '2': expected an integer"),
-    ("evaluate.run(run, split_name='validation', seed=2**32)", "seed = 4294967296"),
-)
-
-
-def test_the_python_functions_answer_as_the_commands_do(workdir, tmp_path):
-    """With ValueError; in a process whose annotations nobody checks, as users have it."""
-    program = """
-        import dataclasses, json, sys
-        from mtpd_jax import evaluate, generate, train
-        from mtpd_jax.config import Config
-        from mtpd_jax.decoding.sampling import Sampling
-        run, new, config, mistakes = json.loads(sys.argv[1])
-        whole = Config.build(config)
-        for expression, words in mistakes:
-            try:
-                eval(expression)
-                print(expression, "is taken silently")
-            except ValueError as error:
-                if words not in str(error):
-                    print(expression, "is answered with", error)
-    """
-    given = json.dumps([str(workdir), str(tmp_path / "w"), tiny_config().to_dict(), MISTAKES])
-    found = subprocess.run([sys.executable, "-c", textwrap.dedent(program), given], capture_output=True, text=True)
-    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
-    assert not (tmp_path / "w").exists()
-
-
-def test_the_python_functions_say_nothing_of_their_own(workdir, text_file, tmp_path, capsys):
-    """A config may be nested mappings; libraries' warnings stay theirs, in figures of one prompt, too."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "the cat"}\n')
-    config = tiny_config(data__source="text", data__paths=(text_file,), training__steps=10).to_dict()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        assert train.run(config, str(shutil.copytree(workdir, tmp_path / "copy"))).finished
-        assert len(capsys.readouterr().err.splitlines()) == 1
-        evaluate.run(str(workdir), prompts=str(prompts), max_new_tokens=4)
-        generate.run(str(workdir), ["the cat"], max_new_tokens=4)
-        generate.run(str(workdir), ("the cat",), max_new_tokens=4, heads=0)
-    assert capsys.readouterr().err == ""
-
-
 def test_damaged_runs_are_one_line(call, workdir, tmp_path):
     for name, damage in {
         "no_checkpoint": lambda path: shutil.rmtree(path / "checkpoints"),
@@ -482,32 +388,8 @@ def test_on_a_terminal_tokens_are_coloured_by_proposer():
     assert "\x1b[32mb\x1b[0m" in shown and "\x1b[32ma" not in shown  # green: head 1
 
 
-def test_the_quickstart_writes_its_summary(text_file, tmp_path, monkeypatch):
-    """The whole of it on a tiny model; the names are those that other tools read."""
-    tiny = tiny_config(data__source="text", data__paths=(text_file,), training__steps=6, heads__num_heads=2)
-    monkeypatch.setattr(quickstart_module.quickstart, "get_config", lambda: config_dict.ConfigDict(tiny.to_dict()))
-    monkeypatch.setattr(quickstart_module, "PROMPT_TOKENS", 4)
-    monkeypatch.setattr(quickstart_module, "NEW_TOKENS", 6)
-    quickstart_module.run(str(tmp_path / "run"))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert set(summary) == {"train_seconds", "parameters", "main", "heads", "decoding"}
-    flat = {"prompts", "tokens_per_pass", "acceptance", "plain_tokens_per_second", "speculative_tokens_per_second",
-            "speedup", "identical", "distinct_4grams", "best_heads", "best_speedup", "by_heads"}  # fmt: skip
-    assert set(summary["decoding"]) == flat | {"sampled"} and set(summary["decoding"]["sampled"]) == flat
-    assert summary["decoding"]["identical"] is True and summary["decoding"]["sampled"]["identical"] is None
-    assert list(summary["decoding"]["by_heads"]) == ["1", "2"]
-    assert len(summary["heads"]) == 2 and set(summary["heads"][0]) == {"ce", "kl", "agreement"}
-    everything = evaluate.run(str(tmp_path / "run"), split_name="validation", batch_size=4).text["validation"]
-    assert summary["main"] == dataclasses.asdict(everything.main)  # of all held-out documents
-
-
 def test_help_lists_what_there_is(call):
     for door, words in {"train": "--workdir", "generate": "--compare", "evaluate": "--prompts"}.items():
         status, output, _ = call(door, "--help")
         assert status == 0 and words in output
         assert "posthoc" not in output and "--tasks" not in output
-
-
-def test_shipped_configs_are_valid():
-    for module in (base, quickstart):
-        Config.build(module.get_config().to_dict())

@@ -2,15 +2,17 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from experiments.bench.tpu import LIBRARY, WITHOUT_SPARSECORE, collectives, topology_mesh
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.methods.method import method_of
-from mtpd_jax.sharding import batch_sharding, constrain, make_mesh, within
+from mtpd_jax.sharding import RULES, batch_sharding, constrain, make_mesh, shardings_of, within
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, state_shardings
 from mtpd_jax.training.step import make_step
@@ -55,6 +57,31 @@ def test_a_constraint_places_by_the_rules():
     with pytest.raises(RuntimeError, match="inside"):
         within(mesh, lambda: (_ for _ in ()).throw(RuntimeError("inside")).__next__())()
     assert constrain(values, "batch", None, None) is values  # nor after an error inside
+
+
+def test_axes_that_collide_are_named():
+    assert RULES.spec(None, "batch", "mlp_width") == PartitionSpec(None, ("data", "fsdp"), "tensor")
+    assert RULES.spec("width", None, "head_size", "vocabulary") == PartitionSpec("fsdp", None, None, "tensor")
+    with pytest.raises(ValueError, match="axes 'batch' and 'width' both lie on mesh axis 'fsdp'"):
+        RULES.spec("batch", "width")
+    with pytest.raises(ValueError, match="axes 'kv_heads' and 'vocabulary' both lie on mesh axis 'tensor'"):
+        RULES.spec("kv_heads", None, "vocabulary")
+    with pytest.raises(ValueError, match="axis 'mlp': expected one of batch, width"):
+        RULES.spec("mlp")
+
+
+def test_a_parameter_that_collides_or_does_not_divide_is_named():
+    mesh = make_mesh(MeshConfig(1, 4, 2, 1))
+
+    def boxed(shape, *axes):
+        return {"layer": {"kernel": nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, np.float32), axes)}}
+
+    placed = shardings_of(boxed((8, 6), "width", "mlp_width"), mesh)["layer"]["kernel"]
+    assert placed.spec == PartitionSpec("fsdp", "tensor")
+    with pytest.raises(ValueError, match=r"width = 6 \(of layer/kernel\): expected a multiple of mesh fsdp = 4"):
+        shardings_of(boxed((6, 6), "width", "mlp_width"), mesh)
+    with pytest.raises(ValueError, match="axes 'query_heads' and 'kv_heads' both lie on mesh axis 'tensor'"):
+        shardings_of(boxed((8, 8), "query_heads", "kv_heads"), mesh)
 
 
 def test_collectives_are_listed_with_their_bytes():

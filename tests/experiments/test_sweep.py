@@ -1,6 +1,7 @@
 """Sweeps: finished runs are skipped, stopped ones resumed, and the table at the end is the same."""
 
 import concurrent.futures
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,13 +16,15 @@ from experiments.distillation import mtp, mtp_d
 from experiments.sweep.experiment import Experiment, arms_of, run
 from experiments.sweep.report import Report, Table, share
 from experiments.sweep.runner import Sweep, append_row, read_rows
-from experiments.sweep.runs import Run, Variant
+from experiments.sweep.runs import Run, Variant, decided
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import mean_of
 from mtpd_jax import train
+from mtpd_jax.config import CheckpointConfig, ModelConfig, OptimizerConfig
+from mtpd_jax.fields import field
 from mtpd_jax.training.state import DivergedError
 from tests.builders import tiny_config
-from tests.training.test_run import stop_after
+from tests.training.runs import stop_after
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -194,6 +197,34 @@ def test_keys_know_what_matters(text_file):
     loops = [Variant("", {"heads.num_heads": 4}, start=start) for start in (mtp_d(2), mtp(2))]
     assert len({Run(loop, 0, scale).training_key() for loop in loops} | {base.training_key()}) == 3
     assert base.heads() == [0, 1, 2] and Run(loops[0], 0, scale).heads() == [0, 1, 4]
+
+
+def test_a_default_that_changes_disowns_rows_and_a_new_field_does_not(monkeypatch, text_file):
+    """Fields of the rows' time count in full; a later one where it differs from what was done before it was there."""
+    scale = tiny_scale(text_file)
+
+    def key():
+        return Run(mtp_d(2), 0, scale).key()
+
+    before = key()
+    with monkeypatch.context() as patch:
+        patch.setattr(OptimizerConfig.__dataclass_fields__["b2"], "default", 0.99)
+        assert key() != before
+    with monkeypatch.context() as patch:  # one that came later
+        patch.setattr(ModelConfig.__dataclass_fields__["attention"], "default", "dense")
+        assert key() != before
+    with monkeypatch.context() as patch:  # one that does not decide what is learned
+        patch.setattr(CheckpointConfig.__dataclass_fields__["keep"], "default", 7)
+        assert key() == before
+
+    @dataclasses.dataclass(frozen=True)
+    class LaterModel(ModelConfig):
+        depth_scale: float = field(2.0, as_before=1.0)
+
+    config = Run(mtp_d(2), 0, scale).config()
+    later = {value: LaterModel(**{**dataclasses.asdict(config.model), "depth_scale": value}) for value in (1.0, 2.0)}
+    assert decided(dataclasses.replace(config, model=later[1.0])) == decided(config)
+    assert decided(dataclasses.replace(config, model=later[2.0])) == {**decided(config), "model.depth_scale": 2.0}
 
 
 @pytest.mark.slow

@@ -1,13 +1,19 @@
 """Causality, packing, and the pieces of the model against independent forms."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.model.backbone import LanguageModel, count_parameters
+from mtpd_jax.model.feed_forward import FEED_FORWARDS, GatedMLP
 from mtpd_jax.model.views import Rotation
-from tests.builders import model_and_parameters, model_of, packed_batch, replace, tiny_config
+from tests.builders import model_and_parameters, model_of, packed_batch, random_parameters, replace, tiny_config
 from tests.model import reference
 
 
@@ -164,3 +170,41 @@ def test_parameters_by_kind():
 def test_untied_unembedding_is_its_own_matrix():
     _, parameters = model_and_parameters(tiny_config(model__tied_unembedding=False))
     assert parameters["unembedding"].shape == parameters["embedding"].shape
+
+
+class CountingMLP(nn.Module):
+    """A feed-forward layer that tells something of the pass, as a router does."""
+
+    config: object
+
+    @nn.compact
+    def __call__(self, x):
+        out, _ = GatedMLP(self.config, name="experts")(x)
+        return out, {"size": jnp.mean(jnp.abs(out)), "tokens": jnp.float32(x.shape[0] * x.shape[1])}
+
+
+@pytest.mark.parametrize(("remat", "num_heads"), [(False, 2), (True, 2), (False, 0)])
+def test_the_feed_forward_layer_is_the_configs_and_its_statistics_are_handed_on(monkeypatch, remat, num_heads):
+    """Layer by layer of the backbone, head by head; and decoding, which has no use for them, runs the same layer."""
+    monkeypatch.setitem(FEED_FORWARDS, "counting", CountingMLP)
+    config = tiny_config(model__remat=remat, heads__num_heads=num_heads)
+    plain = model_of(config)
+    model = LanguageModel(dataclasses.replace(plain.config, feed_forward="counting"), config.heads)
+    parameters = random_parameters(model)
+    rows = jax.tree.map(lambda array: array[0], packed_batch(config))
+    hidden = model.apply({"params": parameters}, rows.tokens, rows.segment_ids, rows.positions)
+    backbone, heads = hidden.statistics
+    assert backbone["size"].shape == (2,) and len(set(backbone["size"].tolist())) == 2
+    assert backbone["tokens"].tolist() == [8 * 32] * 2
+    assert heads is None if not num_heads else heads["tokens"].tolist() == [8 * 32] * 2
+    without = plain.apply({"params": random_parameters(plain)}, rows.tokens, rows.segment_ids, rows.positions)
+    assert without.statistics == (None, None)
+    decoder = Decoder(model, jax.device_put(parameters, jax.devices()[0]), 0, 64)
+    prompts, options = [np.array([3, 1, 2], np.int32)], Options(num_heads, 8)
+    written = decoder.run(prompts, options)[0].tokens
+    text = list(prompts[0])
+    for token in written:  # as the whole model would go on
+        tokens = jnp.asarray(np.pad(text, (0, 32 - len(text))))[None]
+        main = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(32)[None]).main
+        assert int(jnp.argmax(main[0, len(text) - 1] @ parameters["embedding"].T)) == token
+        text.append(token)

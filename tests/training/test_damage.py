@@ -20,7 +20,7 @@ from mtpd_jax.training.digests import digests_of
 from mtpd_jax.training.restore import open_run
 from mtpd_jax.training.state import DivergedError
 from tests.builders import replace, tiny_config
-from tests.training.test_run import comparable, lines, restored
+from tests.training.runs import comparable, lines, restored
 
 
 @pytest.fixture(scope="module")

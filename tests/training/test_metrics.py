@@ -17,7 +17,7 @@ from mtpd_jax.training.lock import take_lock
 from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.workdir import open_workdir
 from tests.builders import method_on, replace, tiny_config
-from tests.training.test_run import lines, restored
+from tests.training.runs import lines, restored
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -20,15 +19,20 @@ import tokenizers
 from mtpd_jax import evaluate, train
 from mtpd_jax.data.sources import held_out
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training.checkpoint import restore_state
-from mtpd_jax.training.interrupt import StopRequest
-from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.restore import open_run
-from mtpd_jax.training.state import DivergedError, abstract_state
-from mtpd_jax.training.workdir import Workdir, open_workdir
-from tests.builders import assert_trees_close, method_on, replace, tiny_config
-
-ROOT = pathlib.Path(__file__).parents[2]
+from mtpd_jax.training.state import DivergedError
+from mtpd_jax.training.workdir import Workdir
+from tests.builders import assert_trees_close, replace, tiny_config
+from tests.training.runs import (
+    ROOT,
+    assert_bitwise,
+    command,
+    comparable,
+    environment,
+    lines,
+    restored,
+    stop_after,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,47 +42,12 @@ def run_config(text_file):
     )  # fmt: skip
 
 
-def restored(workdir, config, step=None, mesh=None):
-    """A checkpoint's state as NumPy arrays, and what was stored beside it."""
-    mesh = mesh or make_mesh(config.mesh)
-    abstract = abstract_state(method_on(config, mesh), make_optimizer(config))
-    place = open_workdir(str(workdir))
-    found = restore_state(place, place.read_config(), abstract, step)
-    return jax.device_get(found.tree), found.record
-
-
-def assert_bitwise(left, right):
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def comparable(workdir):
-    timing = ("tokens_per_second", "mfu")
-    return [{name: value for name, value in line.items() if name not in timing} for line in lines(workdir)]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(run_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     result = train.run(run_config, str(workdir))
     assert result.finished and result.step == 20
     return workdir
-
-
-def stop_after(monkeypatch, step):
-    real, done = train.make_step, []
-
-    def counted(*arguments):
-        run = real(*arguments)
-        return lambda state, batch: (done.append(int(state.step) + 1), run(state, batch))[1]
-
-    monkeypatch.setattr(train, "make_step", counted)
-    monkeypatch.setattr(StopRequest, "asked", lambda self: done[-1:] == [step])
-    monkeypatch.setattr(StopRequest, "signal", property(lambda self: signal.SIGTERM))
 
 
 @pytest.mark.optimised
@@ -342,23 +311,6 @@ def test_a_run_that_diverges_ends(run_config, tmp_path):
     assert found.returncode == 1
     assert re.search(r"^error: step \d+: .* (nan|inf)", found.stderr.splitlines()[-1])
     assert found.stderr.count("error:") == 1 and "Traceback" not in found.stderr
-
-
-def command(config, workdir, **more):
-    """The command line that trains this config."""
-    overrides = []
-    for section, fields in replace(config, **more).to_dict().items():
-        for name, value in fields.items():
-            if value is not None:
-                text = ",".join(f"'{item}'" for item in value) + "," if isinstance(value, list | tuple) else value
-                overrides.append(
-                    f"--config.{section}.{name}={f'({text})' if isinstance(value, list | tuple) else text}"
-                )
-    return [sys.executable, "-m", "mtpd_jax.train", "--config=configs/base.py", f"--workdir={workdir}", *overrides]
-
-
-def environment():
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.optimised

@@ -28,7 +28,7 @@ from tests.builders import (
     replace,
     tiny_config,
 )
-from tests.training.test_run import assert_bitwise, lines, restored, stop_after
+from tests.training.runs import assert_bitwise, lines, restored, stop_after
 
 
 def extension_config(heads=5, frozen=2, **overrides):

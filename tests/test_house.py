@@ -1,0 +1,72 @@
+"""What holds for all files: their size, and the order in which they import each other."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What stands further down may import what stands further up.
+ORDER = (
+    "shapes", "validation", "fields", "config", "editing", "platform", "sharding", "data", "model", "losses", "methods",
+    "training", "trainer", "decoding", "evaluation", "frontdoor",
+)  # fmt: skip
+COMMANDS = ("train", "generate", "evaluate")
+LIBRARY = sorted((ROOT / "mtpd_jax").rglob("*.py"))
+FILES = [path for top in ("mtpd_jax", "experiments", "configs", "tests") for path in sorted((ROOT / top).rglob("*.py"))]
+
+
+def room(path):
+    return path.relative_to(ROOT / "mtpd_jax").parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Names of this project's modules that a file imports, anywhere in it, below the package's name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: a relative import"
+            modules = node.module == "mtpd_jax"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if modules else [node.module]
+        for name in names:
+            if name.split(".")[0] in ("mtpd_jax", "experiments", "configs", "tests"):
+                yield name
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = room(path)
+    for name in imported(path):
+        top, *below = name.split(".")
+        assert top == "mtpd_jax", f"{path} imports {name}: the library stands alone"
+        if own in COMMANDS or own == "__init__":
+            continue
+        assert below[0] not in COMMANDS, f"{path} imports a command"
+        assert ORDER.index(below[0]) <= ORDER.index(own), f"{path} imports {name}"
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert {room(path) for path in LIBRARY} == {*ORDER, *COMMANDS, "__init__"}
+
+
+def test_files_and_functions_are_short():
+    long = [f"{path}: {len(path.read_text().splitlines())} lines" for path in FILES if _lines(path) > 400]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{path}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not long
+
+
+def _lines(path):
+    return len(path.read_text().splitlines())
+
+
+def test_what_runs_where_is_asked_of_the_mesh():
+    """Not of the machine at hand; and only one table knows the mesh's axes."""
+    for path in LIBRARY:
+        text = path.read_text()
+        assert "default_backend" not in text, path
+        assert room(path) in ("sharding", "config") or '"fsdp"' not in text, path
