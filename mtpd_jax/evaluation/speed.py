@@ -22,7 +22,7 @@ class RoundCosts:
       rows: prompts decoded together.
       verify: by tokens per pass of the backbone, logits and choice of tokens included.
       draft: by number of heads; all of them together.
-      bookkeeping: by number of heads, 0 for plain decoding: appending, counting, moving the window, the loop.
+      bookkeeping: by number of heads, 0 for plain decoding: appending, counting, moving the window.
     """
 
     rows: int

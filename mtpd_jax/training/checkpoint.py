@@ -82,7 +82,7 @@ class Checkpointer:
           step: optimizer steps done.
           state: may be donated as soon as this returns.
           config: written beside the state.
-          progress: JSON: digest of the tokenizer, the data iterator's state, and the counters of the loop.
+          progress: JSON: digest of the tokenizer, the data iterator's state, and the counters of training.
 
         Raises:
           DivergedError: the state holds a number that is not finite; nothing is saved.

@@ -38,7 +38,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         global _heeding
-        # Only the main thread may set handlers; a loop that runs in another one is stopped by whoever started it.
+        # Only the main thread may set handlers; training in another one is stopped by whoever started it.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             _heeding = self
             for number in _SIGNALS:
