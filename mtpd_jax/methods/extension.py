@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config, HeadsConfig, ObjectiveConfig
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.fields import POSITIVE, field, given, require
-from mtpd_jax.losses.objective import LossTerm, objective_of
-from mtpd_jax.losses.terms import LossSums, zero_sums
-from mtpd_jax.methods.method import Method
+from mtpd_jax.losses.objective import Objective, objective_of
+from mtpd_jax.losses.terms import LossSums
+from mtpd_jax.methods.method import HeadsMethod
 from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
@@ -44,7 +44,7 @@ class ExtensionConfig(ObjectiveConfig, case="extension"):
         super().check(config)
 
 
-class Extension(Method, section=ExtensionConfig):
+class Extension(HeadsMethod, section=ExtensionConfig):
     """The new heads begin as copies of those that are there, in turn, and are trained alone."""
 
     def __init__(self, config: Config, mesh: Mesh):
@@ -56,7 +56,10 @@ class Extension(Method, section=ExtensionConfig):
             return LanguageModel(self.model.config, dataclasses.replace(config.heads, num_heads=count))
 
         self._below, self._above = with_heads(self._frozen_heads), with_heads(number - self._frozen_heads)
-        self.objective = objective_of(config, tuple(range(self._frozen_heads + 1, number + 1)), "frozen")
+
+    def make_objective(self) -> Objective:
+        heads = tuple(range(self._frozen_heads + 1, self.config.heads.num_heads + 1))
+        return objective_of(self.config, heads, "frozen")
 
     @classmethod
     def complete(cls, config: Config, source: Config) -> Config:
@@ -94,9 +97,6 @@ class Extension(Method, section=ExtensionConfig):
     def merge(self, trained: Any, frozen: Any) -> Any:
         return join_heads(trained, frozen)
 
-    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
-        return self.objective.count(rows.segment_ids)
-
     def loss(
         self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
     ) -> tuple[Float[Array, ""], LossSums]:
@@ -105,18 +105,11 @@ class Extension(Method, section=ExtensionConfig):
         below = apply(self._below, frozen, *inputs)
         first = self._frozen_heads + 1
         hidden = apply(self._above, {**frozen, **trained}, below, first, *inputs, method="further_heads")
-        unembedding = unembedding_of(frozen)
-        return self.objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, self.mesh)
-
-    def zero_sums(self) -> LossSums:
-        return zero_sums(len(self.objective.heads))
-
-    def terms(self, sums: LossSums, weights: Float[Array, " J"]) -> dict[str, LossTerm]:
-        """Those of the heads that are trained; frozen heads make no logits."""
-        return self.objective.terms(sums, weights)
+        return self.loss_of(hidden, unembedding_of(frozen), rows, weights)
 
     def costs(self) -> costs.Costs:
-        config, length, number = self.config, self.config.training.sequence_length, len(self.objective.heads)
+        config, length = self.config, self.config.training.sequence_length
+        number = config.heads.num_heads - self._frozen_heads
         frozen = costs.trunk(config.model, length) + costs.head(config.model, length).times(self._frozen_heads)
         trained = costs.head(config.model, length).times(number)
         logits = number * costs.unembedding(config.model)  # which get no gradient by the unembedding
@@ -124,7 +117,7 @@ class Extension(Method, section=ExtensionConfig):
         return costs.Costs(trained.weights, frozen.weights, number, flops)
 
     def describe(self) -> str:
-        first, last = self.objective.heads[0], self.objective.heads[-1]
+        first, last = self._frozen_heads + 1, self.config.heads.num_heads
         return f"heads {first} to {last} on top of {self.config.objective.source_run}"
 
 

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config, ObjectiveConfig
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.fields import field, require
-from mtpd_jax.losses.objective import LossTerm, objective_of
-from mtpd_jax.losses.terms import LossSums, zero_sums
-from mtpd_jax.methods.method import Method
+from mtpd_jax.losses.objective import Objective, objective_of
+from mtpd_jax.losses.terms import LossSums
+from mtpd_jax.methods.method import HeadsMethod
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.model.layers import apply
@@ -31,33 +31,25 @@ class JointConfig(ObjectiveConfig, case="joint"):
         require(valid, "objective.detach_teacher", self.detach_teacher, expected)
 
 
-class Joint(Method, section=JointConfig):
+class Joint(HeadsMethod, section=JointConfig):
     """Everything is trained from random parameters."""
 
     def __init__(self, config: Config, mesh: Mesh):
         super().__init__(config, mesh)
         assert isinstance(config.objective, JointConfig)
-        self._detached = config.objective.detach_trunk
-        heads = tuple(range(1, config.heads.num_heads + 1))
-        trunk = "detached" if self._detached else "trained"
-        self.objective = objective_of(config, heads, trunk, config.objective.detach_teacher)
+        self._detached, self._detach_teacher = config.objective.detach_trunk, config.objective.detach_teacher
 
-    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
-        return self.objective.count(rows.segment_ids)
+    def make_objective(self) -> Objective:
+        heads = tuple(range(1, self.config.heads.num_heads + 1))
+        trunk = "detached" if self._detached else "trained"
+        return objective_of(self.config, heads, trunk, self._detach_teacher)
 
     def loss(
         self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
     ) -> tuple[Float[Array, ""], LossSums]:
         inputs = rows.tokens, rows.segment_ids, rows.positions
         hidden = apply(self.model, trained, *inputs, detach_trunk=self._detached)
-        unembedding = unembedding_of(trained)
-        return self.objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, self.mesh)
-
-    def zero_sums(self) -> LossSums:
-        return zero_sums(len(self.objective.heads))
-
-    def terms(self, sums: LossSums, weights: Float[Array, " J"]) -> dict[str, LossTerm]:
-        return self.objective.terms(sums, weights)
+        return self.loss_of(hidden, unembedding_of(trained), rows, weights)
 
     def costs(self) -> costs.Costs:
         model, length, number = self.config.model, self.config.training.sequence_length, self.config.heads.num_heads

@@ -1,6 +1,7 @@
 """What a training method is: all that the step, the state, the trainer and the metrics ask of it."""
 
 import abc
+import functools
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, ObjectiveConfig
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.losses.objective import LossTerm
-from mtpd_jax.model.backbone import LanguageModel, build_model
+from mtpd_jax.losses.objective import LossTerm, Objective
+from mtpd_jax.losses.terms import LossSums, zero_sums
+from mtpd_jax.model.backbone import HiddenStates, LanguageModel, build_model
 from mtpd_jax.model.costs import Costs
 from mtpd_jax.platform import Platform, platform_of
 from mtpd_jax.shapes import Array, Float
@@ -28,9 +30,10 @@ class Method(abc.ABC):
 
     section: ClassVar[type[ObjectiveConfig]]
 
-    def __init_subclass__(cls, section: type[ObjectiveConfig]) -> None:
-        cls.section = section
-        METHODS[section.case] = cls
+    def __init_subclass__(cls, section: type[ObjectiveConfig] | None = None) -> None:
+        if section is not None:  # a class without one is what several methods share
+            cls.section = section
+            METHODS[section.case] = cls
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
@@ -105,6 +108,34 @@ class Method(abc.ABC):
     def describe(self) -> str:
         """What is trained, for people: nothing where it is the whole model."""
         return ""
+
+
+class HeadsMethod(Method):
+    """What methods share whose loss is that of heads beside a main head."""
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The objective of the heads that are trained; made when it is first asked for, which costs never do."""
+        return self.make_objective()
+
+    @abc.abstractmethod
+    def make_objective(self) -> Objective:
+        """Makes the objective, from the config."""
+
+    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
+        return self.objective.count(rows.segment_ids)
+
+    def loss_of(
+        self, hidden: HiddenStates, unembedding: Array, rows: Batch, weights: Float[Array, " J"]
+    ) -> tuple[Float[Array, ""], LossSums]:
+        """The objective's share of these rows, from the states of the main head and of the heads that are trained."""
+        return self.objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, self.mesh)
+
+    def zero_sums(self) -> LossSums:
+        return zero_sums(len(self.objective.heads))
+
+    def terms(self, sums: LossSums, weights: Float[Array, " J"]) -> dict[str, LossTerm]:
+        return self.objective.terms(sums, weights)
 
 
 def method_of(config: Config, mesh: Mesh) -> Method:
