@@ -1,7 +1,8 @@
-"""A ~150M-parameter MTP-D setting on the installed Python packages: every field with its default, a template to edit.
+"""A ~150M-parameter MTP-D setting on the installed Python packages: the defaults, which other configs are diffs from.
 
 What each field means, its unit and what it may be stand beside it: in ``mtpd_jax/config.py``, and for ``data`` and
-``objective`` in ``mtpd_jax/data/sources.py`` and ``mtpd_jax/methods``. Other configs are short diffs from this one.
+``objective`` in ``mtpd_jax/data/sources.py`` and ``mtpd_jax/methods``. A config that takes another case of these says
+so with ``mtpd_jax.editing.change``, or names the case and its fields in ``update``.
 """
 
 import ml_collections

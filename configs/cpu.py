@@ -14,6 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     # Not to save memory: on a CPU, writing activations out and reading them back takes longer than computing them.
     config.model.remat = True
+    config.model.attention = "dense"
     config.objective.top_n = 256
     config.optimizer.update(learning_rate=4e-3, warmup_steps=50, final_fraction=0.05)
     config.training.update(steps=600, batch_size=4, sequence_length=256)

@@ -15,6 +15,7 @@ from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.statistics import Counts, mean_of
 from mtpd_jax import frontdoor
+from mtpd_jax.losses.objective import HeadsObjectiveConfig
 
 HEADS = 4
 BASE = mtp_d(HEADS)
@@ -54,14 +55,20 @@ def variants(scale: Scale) -> list[Variant]:
 
 def _other_sizes(scale: Scale) -> tuple[int, int, int]:
     """The sizes N of the compared set beside the config's own: 16, a quarter of it, and the whole vocabulary."""
-    config = scale.config
-    return 16, config.objective.top_n // 4, config.model.vocabulary_size
+    return 16, _top_n(scale) // 4, scale.config.model.vocabulary_size
+
+
+def _top_n(scale: Scale) -> int:
+    """The size N of the config's own."""
+    objective = scale.config.objective
+    assert isinstance(objective, HeadsObjectiveConfig)  # every variant trains heads
+    return objective.top_n
 
 
 def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
     """Every variant, its difference from MTP-D, and the paper's claims."""
     text = (
-        f"MTP-D as it stands has N = {scale.config.objective.top_n}, beta 0.5, forward KL at temperature 1, a "
+        f"MTP-D as it stands has N = {_top_n(scale)}, beta 0.5, forward KL at temperature 1, a "
         "detached teacher. Decoding is at temperature 1. Intervals in brackets: 95 %, paired bootstrap over seeds, "
         "if there are several, and then held-out texts; with one seed they do not know how another would differ."
     )
@@ -120,9 +127,8 @@ def _claims(pairs: Mapping[str, tuple[Arm, Arm]], scale: Scale) -> Table:
 
 def _panels(arms: Mapping[str, Arm], scale: Scale) -> list[dict[str, Any]]:
     """Cumulative acceptance of the last head, and the main head's cross entropy, by N and by beta."""
-    objective = scale.config.objective
     sweeps = {
-        "N": {objective.top_n: BASE.name, **{n: f"n_{n}" for n in _other_sizes(scale)}},
+        "N": {_top_n(scale): BASE.name, **{n: f"n_{n}" for n in _other_sizes(scale)}},
         "beta": {0.0: CE_ONLY.name, 0.5: BASE.name, **{beta: f"beta_{beta}" for beta in BETAS}},
     }
     figures = {"%": (FIGURES["cumulative acceptance, head 4"], 100.0), "main CE, nats": (Arm.main_ce, 1.0)}

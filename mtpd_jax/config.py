@@ -28,9 +28,8 @@ from mtpd_jax.fields import (
     require,
 )
 
-PerHead = float | tuple[float, ...] | None
-
-# Where the cases of sections stand: they are known once these are imported.
+# Where the cases of sections stand: they are known once these are imported. The one import that goes up, and only when
+# a config is built: who adds a method or a source of text changes nothing here.
 _CASES = ("mtpd_jax.data.sources", "mtpd_jax.methods")
 
 
@@ -81,7 +80,7 @@ class ModelConfig(Section):
     # Of activations; auto: bfloat16 on accelerators, float32 on CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = field("auto")
     # The kernel of training; auto: splash on TPU, triton on GPU, dense on CPU and where a kernel cannot be used.
-    attention: Literal["auto", "dense", "splash", "triton", "cudnn"] = field("auto", resumable=True, as_before="auto")
+    attention: Literal["auto", "dense", "splash", "triton", "cudnn"] = field("auto", resumable=True, as_before="dense")
 
     def check(self, config: "Config") -> None:
         """Checks values beside each other; see ``Config.validate``."""
@@ -101,46 +100,16 @@ class ObjectiveConfig(Section, tag="mode", default="joint"):
     """What every training method has; see ``methods`` for their own fields."""
 
     mode: ClassVar[str]
-    alpha: PerHead = field(None, ZERO_OR_MORE)  # CE weight, a number or one per trained head; None: 0.3 / trained heads
-    beta: PerHead = field(None, ZERO_OR_MORE)  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
-    top_n: int = field(10_000, POSITIVE)  # tokens of the teacher's distribution that the KL compares; >= V: all
-    temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL
-    # forward: KL(main head || head); tv: 1 - acceptance rate; lk: -log of the acceptance rate; lk_hybrid: KL while
-    # little is accepted, then tv (arXiv 2602.23881).
-    kl: Literal["forward", "reverse", "js", "tv", "lk", "lk_hybrid"] = field("forward")
     chunk_rows: int | None = field(None, POSITIVE)  # rows of logits alive at once, per device; None: chosen
-
-    def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns (alpha, beta), one number per head that is trained.
-
-        None stands for the defaults: alpha = 0.3 / heads being trained (DeepSeek-V3's lambda spread over the heads;
-        our choice), beta = 1 with one head and 0.5 with more (MTP-D §4).
-        """
-        alpha = 0.3 / max(num_heads, 1) if self.alpha is None else self.alpha
-        beta = (1.0 if num_heads == 1 else 0.5) if self.beta is None else self.beta
-
-        def per_head(value: float | tuple[float, ...]) -> tuple[float, ...]:
-            return value if isinstance(value, tuple) else (float(value),) * num_heads
-
-        return per_head(alpha), per_head(beta)
 
     @property
     def source_run(self) -> str | None:
         """The workdir of the run that training starts from, ``objective.source``; None: from random parameters."""
         return None
 
-    def trained_heads(self, heads: HeadsConfig) -> int | None:
-        """How many heads are trained; None where that is not known yet."""
-        return heads.num_heads
-
-    def check(self, config: "Config") -> None:
-        """Checks values beside each other; see ``Config.validate``."""
-        number = self.trained_heads(config.heads)
-        for name in ("alpha", "beta"):
-            value = getattr(self, name)
-            if isinstance(value, tuple) and number is not None:
-                expected = f"one number or {number} (the heads that are trained)"
-                require(len(value) == number, f"objective.{name}", value, expected)
+    def starting_from(self, source: str) -> "ObjectiveConfig":
+        """This section with another ``objective.source``, for methods that have one."""
+        return dataclasses.replace(self, source=source)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +222,8 @@ class Config:
         Raises:
           ValueError: as ``build``; or a field is missing that earlier versions had, too.
         """
+        if not isinstance(tree, Mapping):
+            raise ValueError(f"config = {tree!r}: expected a section with fields")
         renamed: dict[str, Any] = {}
         for section, fields in tree.items():
             if not isinstance(fields, Mapping):
@@ -260,6 +231,8 @@ class Config:
                 continue
             for name, value in flat({section: fields}):
                 section, _, last = _RENAMED.get(name, name).partition(".")
+                if last in renamed.get(section, {}):
+                    raise ValueError(f"config.{name}: is there as config.{section}.{last}, too")
                 replaced = _RENAMED_VALUES.get((name, value), value) if isinstance(value, str) else value
                 renamed.setdefault(section, {})[last] = replaced
         missing = [name for name in sections() if name not in renamed]
@@ -310,8 +283,7 @@ class Config:
         for name, section in parts.items():
             section.check_fields(name)
         for section in parts.values():
-            if hasattr(section, "check"):
-                section.check(self)
+            section.check(self)
 
 
 @functools.cache

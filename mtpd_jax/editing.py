@@ -71,6 +71,9 @@ def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> Non
     Args:
       tree: changed in place.
       chosen: section -> case, where it is to have another.
+
+    Raises:
+      ValueError: a section has no such case.
     """
     for name, declared in sections().items():
         section: Any = tree.get(name, ml_collections.ConfigDict())
@@ -78,7 +81,7 @@ def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> Non
             continue  # and is refused when it is built
         case: Any = chosen.get(name, section.get(declared.tag or "", declared.default_case))
         if declared.tag and case not in declared.cases:
-            continue
+            raise ValueError(f"config.{name}.{declared.tag} = {case!r}: expected one of {', '.join(declared.cases)}")
         cls = declared.cases[case] if declared.tag else declared
         foreign = {key: value for other in declared.cases.values() for key, value in defaults_of(other).items()}
         with section.unlocked():

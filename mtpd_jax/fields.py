@@ -19,11 +19,12 @@ class Constraint:
 
     holds: Callable[[Any], bool]
     expected: str
+    of_elements: bool = True  # of a tuple; or of the whole
 
 
-POSITIVE = Constraint(lambda value: value > 0, "more than zero")
-ZERO_OR_MORE = Constraint(lambda value: value >= 0, "zero or more")
-_FINITE = Constraint(lambda value: value == value and abs(value) != float("inf"), "a finite number")
+# Numbers are finite: neither of these holds of what is none, nor of more than any number.
+POSITIVE = Constraint(lambda value: 0 < value < float("inf"), "a finite number, more than zero")
+ZERO_OR_MORE = Constraint(lambda value: 0 <= value < float("inf"), "a finite number, zero or more")
 
 
 def at_least(bound: float, why: str = "") -> Constraint:
@@ -43,7 +44,7 @@ def less_than(bound: float, words: str = "", why: str = "") -> Constraint:
 
 def given(what: str) -> Constraint:
     """A text or a tuple that may not be empty; ``what`` says what it holds."""
-    return Constraint(lambda value: len(value) > 0, what)
+    return Constraint(lambda value: len(value) > 0, what, of_elements=False)
 
 
 def field(default: Any, *constraints: Constraint, resumable: bool = False, as_before: Any = _MISSING) -> Any:
@@ -51,7 +52,7 @@ def field(default: Any, *constraints: Constraint, resumable: bool = False, as_be
 
     Args:
       default: its value where nobody says another.
-      constraints: of a value that is not None, and of each element of a tuple of numbers.
+      constraints: of a value that is not None.
       resumable: whether a run may go on with another value.
       as_before: of a field that runs were stored without, the value that means what they did. It stays what it is
         when the default changes.
@@ -84,6 +85,8 @@ class Section:
         if tag:
             cls.tag, cls.default_case, cls.cases = tag, default, {}
         if case:
+            if not cls.tag or case in cls.cases:
+                raise TypeError(f"{cls.__name__}: case {case!r} is taken, or of a section that has no cases")
             cls.case = case
             cls.cases[case] = cls
             setattr(cls, cls.tag, case)
@@ -100,13 +103,13 @@ class Section:
         """
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
-            numbers = isinstance(value, tuple) and value and not isinstance(value[0], str)
-            for element in value if numbers else (value,):
-                if element is None:
-                    continue
-                number = isinstance(element, int | float) and not isinstance(element, bool)
-                for constraint in ((_FINITE,) if number else ()) + one.metadata["constraints"]:
-                    require(constraint.holds(element), f"{path}.{one.name}", value, constraint.expected)
+            for constraint in one.metadata["constraints"]:
+                whole = not constraint.of_elements or not isinstance(value, tuple)
+                for part in (value,) if whole else value:
+                    require(part is None or constraint.holds(part), f"{path}.{one.name}", value, constraint.expected)
+
+    def check(self, config: Any) -> None:
+        """Checks values beside each other, and beside those of other sections; see ``Config.validate``."""
 
 
 def require(condition: bool, path: str, value: Any, expected: str) -> None:
@@ -174,7 +177,7 @@ def _check_foreign(declared: type[Section], cls: type[Section], name: str, value
         cases = " or ".join(map(repr, others))
         raise ValueError(
             f"{path}.{name} = {value!r}: expected nothing with {path.removeprefix('config.')}.{cls.tag} = "
-            f"{cls.case!r}: only {cases} reads it"
+            f"{cls.case!r}: only {cases} reads it; leave it out (del {path}.{name})"
         )
 
 

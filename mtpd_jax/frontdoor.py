@@ -196,7 +196,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     if not named or not named[-1].removeprefix("--config="):
         raise ValueError("--config is missing")
     config = _load_config(named[-1].removeprefix("--config="))
-    command_line = ["mtpd_jax", *(argument for argument in arguments if argument not in named)]
+    command_line = ["mtpd_jax", *_joined([argument for argument in arguments if argument not in named])]
     given = [argument.removeprefix("--config.") for argument in command_line if argument.startswith("--config.")]
     changes = {path: value for path, _, value in (argument.partition("=") for argument in given)}
     fit_cases(config, chosen_cases(changes))
@@ -213,6 +213,19 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         raise ValueError("--workdir is missing")
     checkpoint = checkpoint_step(str(values["checkpoint"].value))
     return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value))
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """Writes flags of the config in one way: absl takes a single dash, and a value that comes as the next argument."""
+    joined: list[str] = []
+    for argument in arguments:
+        argument = argument if not argument.startswith("-config.") else f"-{argument}"
+        waiting = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
+        if waiting and not argument.startswith("-"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _load_config(named: str) -> ml_collections.ConfigDict:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.fields import require
 
 # Dense bfloat16 peak per JAX device, in FLOP/s, from the vendors' data sheets; keyed by jax.Device.device_kind.
 PEAK_FLOPS = {
@@ -56,16 +55,19 @@ class Platform:
         """Dense bfloat16 FLOP/s of a device; None where it is not known."""
         return PEAK_FLOPS.get(self.device_kind)
 
+    @property
+    def attention_kernels(self) -> tuple[str, ...]:
+        """Those that this kind of device has, the one that ``auto`` stands for first."""
+        return _ATTENTION.get(self.kind, ("dense",))
+
     def resolve(self, model: ModelConfig) -> ModelConfig:
         """The model as it is computed here: every ``auto`` replaced by what it stands for.
 
-        Raises:
-          ValueError: an attention kernel that this kind of device has not.
+        So is a kernel that this kind of device has not: a run is read on other devices than it was trained on.
         """
         dtype = ("float32" if self.on_cpu else "bfloat16") if model.dtype == "auto" else model.dtype
-        kernels = _ATTENTION[self.kind]
-        attention = kernels[0] if model.attention == "auto" else model.attention
-        require(attention in kernels, "model.attention", attention, f"{' or '.join(('auto', *kernels))} on {self.kind}")
+        kernels = self.attention_kernels
+        attention = model.attention if model.attention in kernels else kernels[0]
         return dataclasses.replace(model, dtype=dtype, attention=attention)
 
     def scans_layers(self, layer_weights: int, dtype: jnp.dtype) -> bool:

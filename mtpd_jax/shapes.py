@@ -11,7 +11,7 @@
     K  multi-token-prediction heads (depths): what `heads` alone means
     J  all heads, J = K+1: the main head is row 0
     P  rows of the loss whose softmaxes are formed together; Q groups of P rows in a chunk; M rows, all in a line
-    S  slots of a key/value cache
+    S  keys that queries may see: slots of a cache, or the tokens of the row
     V  vocabulary
 
 Bodies carry the letters as suffixes (``hidden_BxTxD``); signatures carry them in jaxtyping annotations, which the

@@ -59,6 +59,8 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
+# The fields of the config that logical axes of parameters have their size from, where these have another name.
+_FIELDS = {"vocabulary": "model.vocabulary_size", "heads": "heads.num_heads"}
 
 # The mesh that the function being traced runs on: see ``within``.
 _traced_on: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
@@ -98,6 +100,12 @@ def data_mesh(devices: list[Any] | None = None) -> Mesh:
 def parts_of(mesh: Mesh, axis: str) -> int:
     """How many parts a logical axis is split into."""
     return math.prod(mesh.shape[name] for name in RULES.mesh_axes(axis))
+
+
+def parameter_parts(mesh: Mesh) -> int:
+    """Into how many parts parameters are split at most."""
+    axes = [axis for axis in dataclasses.asdict(RULES) if axis != "batch"]
+    return math.prod(mesh.shape[name] for name in {name for axis in axes for name in RULES.mesh_axes(axis)})
 
 
 def check_batch(mesh: Mesh, training: TrainingConfig) -> None:
@@ -140,9 +148,9 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
         for axis, size in zip(axes, leaf.shape, strict=False):
             parts = parts_of(mesh, axis) if axis else 1
             if size % parts:
-                names = " x ".join(RULES.mesh_axes(axis))
+                names, field = " x ".join(RULES.mesh_axes(axis)), _FIELDS.get(axis, f"model.{axis}")
                 raise ValueError(
-                    f"config.mesh: {axis} = {size} (of {jax.tree_util.keystr(path, simple=True, separator='/')}): "
+                    f"config.{field} = {size} (of {jax.tree_util.keystr(path, simple=True, separator='/')}): "
                     f"expected a multiple of mesh {names} = {parts}"
                 )
         return NamedSharding(mesh, RULES.spec(*axes))
@@ -201,8 +209,8 @@ class LastAxis:
         anyway.
     """
 
-    mesh_axis: str | None = None
-    on_cpu: bool = True
+    mesh_axis: str | None
+    on_cpu: bool
 
     @classmethod
     def of(cls, axis: str, mesh: Mesh, on_cpu: bool) -> "LastAxis":
@@ -259,4 +267,4 @@ class LastAxis:
 
 
 # Not split, on the CPU.
-WHOLE = LastAxis()
+WHOLE = LastAxis(None, on_cpu=True)

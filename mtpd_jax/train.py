@@ -26,12 +26,11 @@ from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.scoring import make_scorer, score_documents
 from mtpd_jax.losses.objective import scoring_objective
 from mtpd_jax.methods.method import Method, method_of
-from mtpd_jax.model.attention import kernel_note
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Evaluate, Trainer
 from mtpd_jax.training.checkpoint import Checkpointer, check_chosen, latest_step, restore_state, steps_of
-from mtpd_jax.training.feasibility import check_training
+from mtpd_jax.training.feasibility import check_attention, check_training
 from mtpd_jax.training.interrupt import StopRequest
 from mtpd_jax.training.lock import Lock, take_lock
 from mtpd_jax.training.metrics import MetricsLog
@@ -97,7 +96,7 @@ def run(
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
-    notes = [check_training(method), kernel_note(method.model.config.attention, config.training.sequence_length)]
+    notes = [check_training(method), check_attention(method)]
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
     origin = beginning(config, folder, mesh)

@@ -13,7 +13,7 @@ from mtpd_jax.config import Config, sections
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.editing import change
 from mtpd_jax.fields import defaults_of
-from mtpd_jax.methods.method import Method, method_of
+from mtpd_jax.methods.method import Method, StepContext, method_of
 from mtpd_jax.model.backbone import LanguageModel, build_model
 from mtpd_jax.platform import Platform, platform_of
 from mtpd_jax.sharding import data_mesh, within
@@ -69,9 +69,14 @@ def method_on(config: Config, mesh: Mesh | None = None) -> Method:
     return method_of(config, data_mesh(jax.devices()[:1]) if mesh is None else mesh)
 
 
+def step_context() -> StepContext:
+    """That of the first rows of a first step."""
+    return StepContext(jnp.int32(0), jax.random.key(0), jax.random.key(1))
+
+
 def gradients(method: Method, trained: Any, batch: Batch, frozen: Any = None) -> Any:
     """Loss, sums, weights and gradients of a [micro-batch, B, T] batch, as a step forms them."""
-    return within(method.mesh, gradients_of_batch)(method, trained, frozen, batch, jax.random.key(0))
+    return within(method.mesh, gradients_of_batch)(method, trained, frozen, batch, jnp.int32(0))
 
 
 def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -> Any:

@@ -7,9 +7,10 @@ import pathlib
 import pytest
 
 from configs import base
-from mtpd_jax.config import Config, differences
+from mtpd_jax.config import Config, ObjectiveConfig, differences
 from mtpd_jax.editing import change, fit_cases
 from mtpd_jax.fields import Section, field, flat, read_section
+from mtpd_jax.methods.joint import JointConfig
 from tests.builders import replace, tiny_config
 
 
@@ -100,6 +101,36 @@ def test_a_config_that_is_edited_has_the_fields_of_its_cases():
     assert Config.of(tree).objective.source_run == "x" and "detach_trunk" not in tree.objective
 
 
+def test_cases_are_registered_once_and_only_where_there_are_cases():
+    with pytest.raises(TypeError, match="'joint' is taken"):
+
+        class Again(ObjectiveConfig, case="joint"):
+            pass
+
+    with pytest.raises(TypeError, match="'b' is taken, or of a section that has no cases"):
+
+        class Lost(Section, case="b"):
+            pass
+
+    assert Config.build({}).objective == JointConfig()
+
+
+def test_tuples_are_checked_element_by_element_or_as_a_whole():
+    assert Config.build({"heads": {"num_heads": 0}, "objective": {"alpha": []}}).objective.alpha == ()
+    with pytest.raises(ValueError, match=r"objective.alpha = \(\): expected one number or 4"):
+        Config.build({"objective": {"alpha": []}})
+    with pytest.raises(ValueError, match=r"objective.beta = \(1.0, -1.0\): expected a finite number, zero or more"):
+        Config.build({"heads": {"num_heads": 2}, "objective": {"beta": [1, -1]}})
+    with pytest.raises(ValueError, match=r"data.paths = \(\): expected at least one file"):
+        Config.build({"data": {"source": "text"}})
+
+
+@pytest.mark.parametrize("stored", [[1], None, 3, "x", {}, {"model": 3}, {"init": {"workdir": "x"}}])
+def test_what_is_no_stored_config_is_refused(stored):
+    with pytest.raises(ValueError, match="config"):
+        Config.stored(stored)
+
+
 STORED = pathlib.Path(__file__).parent / "stored_configs"
 
 
@@ -128,6 +159,15 @@ def test_configs_that_earlier_versions_stored_are_read(path):
         more[section]["depth"] = 3
         with pytest.raises(ValueError, match=rf"config\.{section}\.depth: no such field"):
             Config.stored(more)
+
+
+def test_a_stored_config_says_where_it_starts_from_once():
+    tree = Config.build({"objective": {"mode": "extension", "source": "a"}}).to_dict()
+    assert Config.stored(tree).objective.source_run == "a"
+    with pytest.raises(ValueError, match=r"init.workdir: is there as config.objective.source, too"):
+        Config.stored({**tree, "init": {"workdir": "b", "num_heads": 2}})
+    old = json.loads((STORED / "extension.json").read_text())
+    assert Config.stored(old).model.attention == "dense"  # whatever the default is now
 
 
 def test_a_field_that_is_not_stored_means_what_was_done_before():
@@ -164,6 +204,7 @@ def test_json_round_trip_changes_nothing():
 def test_differences_leave_out_what_a_resume_may_change():
     config = tiny_config()
     assert differences(config, replace(config, training__steps=99, logging__every_steps=1, mesh__data=4)) == []
+    assert differences(config, replace(config, model__attention="dense")) == []  # which rounds, as another mesh does
     texts = [replace(config, data__source="text", data__paths=(name,)) for name in "ab"]
     assert differences(*texts) == []  # a digest tells them
     assert {"data.source", "data.packages"} <= set(differences(config, texts[0]))

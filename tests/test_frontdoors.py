@@ -1,19 +1,16 @@
 """The commands as a user types them: what they print and write, and one clear line for every mistake."""
 
-import io
 import json
 import pathlib
 import shutil
 
 import pytest
-import rich.console
 
 from configs import base
 from mtpd_jax import evaluate, frontdoor, generate, train
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
-from mtpd_jax.evaluation.acceptance import Acceptance
 from mtpd_jax.evaluation.comparison import Divergence
 from mtpd_jax.training.restore import open_run
 
@@ -198,6 +195,20 @@ def test_seeds_have_an_effect(workdir, tmp_path):
         ),
         (["--config=configs/base.py", "--workdir=W", "--config.objective.beta=(1.0,2.0)"], ["objective.beta", "4"]),
         (["--config=configs/base.py", "--workdir=W", "--config.data.source=text"], ["config.data.paths"]),
+        # The case that is mistyped is named, and not the fields that it would have had.
+        (
+            ["--config=configs/base.py", "--workdir=W", "--config.data.source=txt", "--config.data.paths=a"],
+            ["config.data.source = 'txt': expected one of python, text"],
+        ),
+        (
+            ["--config=configs/base.py", "--workdir=W", "--config.data.source", "text", "-config.data.paths=('/no',)"],
+            ["config.data.paths = '/no'"],
+        ),
+        (["--config=configs/base.py", "--workdir=W", "--config.objective.alpha=()"], ["objective.alpha = ()", "4"]),
+        (
+            ["--config=configs/base.py", "--workdir=W", "--config.model.attention=splash"],
+            ["config.model.attention = 'splash': expected auto or dense on cpu"],
+        ),
         (["--config=configs/base.py", "--workdir=W", "--config.mesh.data=16"], ["config.mesh", "number of devices"]),
         (["--config=configs/base.py", "--workdir=W", "--config.tokenizer.path=/no/such.json"], ["/no/such.json"]),
         (["--config=configs/base.py", "--workdir=W", "--config.training.seed=4294967296"], ["seed = 4294967296"]),
@@ -376,16 +387,6 @@ def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):
         outcome = call("generate", f"--workdir={workdir}", "--prompt=a mat", "--max_new_tokens=5", "--compare")
         assert outcome[0] == status
         assert words in outcome[1] or "yes" in outcome[1]
-
-
-def test_on_a_terminal_tokens_are_coloured_by_proposer():
-    console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard")
-    generation = generation_module.Generation(
-        "abc", (1, 2, 3), (0, 1, 0), 1, 2.0, 1.0, 3.0, Acceptance((1.0,), (1.0,))
-    )  # fmt: skip
-    generation_module.show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
-    shown = console.file.getvalue()
-    assert "\x1b[32mb\x1b[0m" in shown and "\x1b[32ma" not in shown  # green: head 1
 
 
 def test_help_lists_what_there_is(call):

@@ -2,8 +2,11 @@
 
 import ast
 import pathlib
+import subprocess
 
 import pytest
+
+from mtpd_jax import config
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What stands further down may import what stands further up.
@@ -69,4 +72,22 @@ def test_what_runs_where_is_asked_of_the_mesh():
     for path in LIBRARY:
         text = path.read_text()
         assert "default_backend" not in text, path
-        assert room(path) in ("sharding", "config") or '"fsdp"' not in text, path
+        words = {node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)}
+        assert room(path) in ("sharding", "config") or not words & {"fsdp", "tensor", "expert"}, path
+
+
+def test_imports_by_name_are_those_of_the_cases():
+    """One goes up, and only when a config is built: to where methods and sources of text stand with their sections."""
+    assert [room(path) for path in LIBRARY if "importlib.import_module" in path.read_text()] == ["config"]
+    assert config._CASES == ("mtpd_jax.data.sources", "mtpd_jax.methods")
+
+
+def test_the_root_holds_what_it_should():
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip("not a checkout")
+    tops = {line.split("/")[0] for line in found.stdout.splitlines()}
+    assert tops <= {
+        ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "configs", "experiments", "mtpd_jax", "pyproject.toml",
+        "requirements.txt", "tests",
+    }  # fmt: skip

@@ -78,7 +78,7 @@ def test_a_parameter_that_collides_or_does_not_divide_is_named():
 
     placed = shardings_of(boxed((8, 6), "width", "mlp_width"), mesh)["layer"]["kernel"]
     assert placed.spec == PartitionSpec("fsdp", "tensor")
-    with pytest.raises(ValueError, match=r"width = 6 \(of layer/kernel\): expected a multiple of mesh fsdp = 4"):
+    with pytest.raises(ValueError, match=r"model.width = 6 \(of layer/kernel\): expected a multiple of mesh fsdp = 4"):
         shardings_of(boxed((6, 6), "width", "mlp_width"), mesh)
     with pytest.raises(ValueError, match="axes 'query_heads' and 'kv_heads' both lie on mesh axis 'tensor'"):
         shardings_of(boxed((8, 8), "query_heads", "kv_heads"), mesh)

@@ -31,7 +31,7 @@ COUNTED_ROWS = 256
 def search_passes(vocabulary: int, top_n: int) -> int:
     """Passes over the logits that the search makes for the slowest of ``COUNTED_ROWS`` normal rows."""
     logits = 3 * jax.random.normal(jax.random.key(0), (COUNTED_ROWS, vocabulary))
-    return int(jax.jit(lambda logits: search(logits, top_n, LastAxis(on_cpu=False))[1])(logits))
+    return int(jax.jit(lambda logits: search(logits, top_n, LastAxis(None, on_cpu=False))[1])(logits))
 
 
 def compile_on(

@@ -72,7 +72,8 @@ class TrainingData:
         if present != expected:
             raise ValueError(
                 f"config.data: the {present['documents']} documents found are not the {expected['documents']} "
-                "that the run was trained on, or have changed; it can only go on with the data that it began with"
+                "that the run was trained on, have changed, or were recorded by an earlier version; it can only go on "
+                "with the data that it began with"
             )
         self._iterator.set_state(_with_tuples(state["iterator"]))
 

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mtpd_jax import fields
 from mtpd_jax.config import DataConfig
 from mtpd_jax.data.files import File, json_field, plain_pieces
-from mtpd_jax.fields import field, given
+from mtpd_jax.fields import given
 
 # Tests, and modules that are tables of data rather than code.
 _LEFT_OUT = {"test", "tests", "idle_test", "testing", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -210,7 +211,7 @@ _TEXT_FIELD = given("the name of the field that holds the text")
 class PythonData(DataConfig, case="python"):
     """The source code of the Python that runs this: one document per file."""
 
-    packages: bool = field(True)  # also read every package installed beside the standard library
+    packages: bool = fields.field(True)  # also read every package installed beside the standard library
 
     def open(self) -> Source:
         return FileSource(_python_files(self.packages))
@@ -220,8 +221,8 @@ class PythonData(DataConfig, case="python"):
 class TextData(DataConfig, case="text"):
     """Text files, each of several documents."""
 
-    paths: tuple[str, ...] = field((), _FILES, resumable=True)  # files or globs; what they hold is told by a digest
-    separator: str = field("<|endoftext|>", given("the text that stands between documents"))  # in a file
+    paths: tuple[str, ...] = fields.field((), _FILES, resumable=True)  # files or globs; a digest tells what they hold
+    separator: str = fields.field("<|endoftext|>", given("the text that stands between documents"))  # in a file
 
     def open(self) -> Source:
         separator, cut = self.separator.encode(), []
@@ -249,8 +250,8 @@ class TextData(DataConfig, case="text"):
 class JsonlData(DataConfig, case="jsonl"):
     """Files of JSON lines: one document per line."""
 
-    paths: tuple[str, ...] = field((), _FILES, resumable=True)  # files or globs; what they hold is told by a digest
-    field: str = field("text", _TEXT_FIELD)
+    paths: tuple[str, ...] = fields.field((), _FILES, resumable=True)  # files or globs; a digest tells what they hold
+    field: str = fields.field("text", _TEXT_FIELD)
 
     def open(self) -> Source:
         name = self.field
@@ -266,10 +267,10 @@ class JsonlData(DataConfig, case="jsonl"):
 class TfdsData(DataConfig, case="tfds"):
     """A tensorflow-datasets data set that was prepared with ``file_format="array_record"``."""
 
-    name: str = field("", given("the name of a tensorflow-datasets data set"))  # with its config ("lm1b")
-    split: str = field("train")  # the split to read
-    directory: str = field("")  # where the prepared data set lies; empty: tensorflow-datasets' default
-    field: str = field("text", _TEXT_FIELD)
+    name: str = fields.field("", given("the name of a tensorflow-datasets data set"))  # with its config ("lm1b")
+    split: str = fields.field("train")  # the split to read
+    directory: str = fields.field("")  # where the prepared data set lies; empty: tensorflow-datasets' default
+    field: str = fields.field("text", _TEXT_FIELD)
 
     def open(self) -> Source:
         return TfdsSource(self.name, self.split, self.directory, self.field)

@@ -48,9 +48,7 @@ class Tiling:
     vocabulary_block: int
 
 
-def choose_tiling(
-    rows: int, heads: int, vocabulary: int, width: int, chunk_rows: int | None = None, on_cpu: bool = True
-) -> Tiling:
+def choose_tiling(rows: int, heads: int, vocabulary: int, width: int, chunk_rows: int | None, on_cpu: bool) -> Tiling:
     """Chooses from the shapes: rows on a device, all heads (K+1), the device's part of V, and D.
 
     Args:

@@ -1,16 +1,59 @@
 """The objective of heads beside a main head: alignment by target, weights counted first, then the fused loss."""
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config
+from mtpd_jax.config import Config, HeadsConfig, ObjectiveConfig
+from mtpd_jax.fields import POSITIVE, ZERO_OR_MORE, field, require
 from mtpd_jax.losses.align import align, supervision_mask
 from mtpd_jax.losses.fused import Trunk, fused_loss
 from mtpd_jax.losses.terms import Distillation, LossSums
 from mtpd_jax.model.backbone import HiddenStates
 from mtpd_jax.shapes import AnyArray, Array, Float, Int, SegmentIds, Tokens
+
+PerHead = float | tuple[float, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsObjectiveConfig(ObjectiveConfig):
+    """The part of a method's section that says how heads learn, from the text and from the main head."""
+
+    alpha: PerHead = field(None, ZERO_OR_MORE)  # CE weight, a number or one per trained head; None: 0.3 / trained heads
+    beta: PerHead = field(None, ZERO_OR_MORE)  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
+    top_n: int = field(10_000, POSITIVE)  # tokens of the teacher's distribution that the KL compares; >= V: all
+    temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL
+    # forward: KL(main head || head); tv: 1 - acceptance rate; lk: -log of the acceptance rate; lk_hybrid: KL while
+    # little is accepted, then tv (arXiv 2602.23881).
+    kl: Literal["forward", "reverse", "js", "tv", "lk", "lk_hybrid"] = field("forward")
+
+    def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns (alpha, beta), one number per head that is trained.
+
+        None stands for the defaults: alpha = 0.3 / heads being trained (DeepSeek-V3's lambda spread over the heads;
+        our choice), beta = 1 with one head and 0.5 with more (MTP-D §4).
+        """
+        alpha = 0.3 / max(num_heads, 1) if self.alpha is None else self.alpha
+        beta = (1.0 if num_heads == 1 else 0.5) if self.beta is None else self.beta
+
+        def per_head(value: float | tuple[float, ...]) -> tuple[float, ...]:
+            return value if isinstance(value, tuple) else (float(value),) * num_heads
+
+        return per_head(alpha), per_head(beta)
+
+    def trained_heads(self, heads: HeadsConfig) -> int | None:
+        """How many heads are trained; None where that is not known yet."""
+        return heads.num_heads
+
+    def check(self, config: Config) -> None:
+        number = self.trained_heads(config.heads)
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and number is not None:
+                expected = f"one number or {number} (the heads that are trained)"
+                require(len(value) == number, f"objective.{name}", value, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +152,7 @@ def objective_of(config: Config, heads: tuple[int, ...], trunk: Trunk, detach_te
       detach_teacher: whether the main head's logits get no gradient from the KL.
     """
     section = config.objective
+    assert isinstance(section, HeadsObjectiveConfig)  # of a method that trains heads
     alpha, beta = section.coefficients(len(heads))
     distillation = Distillation(section.top_n, section.temperature, section.kl, detach_teacher)
     return Objective(heads, alpha, beta, distillation if any(beta) else None, trunk, section.chunk_rows)

@@ -5,16 +5,17 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config, HeadsConfig, ObjectiveConfig
+from mtpd_jax.config import Config, HeadsConfig
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.fields import POSITIVE, field, given, require
-from mtpd_jax.losses.objective import Objective, objective_of
+from mtpd_jax.losses.objective import HeadsObjectiveConfig, Objective, objective_of
 from mtpd_jax.losses.terms import LossSums
-from mtpd_jax.methods.method import HeadsMethod
+from mtpd_jax.methods.method import HeadsMethod, StepContext
 from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
+from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Float
 
 # What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
@@ -22,7 +23,7 @@ _FREE = {"remat", "dtype", "attention"}
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtensionConfig(ObjectiveConfig, case="extension"):
+class ExtensionConfig(HeadsObjectiveConfig, case="extension"):
     """More heads for a trained run: up to ``heads.num_heads``; all that the run has stays frozen."""
 
     source: str = field("", given("the workdir of the run to extend"))
@@ -49,7 +50,9 @@ class Extension(HeadsMethod, section=ExtensionConfig):
 
     def __init__(self, config: Config, mesh: Mesh):
         super().__init__(config, mesh)
-        assert isinstance(config.objective, ExtensionConfig) and config.objective.frozen_heads is not None
+        assert isinstance(config.objective, ExtensionConfig)
+        if config.objective.frozen_heads is None:
+            raise ValueError("config.objective.frozen_heads = None: expected the heads of the run that is extended")
         self._frozen_heads, number = config.objective.frozen_heads, config.heads.num_heads
 
         def with_heads(count: int) -> LanguageModel:
@@ -71,14 +74,6 @@ class Extension(HeadsMethod, section=ExtensionConfig):
                     f"config.{name} = {value!r}: the run in {where}, which is to be extended, "
                     f"has {there[name]!r}; more heads are all that can be added to it"
                 )
-        fraction, most = config.data.validation_fraction, source.data.validation_fraction
-        expected = (
-            f"at most {most}, that of the run in {where}; with more, text that its trunk was trained on would count as "
-            "held out"
-        )
-        require(fraction <= most, "data.validation_fraction", fraction, expected)
-        expected = f"nothing with objective.mode = 'extension', which takes the tokenizer of {where}"
-        require(not config.tokenizer.path, "tokenizer.path", config.tokenizer.path, expected)
         assert isinstance(config.objective, ExtensionConfig)
         named, number = config.objective.frozen_heads, source.heads.num_heads
         if named not in (None, number):
@@ -98,13 +93,14 @@ class Extension(HeadsMethod, section=ExtensionConfig):
         return join_heads(trained, frozen)
 
     def loss(
-        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
+        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], context: StepContext
     ) -> tuple[Float[Array, ""], LossSums]:
         # Differentiated by ``trained``, the first part has no backward pass at all: nothing in it depends on that.
         inputs = rows.tokens, rows.segment_ids, rows.positions
-        below = apply(self._below, frozen, *inputs)
+        view = PackedRows.of(rows.segment_ids, rows.positions, self.model.config)
+        below = apply(self._below, frozen, *inputs, view=view)
         first = self._frozen_heads + 1
-        hidden = apply(self._above, {**frozen, **trained}, below, first, *inputs, method="further_heads")
+        hidden = apply(self._above, {**frozen, **trained}, below, first, *inputs[:2], view=view, method="further_heads")
         return self.loss_of(hidden, unembedding_of(frozen), rows, weights)
 
     def costs(self) -> costs.Costs:

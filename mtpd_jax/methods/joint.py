@@ -5,12 +5,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config, ObjectiveConfig
+from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.fields import field, require
-from mtpd_jax.losses.objective import Objective, objective_of
+from mtpd_jax.losses.objective import HeadsObjectiveConfig, Objective, objective_of
 from mtpd_jax.losses.terms import LossSums
-from mtpd_jax.methods.method import HeadsMethod
+from mtpd_jax.methods.method import HeadsMethod, StepContext
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.model.layers import apply
@@ -18,7 +18,7 @@ from mtpd_jax.shapes import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
-class JointConfig(ObjectiveConfig, case="joint"):
+class JointConfig(HeadsObjectiveConfig, case="joint"):
     """Backbone and heads together."""
 
     detach_teacher: bool = field(True)  # no gradient from the KL into the main head's logits
@@ -45,7 +45,7 @@ class Joint(HeadsMethod, section=JointConfig):
         return objective_of(self.config, heads, trunk, self._detach_teacher)
 
     def loss(
-        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
+        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], context: StepContext
     ) -> tuple[Float[Array, ""], LossSums]:
         inputs = rows.tokens, rows.segment_ids, rows.positions
         hidden = apply(self.model, trained, *inputs, detach_trunk=self._detached)

@@ -1,10 +1,12 @@
 """What a training method is: all that the step, the state, the trainer and the metrics ask of it."""
 
 import abc
+import dataclasses
 import functools
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, ObjectiveConfig
@@ -14,9 +16,24 @@ from mtpd_jax.losses.terms import LossSums, zero_sums
 from mtpd_jax.model.backbone import HiddenStates, LanguageModel, build_model
 from mtpd_jax.model.costs import Costs
 from mtpd_jax.platform import Platform, platform_of
-from mtpd_jax.shapes import Array, Float
+from mtpd_jax.shapes import Array, Float, Int
 
 METHODS: dict[str, type["Method"]] = {}
+
+
+@struct.dataclass
+class StepContext:
+    """What a step hands over beside its rows; whatever is random in it depends on these keys alone.
+
+    Attributes:
+      step: optimizer steps done before it.
+      key: the step's, the same for all its micro-batches: the seed's, with the number of the step folded in.
+      rows_key: of these rows: the step's, with the number of the micro-batch folded in.
+    """
+
+    step: Int[Array, ""]
+    key: Array
+    rows_key: Array
 
 
 class Method(abc.ABC):
@@ -32,6 +49,8 @@ class Method(abc.ABC):
 
     def __init_subclass__(cls, section: type[ObjectiveConfig] | None = None) -> None:
         if section is not None:  # a class without one is what several methods share
+            if section.case in METHODS:
+                raise TypeError(f"{cls.__name__}: {section.case!r} is the mode of {METHODS[section.case].__name__}")
             cls.section = section
             METHODS[section.case] = cls
 
@@ -61,7 +80,9 @@ class Method(abc.ABC):
           source: the parameters of the run to start from; None without one, and where only shapes are asked for.
         """
         dummy = jnp.ones((1, self.model.heads_config.num_heads + 2), jnp.int32)
-        return self.model.init(key, dummy, dummy, dummy)["params"]
+        # A row that no other kernel takes; parameters do not depend on it.
+        model = LanguageModel(dataclasses.replace(self.model.config, attention="dense"), self.model.heads_config)
+        return model.init(key, dummy, dummy, dummy)["params"]
 
     def split(self, parameters: Any) -> tuple[Any, Any]:
         """Cuts the whole model's parameters into those that are trained and those that are frozen (None: none are)."""
@@ -72,17 +93,19 @@ class Method(abc.ABC):
         return trained
 
     @abc.abstractmethod
-    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
+    def count(self, rows: Batch, context: StepContext) -> Float[Array, " J"]:
         """What each term of the loss is a mean over, in these rows. A step counts all its rows before any loss.
+
+        So it depends on no parameters.
 
         Args:
           rows: [B, T].
-          key: what ``loss`` is given for the same rows.
+          context: what ``loss`` is given for the same rows.
         """
 
     @abc.abstractmethod
     def loss(
-        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], key: Array
+        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], context: StepContext
     ) -> tuple[Float[Array, ""], Any]:
         """The share of these rows in the step's loss, differentiable by ``trained``, and the sums that are reported.
 
@@ -90,7 +113,7 @@ class Method(abc.ABC):
           trained, frozen: from ``split``.
           rows: [B, T].
           weights: of the whole step, from ``count``.
-          key: of these rows: the seed, the step and the micro-batch folded into one.
+          context: of the step and of these rows.
         """
 
     @abc.abstractmethod
@@ -122,7 +145,7 @@ class HeadsMethod(Method):
     def make_objective(self) -> Objective:
         """Makes the objective, from the config."""
 
-    def count(self, rows: Batch, key: Array) -> Float[Array, " J"]:
+    def count(self, rows: Batch, context: StepContext) -> Float[Array, " J"]:
         return self.objective.count(rows.segment_ids)
 
     def loss_of(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mtpd_jax.config import ModelConfig
 from mtpd_jax.shapes import Array, AttentionMask, Float, Positions, SegmentIds
 from mtpd_jax.sharding import RULES, parts_of, traced_mesh
 
@@ -114,12 +115,12 @@ def attend_by_splash(query: Query, key: Key, value: Key, pattern: Documents, int
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     def attend(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-        length, heads, size = query.shape[1:]
+        length, query_heads, size = query.shape[1:]
         block = _block(_SPLASH_BLOCKS, length)
         sizes = splash_attention_kernel.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         )
-        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * heads)
+        mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((length, length))] * query_heads)
         # Made anew in every trace: it holds arrays of the trace.
         kernel = splash_attention_kernel.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
 
@@ -142,12 +143,12 @@ def attend_by_triton(query: Query, key: Key, value: Key, pattern: Documents, int
     from jax.experimental.pallas.ops.gpu import attention  # which later versions of JAX warn of when it is imported
 
     def attend(query: Array, key: Array, value: Array, segment_ids: Array) -> Array:
-        length, heads, size = query.shape[1:]
+        length, query_heads, size = query.shape[1:]
         block = _block(_TRITON_BLOCKS, length)
         sizes = attention.BlockSizes(
             block_q=block, block_k=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         )
-        key, value = (jnp.repeat(values, heads // values.shape[2], axis=2) for values in (key, value))
+        key, value = (jnp.repeat(values, query_heads // values.shape[2], axis=2) for values in (key, value))
         return attention.mha(
             query, key, value, segment_ids, sm_scale=size**-0.5, causal=True, block_sizes=sizes, interpret=interpret
         )
@@ -161,7 +162,7 @@ def _on_each_device(attend: Callable[..., Array], query: Query, key: Key, value:
     mesh = traced_mesh()
     if mesh is None:
         return attend(*arguments)
-    queries, keys = (RULES.spec("batch", None, heads, None) for heads in ("query_heads", "kv_heads"))
+    queries, keys = (RULES.spec("batch", None, axis, None) for axis in ("query_heads", "kv_heads"))
     specs = queries, keys, keys, RULES.spec("batch", None)
     # Checks of what varies over the mesh know no Pallas kernels.
     return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=queries, check_vma=False)(*arguments)
@@ -204,24 +205,38 @@ KERNELS: dict[str, Callable[..., Any]] = {
 _BLOCKS = {"splash": _SPLASH_BLOCKS, "triton": _TRITON_BLOCKS}
 
 
-def kernel_for(wanted: str, rows: int, length: int) -> str:
-    """The kernel for whole rows: the one that is wanted, or the dense one where that cannot attend over them.
+def kernel_for(config: ModelConfig, rows: int, length: int) -> str:
+    """The kernel for whole rows: the config's, or the dense one where that cannot attend over them.
 
-    Pallas kernels need rows that their blocks divide, and as many on every device of what is being traced.
+    Pallas kernels need as many rows on every device of what is being traced, as a step has, and not every call.
     """
-    mesh = traced_mesh()
-    shared = mesh is None or rows % parts_of(mesh, "batch") == 0
-    return wanted if shared and not kernel_note(wanted, length) else "dense"
+    mesh, kernel = traced_mesh(), config.attention
+    shared = kernel not in _BLOCKS or mesh is None or rows % parts_of(mesh, "batch") == 0
+    return kernel if shared and not lacking(kernel, config, length) else "dense"
 
 
-def kernel_note(kernel: str, length: int) -> str:
-    """Why a kernel cannot attend over rows of this length; nothing where it can."""
+def lacking(kernel: str, config: ModelConfig, length: int) -> str:
+    """What a kernel needs that a model with rows of this length has not; nothing if it can attend over them.
+
+    Args:
+      kernel: of ``KERNELS``.
+      config: of the model, as a platform has resolved it.
+      length: tokens of a row.
+    """
     multiple = min(_BLOCKS.get(kernel, (1,)))
-    if length % multiple == 0:
-        return ""
-    return f"rows of {length} tokens are attended to densely: {kernel} attention needs a multiple of {multiple}"
+    if length % multiple:
+        return f"rows of a multiple of {multiple} tokens, not {length}"
+    if kernel == "cudnn" and (config.dtype != "bfloat16" or config.head_size % 8 or config.head_size > 128):
+        return f"bfloat16 and a head_size of a multiple of 8, up to 128, not {config.dtype} and {config.head_size}"
+    return "rows of an even number of tokens" if kernel == "cudnn" and length % 2 else ""
+
+
+def knows_documents(kernel: str) -> bool:
+    """Whether a kernel attends within documents without a mask of them; such a one can do nothing else."""
+    return kernel in _BLOCKS
 
 
 def attend(kernel: str, query: Query, key: Key, value: Key, pattern: Pattern) -> Query:
-    """Attends with a kernel of ``KERNELS``; patterns that are given as arrays are for the dense one."""
-    return KERNELS[kernel if isinstance(pattern, Documents) else "dense"](query, key, value, pattern)
+    """Attends with a kernel of ``KERNELS``; patterns that are given as arrays are not for those that know documents."""
+    fits = isinstance(pattern, Documents) or not knows_documents(kernel)
+    return KERNELS[kernel if fits else "dense"](query, key, value, pattern)

@@ -13,7 +13,7 @@ from mtpd_jax.model.forward import run_backbone, run_heads
 from mtpd_jax.model.heads import Heads
 from mtpd_jax.model.layers import norm, partitioned
 from mtpd_jax.model.shift import shift
-from mtpd_jax.model.views import PackedRows
+from mtpd_jax.model.views import PackedRows, View
 from mtpd_jax.platform import Platform
 from mtpd_jax.shapes import Array, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
 
@@ -77,34 +77,41 @@ class LanguageModel(nn.Module):
             self.heads = Heads(config, self.heads_config)
 
     def __call__(
-        self, tokens: Tokens, segment_ids: SegmentIds, positions: Positions, detach_trunk: bool = False
+        self,
+        tokens: Tokens,
+        segment_ids: SegmentIds,
+        positions: Positions,
+        *,
+        view: View | None = None,
+        detach_trunk: bool = False,
     ) -> HiddenStates:
         """Runs backbone and heads on packed rows.
 
         Args:
           tokens, segment_ids, positions: [B, T]; segment 0 is padding.
+          view: what the tokens see; None: earlier ones of their document.
           detach_trunk: cut the gradient from the heads into backbone and embedding.
         """
-        view = PackedRows.of(segment_ids, positions, self.config)
+        view = PackedRows.of(segment_ids, positions, self.config) if view is None else view
         blocks, final_norm = self.backbone.blocks, self.backbone.final_norm
         main, outputs = run_backbone(self.config, self.embedding, blocks, final_norm, tokens, view)
         below = HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main, (outputs.statistics, None))
         return self._with_heads(below, 1, tokens, segment_ids, view, detach_trunk)
 
     def further_heads(
-        self, below: HiddenStates, first: int, tokens: Tokens, segment_ids: SegmentIds, positions: Positions
+        self, below: HiddenStates, first: int, tokens: Tokens, segment_ids: SegmentIds, *, view: View
     ) -> HiddenStates:
         """Runs this model's heads on top of another's, as heads ``first`` and following.
 
         Args:
           below: what backbone and heads before ``first`` returned for these rows.
           first: the first head's number, at least 1.
-          tokens, segment_ids, positions: [B, T]; segment 0 is padding.
+          tokens, segment_ids: [B, T]; segment 0 is padding.
+          view: what the tokens see.
 
         Returns:
           The main head's states, and those of these heads alone.
         """
-        view = PackedRows.of(segment_ids, positions, self.config)
         return self._with_heads(below, first, tokens, segment_ids, view, False)
 
     def _with_heads(
@@ -113,7 +120,7 @@ class LanguageModel(nn.Module):
         first: int,
         tokens: Tokens,
         segment_ids: SegmentIds,
-        view: PackedRows,
+        view: View,
         detach: bool,
     ) -> HiddenStates:
         number = self.heads_config.num_heads

@@ -6,6 +6,7 @@ Weights are those of matrices, without norms and biases; all numbers are whole, 
 import dataclasses
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
+from mtpd_jax.model.feed_forward import FEED_FORWARDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Part:
 def block(model: ModelConfig, length: int) -> Part:
     """A Transformer block; causal attention over ``length`` tokens counted whole, as PaLM (arXiv 2204.02311 B) does."""
     attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
-    weights = attention + 3 * model.width * model.mlp_width
+    weights = attention + FEED_FORWARDS[model.feed_forward].weights(model)
     return Part(weights, weights + 2 * length * model.query_heads * model.head_size)
 
 

@@ -15,6 +15,11 @@ class GatedMLP(nn.Module):
 
     config: ModelConfig
 
+    @staticmethod
+    def weights(config: ModelConfig) -> int:
+        """Of its matrices; each is used once per token."""
+        return 3 * config.width * config.mlp_width
+
     @nn.compact
     def __call__(self, x: Hidden) -> tuple[Hidden, None]:
         """Returns the new [B, T, D], and no statistics."""
@@ -33,5 +38,6 @@ class GatedMLP(nn.Module):
         return dense(config.width, "down", down_init)(hidden_BxTxF), None
 
 
-# Module of a config -> ([B, T, D] -> the new [B, T, D], and statistics of the pass, which the model hands on).
+# A module of a config: [B, T, D] -> the new [B, T, D], and statistics of the pass, which the model hands on; and
+# ``weights``, which costs are counted from.
 FEED_FORWARDS: dict[str, Any] = {"gated": GatedMLP}

@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.model.attention import Documents, Drawn, Pattern, Slots, attend, attend_to_slots, kernel_for
+from mtpd_jax.model.attention import (
+    Documents,
+    Drawn,
+    Pattern,
+    Slots,
+    attend,
+    attend_to_slots,
+    kernel_for,
+    knows_documents,
+)
 from mtpd_jax.model.cache import KVCache
 from mtpd_jax.shapes import Array, Float, Int, Positions, SegmentIds
 
@@ -82,8 +91,8 @@ class PackedRows:
     def of(cls, segment_ids: SegmentIds, positions: Positions, config: ModelConfig) -> "PackedRows":
         """Rows that hold documents. Where the config's kernel cannot be used, they are attended to densely."""
         pattern: Pattern = Documents(segment_ids)
-        kernel = kernel_for(config.attention, *segment_ids.shape)
-        if kernel == "dense":
+        kernel = kernel_for(config, *segment_ids.shape)
+        if not knows_documents(kernel):
             pattern = Drawn(pattern.dense())  # once for all layers
         return cls(Rotation.of(positions, config), pattern, kernel)
 

@@ -4,15 +4,16 @@ All sizes are lower bounds, in whole numbers that do not overflow: what is refus
 does; what is not refused may still run out of memory.
 """
 
-import math
 import os
 import pathlib
 
 import jax
 
 from mtpd_jax.config import Config, ModelConfig
+from mtpd_jax.fields import require
 from mtpd_jax.methods.method import Method
-from mtpd_jax.sharding import parts_of
+from mtpd_jax.model.attention import lacking
+from mtpd_jax.sharding import parameter_parts, parts_of
 
 # No device computes faster than this, in FLOP/s; where the device is known, its own peak counts.
 _ANY_DEVICE_FLOPS = 1e16
@@ -37,8 +38,7 @@ def check_training(method: Method) -> str:
     config, mesh, costs = method.config, method.mesh, method.costs()
     training, model = config.training, config.model
     numbers = 3 + (config.optimizer.ema_decay is not None)  # a parameter, two moments, and the average
-    parts = math.prod(size for axis, size in mesh.shape.items() if axis != "data")
-    state = 4 * (numbers * costs.trained + costs.frozen) // parts
+    state = 4 * (numbers * costs.trained + costs.frozen) // parameter_parts(mesh)
     rows = training.batch_size // training.micro_batches // parts_of(mesh, "batch")
     # With rematerialisation a block keeps its input for the backward pass, and without it more than that.
     activations = 2 * max(rows, 1) * training.sequence_length * model.width * costs.differentiated_blocks
@@ -62,6 +62,26 @@ def _time(method: Method) -> str:
     if years < 1:
         return ""
     return f"{training.steps:,} steps take these devices at least {years:,.1f} years"
+
+
+def check_attention(method: Method) -> str:
+    """Checks that the attention kernel that a config asks for can be used.
+
+    Returns:
+      What has to be said where ``auto`` stands for a kernel that cannot; nothing where there is nothing to say.
+
+    Raises:
+      ValueError: the devices have no such kernel, or it needs another model or other rows.
+    """
+    wanted, model = method.config.model.attention, method.model.config
+    kernels, length = method.platform.attention_kernels, method.config.training.sequence_length
+    missing = lacking(model.attention, model, length)
+    if wanted == "auto":
+        return missing and f"attention is dense, for {model.attention} attention needs {missing}"
+    allowed = f"{' or '.join(('auto', *kernels))} on {method.platform.kind}"
+    require(wanted in kernels, "model.attention", wanted, allowed)
+    require(not missing, "model.attention", wanted, f"a kernel that can do it: it needs {missing}")
+    return ""
 
 
 def check_decoding(model: ModelConfig, num_heads: int, batch_size: int, tokens: int, device: jax.Device) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, differences
+from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS, method_of
 from mtpd_jax.training.checkpoint import latest_step, read_record, restore_parameters
 from mtpd_jax.training.optimizer import make_optimizer
@@ -28,22 +29,29 @@ def completed(config: Config, workdir: Workdir) -> Config:
     if latest_step(workdir) is None:
         return _complete(config, source_of(config).read_config())
     origin, begun = read_record(workdir)["origin"], workdir.read_config()
-    if origin is None or begun.objective.source_run is None:
+    if begun.objective.source_run is None:
         return config  # and is refused, as any other config
+    if origin is None:
+        raise ValueError(f"{workdir.path}: written by an earlier version, which did not record what a run began from")
     if config.objective.source_run != begun.objective.source_run:
         if not _is_origin(source_of(config), origin):
             raise ValueError(
                 f"config.objective.source = {config.objective.source_run!r}: not the run that {workdir.path} began "
                 f"from, which is {begun.objective.source_run!r}; name that one, though it need not be there any more"
             )
-        objective: Any = config.objective
-        config = dataclasses.replace(
-            config, objective=dataclasses.replace(objective, source=begun.objective.source_run)
-        )
+        config = dataclasses.replace(config, objective=config.objective.starting_from(begun.objective.source_run))
     return _complete(config, Config.stored(origin["config"]))
 
 
 def _complete(config: Config, source: Config) -> Config:
+    where, mode = config.objective.source_run, config.objective.mode
+    fraction, most = config.data.validation_fraction, source.data.validation_fraction
+    expected = (
+        f"at most {most}, that of the run in {where}; with more, text that it was trained on would count as held out"
+    )
+    require(fraction <= most, "data.validation_fraction", fraction, expected)
+    expected = f"nothing with objective.mode = {mode!r}, which takes the tokenizer of {where}"
+    require(not config.tokenizer.path, "tokenizer.path", config.tokenizer.path, expected)
     config = METHODS[config.objective.mode].complete(config, source)
     config.validate()
     return config

@@ -55,8 +55,9 @@ class TrainedRun:
         if present != expected:
             raise ValueError(
                 f"config.data of the run: the {present['documents']} documents found are not the "
-                f"{expected['documents']} that it was trained on, or have changed, so that none is sure to be held "
-                "out; restore them, or score files that it was not trained on with --text"
+                f"{expected['documents']} that it was trained on, have changed, or were recorded by an earlier "
+                "version, so that none is sure to be held out; restore them, or score files that it was not trained on "
+                "with --text"
             )
         return split(source, data.validation_fraction, validation=True)
 

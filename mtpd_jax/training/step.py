@@ -10,7 +10,7 @@ import optax
 from flax import struct
 
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.methods.method import Method
+from mtpd_jax.methods.method import Method, StepContext
 from mtpd_jax.shapes import Array, Float, Int
 from mtpd_jax.sharding import batch_sharding, replicated, within
 from mtpd_jax.training.state import TrainState
@@ -35,15 +35,20 @@ class StepResult:
 
 
 def gradients_of_batch(
-    method: Method, trained: Any, frozen: Any, batch: Batch, key: Array
+    method: Method, trained: Any, frozen: Any, batch: Batch, step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Any, Float[Array, " J"], Any]:
     """Loss, sums, weights and gradients, by the trained parameters, of a whole [micro-batch, B, T] batch."""
+    key = jax.random.fold_in(jax.random.key(method.config.training.seed), step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch.tokens.shape[0]))
-    weights = jnp.sum(jax.vmap(method.count)(batch, keys), axis=0)
 
-    def of_rows(rows: Batch, key: Array) -> tuple[tuple[Array, Any], Any]:
+    def count(rows: Batch, rows_key: Array) -> Float[Array, " J"]:
+        return method.count(rows, StepContext(step, key, rows_key))
+
+    weights = jnp.sum(jax.vmap(count)(batch, keys), axis=0)
+
+    def of_rows(rows: Batch, rows_key: Array) -> tuple[tuple[Array, Any], Any]:
         def loss(trained: Any) -> tuple[Array, Any]:
-            return method.loss(trained, frozen, rows, weights, key)
+            return method.loss(trained, frozen, rows, weights, StepContext(step, key, rows_key))
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
@@ -80,11 +85,10 @@ def make_step(
       shardings: of the state, leaf by leaf (see ``state_shardings``); it goes out as it came in, so that a resumed
         run executes the same program as one that went on.
     """
-    decay, seed = method.config.optimizer.ema_decay, method.config.training.seed
+    decay = method.config.optimizer.ema_decay
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        loss, sums, weights, gradients = gradients_of_batch(method, state.parameters, state.frozen, batch, key)
+        loss, sums, weights, gradients = gradients_of_batch(method, state.parameters, state.frozen, batch, state.step)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         average = state.average

@@ -7,9 +7,9 @@ import pytest
 
 from experiments.sweep import fingerprint
 from experiments.sweep.runner import RESULTS
-from mtpd_jax.config import ObjectiveConfig
 from mtpd_jax.losses import terms
 from mtpd_jax.losses.divergences import forward_kl
+from mtpd_jax.losses.objective import HeadsObjectiveConfig
 from tests.training.runs import stop_after
 
 
@@ -72,13 +72,13 @@ def test_changed_mathematics_of_a_divergence_is_noticed(monkeypatch, tmp_path):
 
 def test_changed_mathematics_of_training_is_noticed(monkeypatch, tmp_path):
     """One coefficient, by a tenth."""
-    given = ObjectiveConfig.coefficients
+    given = HeadsObjectiveConfig.coefficients
 
     def changed(self, num_heads):
         alpha, beta = given(self, num_heads)
         return tuple(1.1 * value for value in alpha), beta
 
-    monkeypatch.setattr(ObjectiveConfig, "coefficients", changed)
+    monkeypatch.setattr(HeadsObjectiveConfig, "coefficients", changed)
     differences = fingerprint.changes(fingerprint.trained("plain", tmp_path), fingerprint.recorded()["plain"])
     for name in ("metrics/0/loss", "metrics/3/grad_norm", "parameters/"):
         assert any(difference.startswith(name) for difference in differences), (name, differences)

@@ -15,6 +15,7 @@ from tests.builders import (
     model_and_parameters,
     packed_batch,
     replace,
+    step_context,
     tiny_config,
 )
 
@@ -44,7 +45,7 @@ def test_rows_are_aligned_by_target():
 
 def test_weights_count_supervised_tokens(config):
     batch = packed_batch(config)
-    weights = method_on(config).count(jax.tree.map(lambda part: part[0], batch), jax.random.key(0))
+    weights = method_on(config).count(jax.tree.map(lambda part: part[0], batch), step_context())
     # A document of n tokens has n-1-k targets for head k.
     expected = [8 * sum(max(0, n - 1 - k) for n in (11, 4, 9, 1)) for k in range(3)]
     assert weights.tolist() == expected

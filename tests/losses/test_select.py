@@ -11,7 +11,7 @@ from mtpd_jax.losses import select
 from mtpd_jax.losses.select import nth_largest, ordered_key, value_of_key
 from mtpd_jax.sharding import LastAxis
 
-PLATFORMS = [LastAxis(on_cpu=True), LastAxis(on_cpu=False)]
+PLATFORMS = [LastAxis(None, on_cpu=True), LastAxis(None, on_cpu=False)]
 search = jax.jit(nth_largest, static_argnums=(1, 2))
 
 
@@ -76,7 +76,7 @@ class LeavesNanOut(LastAxis):
         return jnp.max(jnp.where(jnp.isnan(values), -jnp.inf, values), axis=-1)
 
 
-@pytest.mark.parametrize("vocabulary", [*PLATFORMS, LeavesNanOut(), LeavesNanOut(on_cpu=False)], ids=str)
+@pytest.mark.parametrize("vocabulary", [*PLATFORMS, LeavesNanOut(None, True), LeavesNanOut(None, False)], ids=str)
 def test_nan_ends_the_search(vocabulary):
     """Rows with NaN need not have an answer, but the rows beside them do."""
     values = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
@@ -100,4 +100,4 @@ def test_no_counts_keep_the_search_going():
         def count(self, values):
             return jnp.full(values.shape[0], jnp.nan)
 
-    assert select.search(jnp.zeros((1, 40)), 9, Inconsistent())[1] == 32
+    assert select.search(jnp.zeros((1, 40)), 9, Inconsistent(None, True))[1] == 32

@@ -14,6 +14,7 @@ from mtpd_jax.config import MeshConfig
 from mtpd_jax.methods.partition import cut_heads, extend_heads
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.layers import apply
+from mtpd_jax.model.views import PackedRows
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.checkpoint import restore_parameters
 from mtpd_jax.training.optimizer import make_optimizer
@@ -100,7 +101,9 @@ def test_two_parts_are_the_whole_model(pass_normed):
     inputs = rows.tokens, rows.segment_ids, rows.positions
     whole = apply(model, parameters, *inputs)
     trained, frozen = cut_heads(parameters, 2)
-    parts = apply(above, {**frozen, **trained}, apply(below, frozen, *inputs), 3, *inputs, method="further_heads")
+    view = PackedRows.of(rows.segment_ids, rows.positions, model.config)
+    states = apply(below, frozen, *inputs, view=view)
+    parts = apply(above, {**frozen, **trained}, states, 3, *inputs[:2], view=view, method="further_heads")
     assert_trees_close((parts.main, parts.heads, parts.carried), (whole.main, whole.heads[2:], whole.carried), 1e-6)
 
 

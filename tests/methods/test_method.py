@@ -16,7 +16,7 @@ from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
-from tests.builders import method_on, packed_batch, tiny_config, with_micro_batches
+from tests.builders import method_on, packed_batch, step_context, tiny_config, with_micro_batches
 
 ROOT = pathlib.Path(__file__).parents[2]
 PATCH = pathlib.Path(__file__).with_name("toy.patch")
@@ -77,8 +77,12 @@ def steps_seen(config, number=3):
 
         def wrapped(*arguments):
             rows = next(one for one in arguments if hasattr(one, "segment_ids"))
-            data = jax.random.key_data(arguments[-1])
-            jax.debug.callback(lambda d, t: seen[name].append((*d.tolist(), int(t))), data, rows.tokens[0, 0])
+            context = arguments[-1]
+            told = context.step, *(jax.random.key_data(key) for key in (context.key, context.rows_key))
+            jax.debug.callback(
+                lambda step, key, own, token: seen[name].append((int(step), *key.tolist(), *own.tolist(), int(token))),
+                *told, rows.tokens[0, 0],
+            )  # fmt: skip
             return real(*arguments)
 
         return wrapped
@@ -99,19 +103,19 @@ def test_a_step_has_a_key_of_its_own_and_so_have_its_parts():
     config = tiny_config(training__micro_batches=2, heads__num_heads=0)
     seen = steps_seen(config)
     assert sorted(seen["count"]) == sorted(seen["loss"]) and len(set(seen["count"])) == 6
-    assert len({key[:-1] for key in seen["count"]}) == 6
-    expected = [
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(config.training.seed), step), part)
-        for step in range(3) for part in range(2)
-    ]  # fmt: skip
-    assert {key[:-1] for key in seen["loss"]} == {tuple(jax.random.key_data(key).tolist()) for key in expected}
+    expected = set()
+    for step in range(3):
+        key = jax.random.fold_in(jax.random.key(config.training.seed), step)
+        own = [jax.random.fold_in(key, part) for part in range(2)]
+        expected |= {(step, *(word for k in (key, one) for word in jax.random.key_data(k).tolist())) for one in own}
+    assert {told[:-1] for told in seen["loss"]} == expected
     other = steps_seen(tiny_config(training__micro_batches=2, heads__num_heads=0, training__seed=1), number=1)
-    assert not set(other["loss"]) & set(seen["loss"])
+    assert not {told[1:-1] for told in other["loss"]} & {told[1:-1] for told in seen["loss"]}
 
 
 def test_weights_are_sums_of_what_the_parts_count():
     config = tiny_config(training__micro_batches=2)
     method, batch = method_on(config), with_micro_batches(packed_batch(config), 2)
-    parts = [method.count(jax.tree.map(lambda array, i=i: array[i], batch), jax.random.key(0)) for i in range(2)]
-    whole = method.count(jax.tree.map(lambda array: array.reshape(-1, 32), batch), jax.random.key(0))
+    parts = [method.count(jax.tree.map(lambda array, i=i: array[i], batch), step_context()) for i in range(2)]
+    whole = method.count(jax.tree.map(lambda array: array.reshape(-1, 32), batch), step_context())
     np.testing.assert_array_equal(jnp.stack(parts).sum(0), whole)

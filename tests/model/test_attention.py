@@ -23,8 +23,10 @@ from mtpd_jax.model.attention import (
     attend_densely,
     kernel_for,
 )
+from mtpd_jax.model.backbone import build_model
 from mtpd_jax.platform import Platform, platform_of
 from mtpd_jax.sharding import batch_sharding, make_mesh, within
+from mtpd_jax.training.feasibility import check_attention
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, state_shardings
 from mtpd_jax.training.step import make_step
@@ -134,13 +136,41 @@ def test_a_model_with_a_kernel_is_the_model(monkeypatch, shape, remat):
 
 
 def test_a_kernel_is_used_where_it_can_be():
-    assert kernel_for("splash", 4, 384) == "splash" and kernel_for("splash", 4, 200) == "dense"
-    assert kernel_for("triton", 4, 192) == "triton" and kernel_for("triton", 4, 200) == "dense"
-    assert kernel_for("dense", 4, 7) == "dense" and kernel_for("cudnn", 4, 7) == "cudnn"
+    def of(kernel, rows, length, **changes):
+        model = tiny_config(model__head_size=64).model
+        return kernel_for(dataclasses.replace(model, attention=kernel, **changes), rows, length)
+
+    assert of("splash", 4, 384) == "splash" and of("splash", 4, 200) == "dense"
+    assert of("triton", 4, 192) == "triton" and of("triton", 4, 200) == "dense"
+    assert of("dense", 4, 7) == "dense"
+    assert of("cudnn", 4, 64, dtype="bfloat16") == "cudnn"
+    assert of("cudnn", 4, 64) == of("cudnn", 4, 63, dtype="bfloat16") == "dense"
+    assert of("cudnn", 4, 64, dtype="bfloat16", head_size=36) == "dense"
     mesh = make_mesh(MeshConfig(2, 2, 2, 1))
-    shared = within(mesh, lambda: [kernel_for("splash", rows, 128) for rows in (8, 6, 1)])()
+    shared = within(mesh, lambda: [of("splash", rows, 128) for rows in (8, 6, 1)])()
     assert shared == ["splash", "dense", "dense"]
-    assert "rows of 200 tokens are attended to densely" in attention.kernel_note("splash", 200)
+
+
+def on_gpu(config):
+    method = method_on(config)
+    method.platform = GPU
+    method.model = build_model(config, GPU)
+    return method
+
+
+def test_a_kernel_that_cannot_be_used_is_refused_or_said():
+    """Refused where somebody asked for it, before anything is trained; said where ``auto`` stands for it."""
+    assert check_attention(method_on(tiny_config())) == ""
+    with pytest.raises(ValueError, match=r"config.model.attention = 'splash': expected auto or dense on cpu"):
+        check_attention(method_on(tiny_config(model__attention="splash")))
+    assert check_attention(on_gpu(tiny_config(training__sequence_length=128))) == ""
+    note = check_attention(on_gpu(tiny_config(training__sequence_length=100)))
+    assert note == "attention is dense, for triton attention needs rows of a multiple of 64 tokens, not 100"
+    asked = tiny_config(training__sequence_length=100, model__attention="triton")
+    with pytest.raises(ValueError, match=r"'triton': expected a kernel that can do it: it needs rows of a multiple"):
+        check_attention(on_gpu(asked))
+    with pytest.raises(ValueError, match=r"'cudnn': .* bfloat16 and a head_size of a multiple of 8"):
+        check_attention(on_gpu(tiny_config(model__attention="cudnn")))
 
 
 def test_a_mask_that_is_given_is_attended_to_densely():
@@ -163,8 +193,8 @@ def test_what_a_device_computes_is_asked_of_the_device():
     assert (here.resolve(model).dtype, here.resolve(model).attention) == ("float32", "dense")
     assert (GPU.resolve(model).dtype, GPU.resolve(model).attention) == ("bfloat16", "triton")
     assert GPU.peak_flops == 989e12 and here.peak_flops is None
-    with pytest.raises(ValueError, match=r"config.model.attention = 'splash': expected auto or dense on cpu"):
-        here.resolve(tiny_config(model__attention="splash").model)
+    # A run is read elsewhere than where it was trained.
+    assert here.resolve(tiny_config(model__attention="splash").model).attention == "dense"
     assert GPU.resolve(tiny_config(model__attention="cudnn").model).attention == "cudnn"
 
 

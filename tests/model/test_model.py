@@ -176,6 +176,7 @@ class CountingMLP(nn.Module):
     """A feed-forward layer that tells something of the pass, as a router does."""
 
     config: object
+    weights = staticmethod(GatedMLP.weights)
 
     @nn.compact
     def __call__(self, x):

@@ -158,7 +158,7 @@ def run_from_the_start(command: str, arguments: list[str], number: int, delay: f
     """Runs a command as a user does, and sends it a signal ``delay`` seconds after it was started."""
     process = subprocess.Popen(
         [sys.executable, "-m", f"mtpd_jax.{command}", *arguments],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as for a user, whoever started the soak
     )  # fmt: skip
     with contextlib.suppress(subprocess.TimeoutExpired):

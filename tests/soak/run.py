@@ -123,6 +123,9 @@ def soak(minutes: float, seed: int, only: str = "", workers: int = 2) -> list[Re
     # Programs are compiled once for all.
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(root / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     os.environ |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(root / "cache"), "PYTHONPATH": str(pathlib.Path.cwd())}
+    # Relative names, which bad flags give, are in nobody's way here.
+    (root / "beside").mkdir()
+    os.chdir(root / "beside")
     context = multiprocessing.get_context("spawn")
     todo, results = context.Queue(), context.Queue()
     try:

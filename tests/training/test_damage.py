@@ -15,6 +15,7 @@ import pytest
 from mtpd_jax import evaluate, generate, train
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training import checkpoint as checkpoint_module
 from mtpd_jax.training import digests as digests_module
 from mtpd_jax.training.digests import digests_of
 from mtpd_jax.training.restore import open_run
@@ -209,6 +210,29 @@ def test_a_record_that_was_changed_is_no_record(copy):
         file.write_text(json.dumps({**record, "tokens": record["tokens"] + 1}))
     with pytest.raises(ValueError, match="step 8: its record is not what was written"):
         open_run(str(copy))
+
+
+def test_a_record_of_before_there_were_digests_is_read(copy):
+    """It has neither these nor a seal, nor what came with them; nothing else is taken for one."""
+    for step in (4, 8):
+        file = copy / "checkpoints" / str(step) / "progress" / "metadata"
+        record = json.loads(file.read_text())
+        old = {name: record[name] for name in ("config", "versions", "data", "tokens", "seconds")}
+        file.write_text(json.dumps(old if step == 8 else {**old, "digests": record["digests"]}))
+    assert open_run(str(copy)).step == 8
+    with pytest.raises(ValueError, match="step 4: its record is not what was written"):
+        open_run(str(copy), 4)
+
+
+def test_a_run_is_read_on_other_devices_than_it_was_trained_on(copy):
+    """Whose attention kernel is not here."""
+    for file in [copy / "config.json", *copy.glob("checkpoints/*/progress/metadata")]:
+        file.write_text(file.read_text().replace('"attention": "auto"', '"attention": "splash"'))
+        if file.name == "metadata":
+            record = {name: value for name, value in json.loads(file.read_text()).items() if name != "sha256"}
+            file.write_text(json.dumps({"sha256": checkpoint_module._seal(record), **record}))
+    run = open_run(str(copy))
+    assert run.config.model.attention == "splash" and run.model.config.attention == "dense"
 
 
 def test_a_config_that_was_changed_is_named_and_no_checkpoint_blamed(run_config, copy):

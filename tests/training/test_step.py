@@ -205,9 +205,15 @@ def test_plain_mtp_costs_what_a_dense_step_costs(reference):
     ("overrides", "message"),
     [
         ({"mesh__data": 16}, "must multiply to the number of devices"),
-        ({"mesh__data": 1, "mesh__tensor": 8}, "query_heads = 4 .* expected a multiple of mesh tensor = 8"),
-        ({"mesh__data": 1, "mesh__fsdp": 3, "training__batch_size": 9}, "width = 32 .* mesh fsdp = 3"),
-        ({"mesh__data": 1, "mesh__tensor": 2, "model__vocabulary_size": 301}, "vocabulary = 301 .of .*embedding"),
+        (
+            {"mesh__data": 1, "mesh__tensor": 8},
+            "model.query_heads = 4 .* a multiple of mesh tensor = 8",
+        ),
+        ({"mesh__data": 1, "mesh__fsdp": 3, "training__batch_size": 9}, r"config.model.width = 32 .* mesh fsdp = 3"),
+        (
+            {"mesh__data": 1, "mesh__tensor": 2, "model__vocabulary_size": 301},
+            "vocabulary_size = 301 .of .*embedding",
+        ),
         ({"mesh__data": 8, "training__micro_batches": 2}, "batch_size"),
     ],
 )
