@@ -11,15 +11,9 @@ from mtpd_jax.config import sections
 from mtpd_jax.fields import defaults_of
 
 
-def editable(**cases: str) -> ml_collections.ConfigDict:
-    """Every field with its default, as config files and flags edit them.
-
-    Args:
-      cases: of sections that have some: ``objective="extension"``.
-    """
+def editable() -> ml_collections.ConfigDict:
+    """Every field with its default, as config files and flags edit them; of sections with cases, the default one's."""
     tree = ml_collections.ConfigDict()
-    for name, declared in sections().items():
-        tree[name] = {declared.tag: cases[name]} if name in cases else {}
     fit_cases(tree, {})
     return tree
 
@@ -80,7 +74,7 @@ def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> Non
         if not isinstance(section, ml_collections.ConfigDict):
             continue  # and is refused when it is built
         case: Any = chosen.get(name, section.get(declared.tag or "", declared.default_case))
-        if declared.tag and case not in declared.cases:
+        if declared.tag and (not isinstance(case, str) or case not in declared.cases):
             raise ValueError(f"config.{name}.{declared.tag} = {case!r}: expected one of {', '.join(declared.cases)}")
         cls = declared.cases[case] if declared.tag else declared
         foreign = {key: value for other in declared.cases.values() for key, value in defaults_of(other).items()}

@@ -17,6 +17,7 @@ import rich.console
 import rich.table
 
 from configs import mtpd_2b
+from experiments.bench.common import environment
 from experiments.bench.tpu import WITHOUT_SPARSECORE, estimated_seconds, topology_mesh
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
@@ -119,7 +120,7 @@ def main(arguments: list[str]) -> int:
         )  # fmt: skip
     rich.console.Console().print(table)
     if flags.json:
-        write_json(flags.json, {"topology": flags.topology, "jax": jax.__version__, "rows": rows})
+        write_json(flags.json, {"environment": environment(), "topology": flags.topology, "rows": rows})
     return 0
 
 
