@@ -152,7 +152,7 @@ def test_many_rows_are_each_decoded_as_alone():
 @pytest.mark.optimised
 @pytest.mark.parametrize(
     "options",
-    [Options(2, 20, Sampling(1.0)), Options(3, 20, min_confidence=0.5)],
+    [Options(2, 20, Sampling(1.0)), pytest.param(Options(3, 20, min_confidence=0.5), marks=pytest.mark.slow)],
     ids=["sampled", "adaptive"],
 )
 def test_devices_share_the_rows(options):

@@ -174,6 +174,7 @@ def test_a_run_changes_new_heads_only(base, extended, longer_config):
     assert (extended / "tokenizer.json").read_text() == (base / "tokenizer.json").read_text()
 
 
+@pytest.mark.slow
 def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, longer_config, tmp_path, text_file, capsys):
     """More documents held out of the same data are refused; other data are said, in training and in evaluation."""
     with pytest.raises(ValueError, match=r"validation_fraction = 0.4: expected at most 0.2, that of the run in"):

@@ -73,6 +73,7 @@ def assert_same_metrics(left, right):
         np.testing.assert_allclose([one[k] or 0 for k in one], [other[k] or 0 for k in one], rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_four_two_and_one_process_go_on_from_each_other(text_file, tmp_path):
     """A run begun by four processes, gone on with by two and finished by one is the run of one: loss by loss, the same
     data in the same order, and the tokenizer that the first process made."""

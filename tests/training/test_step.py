@@ -25,7 +25,7 @@ from tests.builders import (
     with_micro_batches,
 )
 
-SHAPES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 4, 2, 1)]
+SHAPES = [(2, 2, 2, 1), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1, 1), (1, 4, 2, 1)])]
 
 
 def one_step(config, mesh, batch, parameters):
@@ -68,7 +68,7 @@ def test_eight_devices_equal_one(reference, shape):
     assert_trees_close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_equals_one_batch(reference, parts):
     """The parts hold different numbers of supervised tokens; weighting each part alone would not give this."""
     config, parameters, batch, expected = reference
@@ -82,9 +82,11 @@ def test_accumulation_equals_one_batch(reference, parts):
     assert_trees_close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("kl", ["forward", "lk"])
-def test_heads_without_a_supervised_token_have_no_loss_and_no_gradient(parts, kl):
+@pytest.mark.parametrize(
+    ("kl", "parts"),
+    [("forward", 1), ("lk", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("forward", 4), ("lk", 1)])],
+)
+def test_heads_without_a_supervised_token_have_no_loss_and_no_gradient(kl, parts):
     """Documents of two tokens, one of three: all steps have a main loss, head 1 has one token, head 2 has none."""
     config = tiny_config(objective__kl=kl)
     rows = ((2,) * 16, (2, 2), (3,), (1,), (2,), (2,), (1, 1), (2,))
