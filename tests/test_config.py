@@ -89,9 +89,9 @@ def test_a_config_that_is_edited_has_the_fields_of_its_cases():
     change(tree, {"data.source": "jsonl", "data.paths": ("a",), "objective.mode": "extension"})
     assert "packages" not in tree.data and tree.data.field == "text" and tree.data.validation_fraction == 0.02
     assert tree.objective.frozen_heads is None and "detach_trunk" not in tree.objective
-    tree.objective.frozen_heads = 3  # None stands for an integer
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError):  # None stands for an integer
         tree.objective.frozen_heads = "three"
+    tree.objective.frozen_heads = 3
     with pytest.raises(ValueError, match=r"config.objective.detach_trunk: no such field"):
         change(tree, {"objective.detach_trunk": True})
     # A file that says the case after its fields, as short diffs do.
