@@ -20,6 +20,7 @@ from mtpd_jax.fields import (
     Section,
     at_least,
     at_most,
+    check_section,
     field,
     flat,
     given,
@@ -222,8 +223,7 @@ class Config:
         Raises:
           ValueError: as ``build``; or a field is missing that earlier versions had, too.
         """
-        if not isinstance(tree, Mapping):
-            raise ValueError(f"config = {tree!r}: expected a section with fields")
+        check_section(tree, "config")
         renamed: dict[str, Any] = {}
         for section, fields in tree.items():
             if not isinstance(fields, Mapping):
@@ -242,8 +242,7 @@ class Config:
 
     @classmethod
     def _read(cls, tree: Mapping[str, Any], stored: bool) -> "Config":
-        if not isinstance(tree, Mapping):
-            raise ValueError(f"config = {tree!r}: expected a section with fields")
+        check_section(tree, "config")
         declared = sections()
         unknown = [name for name in tree if name not in declared]
         if unknown:

@@ -112,6 +112,12 @@ class Section:
         """Checks values beside each other, and beside those of other sections; see ``Config.validate``."""
 
 
+def check_section(tree: Any, path: str) -> None:
+    """Raises ValueError unless something that should hold fields, or sections, is a mapping."""
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{path} = {tree!r}: expected a section with fields")
+
+
 def require(condition: bool, path: str, value: Any, expected: str) -> None:
     """Raises ValueError unless a value is as expected; ``path`` is ``section.field``."""
     if not condition:
@@ -124,8 +130,7 @@ def _class_of(declared: type[Section], tree: Any, path: str, stored: bool) -> ty
     Raises:
       ValueError: there is no such case, or the tree is no section.
     """
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{path} = {tree!r}: expected a section with fields")
+    check_section(tree, path)
     if not declared.tag:
         return declared
     if stored and declared.tag not in tree:

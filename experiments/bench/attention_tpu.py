@@ -18,6 +18,7 @@ import rich.table
 
 from configs import mtpd_2b
 from experiments.bench.common import environment
+from experiments.bench.loss_tpu import search_passes
 from experiments.bench.tpu import WITHOUT_SPARSECORE, estimated_seconds, topology_mesh
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
@@ -25,15 +26,13 @@ from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.editing import change
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.losses.fused import choose_tiling
+from mtpd_jax.losses.objective import HeadsObjectiveConfig
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.sharding import batch_sharding, parts_of
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, state_shardings
 from mtpd_jax.training.step import make_step
 
-# Passes of the search for the N-th largest logit, as experiments/bench/loss_tpu.py counts them; both kernels' steps
-# make the same ones.
-_SEARCH_PASSES = 12
 # Products over all scores that splash attention makes of a block: two forward, again when the block is recomputed, and
 # three and four in its two backward kernels.
 _SPLASH_PRODUCTS = 2 + 2 + 3 + 4
@@ -57,6 +56,12 @@ def compile_step(method: Method) -> jax.stages.Compiled:
     return step.lower(state, batch).compile(compiler_options=WITHOUT_SPARSECORE)
 
 
+def _top_n(method: Method) -> int:
+    objective = method.config.objective
+    assert isinstance(objective, HeadsObjectiveConfig)  # as the 2B config's is
+    return objective.top_n
+
+
 def kernel_seconds(method: Method) -> float:
     """What the products of the splash kernels take a chip at least, for all blocks of a step."""
     config, model = method.config, method.model.config
@@ -78,7 +83,8 @@ def measure(method: Method) -> dict[str, Any]:
     tiling = choose_tiling(rows, config.heads.num_heads + 1, model.vocabulary_size, model.width, None, on_cpu=False)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text and memory  # a TPU's compiler gives both
-    estimate = estimated_seconds(text, (-(-rows // tiling.chunk_rows), _SEARCH_PASSES))
+    passes = search_passes(model.vocabulary_size, _top_n(method))
+    estimate = estimated_seconds(text, (-(-rows // tiling.chunk_rows), passes))
     kernels = kernel_seconds(method)
     return {
         "attention": method.model.config.attention,

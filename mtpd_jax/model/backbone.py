@@ -96,33 +96,30 @@ class LanguageModel(nn.Module):
         blocks, final_norm = self.backbone.blocks, self.backbone.final_norm
         main, outputs = run_backbone(self.config, self.embedding, blocks, final_norm, tokens, view)
         below = HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main, (outputs.statistics, None))
-        return self._with_heads(below, 1, tokens, segment_ids, view, detach_trunk)
+        return self.further_heads(below, 1, tokens, segment_ids, view=view, detach=detach_trunk)
 
     def further_heads(
-        self, below: HiddenStates, first: int, tokens: Tokens, segment_ids: SegmentIds, *, view: View
+        self,
+        below: HiddenStates,
+        first: int,
+        tokens: Tokens,
+        segment_ids: SegmentIds,
+        *,
+        view: View,
+        detach: bool = False,
     ) -> HiddenStates:
-        """Runs this model's heads on top of another's, as heads ``first`` and following.
+        """Runs this model's heads on what lies below them, perhaps of another model, as heads ``first`` and following.
 
         Args:
           below: what backbone and heads before ``first`` returned for these rows.
           first: the first head's number, at least 1.
           tokens, segment_ids: [B, T]; segment 0 is padding.
           view: what the tokens see.
+          detach: cut the gradient from these heads into what is below, and into the embedding.
 
         Returns:
           The main head's states, and those of these heads alone.
         """
-        return self._with_heads(below, first, tokens, segment_ids, view, False)
-
-    def _with_heads(
-        self,
-        below: HiddenStates,
-        first: int,
-        tokens: Tokens,
-        segment_ids: SegmentIds,
-        view: View,
-        detach: bool,
-    ) -> HiddenStates:
         number = self.heads_config.num_heads
         if not number:
             return below
