@@ -7,14 +7,14 @@ teacher, N, beta, what is compared, the temperature, one of the two terms alone.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.distillation import mtp, mtp_d
 from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, points, share, verdict, with_interval
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.statistics import Counts, mean_of
+from experiments.variants import mtp, mtp_d
 from mtpd_jax import frontdoor
+from mtpd_jax.evaluation.statistics import Counts, mean_of
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
 
 HEADS = 4

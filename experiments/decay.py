@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from experiments.distillation import mtp, mtp_d
 from experiments.sweep.arms import Arm
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, points, share, with_interval
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.statistics import Counts, difference, mean_of
+from experiments.variants import mtp, mtp_d
 from mtpd_jax import frontdoor
 from mtpd_jax.config import ModelConfig
+from mtpd_jax.evaluation.statistics import Counts, difference, mean_of
 
 HEADS = 4
 
@@ -78,7 +78,7 @@ def _table(arms: Mapping[str, Arm]) -> Table:
 def _over_training(arms: Mapping[str, Arm]) -> Table:
     rows = []
     for name, arm in arms.items():
-        for found in arm.rows[0]["curve"]:
+        for found in arm.rows[0].curve:
             first, last = (found[f"eval/head_{k}/agreement"] for k in (1, HEADS))
             cells = [f"{100 * first:.1f}", f"{100 * last:.1f}", f"{100 * (first - last):+.1f}"]
             rows.append([name, str(found["step"]), f"{found['eval/main/ce']:.3f}", *cells])

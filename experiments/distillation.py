@@ -12,12 +12,12 @@ from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, per_seed, points, share, verdict, with_interval
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.statistics import Counts, difference, mean_of
+from experiments.variants import MODES, mtp, mtp_d
 from mtpd_jax import frontdoor
 from mtpd_jax.evaluation.report import percent
+from mtpd_jax.evaluation.statistics import Counts, difference, mean_of
 
 HEADS = (1, 4)
-MODES = {"greedy": "greedy", "sampled": "temperature 1"}
 
 # Published for the dense 2B model: per cent with MTP and with MTP-D (arXiv 2603.23911).
 PAPER = {
@@ -27,16 +27,6 @@ PAPER = {
 }
 # Speed of four heads of MTP-D over four of MTP; whether in wall clock or in tokens per pass is not established.
 PAPER_SPEED = 1.23
-
-
-def mtp(heads: int) -> Variant:
-    """Plain multi-token prediction: cross entropy only."""
-    return Variant(f"mtp_{heads}", {"heads.num_heads": heads, "objective.beta": 0.0})
-
-
-def mtp_d(heads: int) -> Variant:
-    """MTP-D: objective and beta are the paper's, alpha and N the config's."""
-    return Variant(f"mtp_d_{heads}", {"heads.num_heads": heads})
 
 
 def variants(scale: Scale) -> list[Variant]:

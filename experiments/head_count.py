@@ -9,22 +9,22 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.distillation import mtp_d
 from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, per_seed, share, with_interval
 from experiments.sweep.runner import RESULTS
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.statistics import mean_of
+from experiments.variants import mtp_d, next_token
 from mtpd_jax import frontdoor
+from mtpd_jax.evaluation.statistics import mean_of
 
 NUMBERS = (0, 1, 2, 4, 8)
 
 
 def variants(scale: Scale) -> list[Variant]:
     """Next-token prediction, and MTP-D with every number of heads."""
-    return [Variant("ntp", {"heads.num_heads": 0}) if number == 0 else mtp_d(number) for number in NUMBERS]
+    return [next_token() if number == 0 else mtp_d(number) for number in NUMBERS]
 
 
 def report(arms: Mapping[str, Arm], scale: Scale) -> Report:

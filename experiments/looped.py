@@ -9,16 +9,15 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from experiments.distillation import MODES, mtp, mtp_d
 from experiments.sweep.arms import Arm, gain, paired, times
 from experiments.sweep.experiment import Experiment, main
 from experiments.sweep.report import Report, Table, line, per_seed, points, share, verdict, with_interval
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.statistics import Counts, mean_of
+from experiments.variants import MODES, mtp, mtp_d
 from mtpd_jax import frontdoor
-from mtpd_jax.evaluation.acceptance import Interval
 from mtpd_jax.evaluation.report import percent
+from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 
 COUNTS = (1, 2, 4, 8, 16)
 
@@ -105,7 +104,7 @@ def _steps(arms: Mapping[str, Arm]) -> Table:
     """Held-out agreement of the new heads while they are trained."""
     rows = []
     for name, (_, heads) in PAIRS.items():
-        for point in arms[name].rows[0]["curve"] if name in arms else []:
+        for point in arms[name].rows[0].curve if name in arms else []:
             new = [point[f"eval/head_{k}/agreement"] for k in heads]
             old = [point[f"eval/head_{k}/agreement"] for k in range(1, heads.start)]
             cells = [percent(sum(values) / len(values)) for values in (new, old)]

@@ -14,14 +14,14 @@ import rich.table
 
 from configs import quickstart
 from experiments.sweep.measure import held_out_texts
-from mtpd_jax import evaluate, frontdoor, generate, train
+from mtpd_jax import evaluate, frontdoor, train
 from mtpd_jax.config import Config
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore
 from mtpd_jax.evaluation.generation import show
 from mtpd_jax.evaluation.report import decoding_table, number, percent, text_table, write_json
-from mtpd_jax.training.restore import open_run
-from mtpd_jax.training.workdir import open_workdir
+from mtpd_jax.run import open_run
+from mtpd_jax.runs.workdir import open_workdir
 
 PROMPTS = 10
 PROMPT_TOKENS = 64
@@ -109,8 +109,8 @@ def run(workdir: str) -> dict[str, Any]:
     if not result.finished or result.signal is not None:
         raise SystemExit(128 + (result.signal or 0))
     place = open_workdir(workdir).path
-    trained = open_run(workdir)
-    prompts = [trained.tokenizer.decode(text) for text in held_out_texts(trained, PROMPTS, PROMPT_TOKENS)]
+    opened = open_run(workdir)
+    prompts = [opened.tokenizer.decode(text) for text in held_out_texts(opened, PROMPTS, PROMPT_TOKENS)]
     prompt_file = place / "prompts.jsonl"
     prompt_file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     console.print("scoring held-out files")
@@ -125,8 +125,8 @@ def run(workdir: str) -> dict[str, Any]:
         )
         parts[name] = report.decoding[str(prompt_file)].heads
         console.print(decoding_table(name, parts[name]))
-    generation = generate.run(workdir, prompts[:1], max_new_tokens=NEW_TOKENS, compare=True)[0]
-    show(console, prompts[0], generation, trained.tokenizer.decode)
+    generation = opened.generate(prompts[:1], max_new_tokens=NEW_TOKENS, compare=True)[0]
+    show(console, prompts[0], generation, opened.tokenizer.decode)
     greedy, sampled = (summarise(part) for part in parts.values())
     score = dataclasses.asdict(text["validation"])
     summary = {

@@ -1,7 +1,25 @@
 """Self-distilled multi-token prediction in JAX and Flax."""
 
+import importlib
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mtpd_jax.config import Config
+    from mtpd_jax.run import Run, open_run
+
+__all__ = ["Config", "Run", "open_run"]
+
+# Imported when they are asked for: who reads a config waits for no decoder.
+_HOME = {"Config": "mtpd_jax.config", "Run": "mtpd_jax.run", "open_run": "mtpd_jax.run"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
 
 _module = [*sys.orig_argv, "-m", ""][[*sys.orig_argv, "-m"].index("-m") + 1]
 if _module.startswith(("mtpd_jax.", "experiments.")) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -82,11 +82,16 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = field("auto")
     # The kernel of training; auto: splash on TPU, triton on GPU, dense on CPU and where a kernel cannot be used.
     attention: Literal["auto", "dense", "splash", "triton", "cudnn"] = field("auto", resumable=True, as_before="dense")
+    # Tokens that a text may have, prompt and continuation; None: those of a training sequence.
+    context: int | None = field(None, POSITIVE, resumable=True, as_before=None)
 
     def check(self, config: "Config") -> None:
         """Checks values beside each other; see ``Config.validate``."""
         expected = f"a divisor of model.query_heads = {self.query_heads}"
         require(self.query_heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, expected)
+        length = config.training.sequence_length
+        expected = f"at least training.sequence_length = {length}, or None"
+        require(config.context >= length, "model.context", self.context, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +272,11 @@ class Config:
         if isinstance(config, Mapping):
             return cls.build(config)
         raise ValueError(f"config = {config!r}: expected a Config, a ConfigDict, or a nested mapping")
+
+    @property
+    def context(self) -> int:
+        """Tokens that a text may have: ``model.context``, or the length of a training sequence."""
+        return self.training.sequence_length if self.model.context is None else self.model.context
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The config as nested plain dictionaries, ready for JSON."""

@@ -7,7 +7,7 @@ than a tie exits with status 1.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +16,24 @@ import rich.console
 from mtpd_jax import frontdoor
 from mtpd_jax.data.files import json_field, read_text
 from mtpd_jax.data.sources import expand
-from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.evaluation.decoding import PADDED_PLAIN, DecodingScore, Ways, decode_prompts, score_decoding, ways_of
-from mtpd_jax.evaluation.generation import decoder_of
+from mtpd_jax.decoding.stops import transitions_of
+from mtpd_jax.evaluation.decoding import (
+    PADDED_PLAIN,
+    DecodingScore,
+    Ways,
+    compare_ways,
+    decode_prompts,
+    score_ways,
+    ways_of,
+)
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
-from mtpd_jax.evaluation.scoring import TextScore, make_scorer, score_documents
-from mtpd_jax.losses.objective import scoring_objective
-from mtpd_jax.training.feasibility import check_scoring
-from mtpd_jax.training.origin import held_out_note
-from mtpd_jax.training.progress import Progress
-from mtpd_jax.training.restore import TrainedRun, open_run
+from mtpd_jax.evaluation.scoring import TextScore, TextSums
+from mtpd_jax.run import Run, check_stop, open_run
+from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.origin import held_out_note
+from mtpd_jax.runs.progress import Progress
 from mtpd_jax.validation import check_flag, check_integer
 
 
@@ -38,15 +44,31 @@ class PromptReport:
     Attributes:
       heads: scores by number of heads, as text ("0", "1", …); "0" is the fastest plain decoding.
       padded_plain: plain decoding at the width of the others' passes; None without ``bit_exact``.
+      others: scores of who else drafts, by name and length of a draft: ``{"lookup": {"4": …}}``.
     """
 
     heads: dict[str, DecodingScore]
     padded_plain: DecodingScore | None = None
+    others: dict[str, dict[str, DecodingScore]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scores: Mapping[int | str, DecodingScore]) -> "PromptReport":
+        """From scores by the names of their ways (see ``ways_of``)."""
+        heads: dict[str, DecodingScore] = {}
+        others: dict[str, dict[str, DecodingScore]] = {}
+        for name, score in scores.items():
+            if isinstance(name, int):
+                heads[str(name)] = score
+            elif name != PADDED_PLAIN:
+                drafter, number = name.split()
+                others.setdefault(drafter, {})[number] = score
+        return cls(heads, scores.get(PADDED_PLAIN), others)
 
     @property
     def failed(self) -> bool:
         """Whether any greedy text differs from plain decoding's by more than rounding explains."""
-        return any(score.failed for score in self.heads.values())
+        parts = [self.heads, *self.others.values()]
+        return any(score.failed for part in parts for score in part.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +102,11 @@ def run(
     seed: int = 0,
     min_confidence: float = 0.0,
     bit_exact: bool = False,
-    checkpoint: int | None = None,
+    drafters: Sequence[str] = ("heads",),
+    strategy: str = "speculative",
+    stop: Sequence[str] = (),
+    checkpoint: int | str = NEWEST,
+    devices_per_model: int | None = None,
 ) -> Report:
     """Measures a checkpoint of a workdir.
 
@@ -89,8 +115,8 @@ def run(
       text: files, or globs; each file is one document.
       split_name: "validation" scores the run's own held-out documents.
       prompts: a JSON-lines file with a field "prompt".
-      heads: numbers of heads to decode with; 0 (plain) and 1 always run; more than the model has loops them. None:
-        0, 1, 2, 4, … and all.
+      heads: numbers of drafts, one by each head, to decode with; 0 (plain) and 1 always run; more than the model has
+        loops them. None: 0, 1, 2, 4, … and all.
       limit: at most this many documents of the split and prompts.
       max_new_tokens: per prompt.
       batch_size: prompts decoded together, and rows of text scored together.
@@ -98,7 +124,10 @@ def run(
       seed: of sampling.
       min_confidence: see ``Options``.
       bit_exact: run all passes at one width, see ``Options.pass_width``.
-      checkpoint: its step; None: the newest that is whole.
+      drafters: who drafts, in turn; see ``decoding.drafters``.
+      strategy: see ``decoding.strategies``.
+      stop: strings that end a text.
+      checkpoint, devices_per_model: see ``open_run``.
 
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
@@ -108,21 +137,25 @@ def run(
     _check_scope(text, split_name, limit, batch_size, heads)
     check_seed(seed)
     check_flag("bit_exact", bit_exact)
-    options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence)
-    options.validate(modules=0)
+    check_stop(stop)
+    sampling = GREEDY if sampling is None else sampling
+    options = Options(0, max_new_tokens, sampling, min_confidence, strategy=strategy)
+    options.validate()
     documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
     prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
-    trained = open_run(workdir, checkpoint)
-    check_scoring(trained.config, batch_size)
-    decoder, ways = decoder_of(trained), _ways(trained, heads, options, bit_exact)
-    ids = [trained.tokenizer.encode(prompt) for prompt in prompt_texts]
+    # All is checked before anything is measured.
+    opened = open_run(workdir, checkpoint, devices_per_model)
+    opened.scorer(batch_size)
+    ways = _ways(opened, heads, drafters, options, bit_exact)
+    ids = [opened.tokenizer.encode(prompt) for prompt in prompt_texts]
     for way in ways.values() if prompts is not None else ():
-        decoder.check(ids, way, batch_size)
+        opened.decoder.check(ids, way, batch_size)
+    transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
     if split_name:
-        documents[split_name] = list(trained.held_out_documents())[:limit]
-    note = held_out_note(trained.sources) if split_name else ""
-    scores = _score_text(trained, documents, batch_size, note) if documents else {}
-    decoding = {} if prompts is None else {prompts: _decode(decoder, ids, ways, batch_size, seed)}
+        documents[split_name] = list(opened.trained.held_out_documents())[:limit]
+    note = held_out_note(opened.trained.sources) if split_name else ""
+    scores = _score_text(opened, documents, batch_size, note) if documents else {}
+    decoding = {} if prompts is None else {prompts: _decode(opened, ids, ways, batch_size, seed, transitions)}
     return Report(scores, decoding)
 
 
@@ -144,44 +177,40 @@ def _check_scope(
         check_integer("heads", number)
 
 
-def _score_text(
-    trained: TrainedRun, documents: dict[str, list[str]], batch_size: int, note: str
-) -> dict[str, TextScore]:
-    scorer = make_scorer(trained.model, scoring_objective(trained.config), trained.mesh)
-    parts = trained.mesh.devices.size
-    scores = {}
+def _score_text(opened: Run, documents: dict[str, list[str]], batch_size: int, note: str) -> dict[str, TextScore]:
+    scorer, scores = opened.scorer(batch_size), {}
     with Progress("scoring", sum(map(len, documents.values()))) as progress:
         if note:
             progress.say(note)
         for name, texts in documents.items():
-            score = score_documents(
-                scorer, trained.parameters, texts, trained.tokenizer, trained.mesh,
-                num_heads=trained.config.heads.num_heads, length=trained.config.training.sequence_length,
-                batch_size=-(-batch_size // parts) * parts,
-            )  # fmt: skip
-            assert score is not None  # only a callback that says so ends the scoring early
-            scores[name] = score
-            progress.advance(len(texts))
+            sums = TextSums.nothing(opened.config.heads.num_heads)
+            for scored in scorer.score(opened.parameters, map(opened.tokenizer.encode_document_and_bytes, texts)):
+                assert scored is not None  # only a callback that says so ends the scoring early
+                sums += scored.sums()
+                progress.advance()
+            scores[name] = TextScore.of(sums)
     if not any(score.tokens for score in scores.values()):
         raise ValueError(f"{', '.join(documents)}: no text to score")
     return scores
 
 
-def _decode(decoder: Decoder, prompts: list[np.ndarray], ways: Ways, batch_size: int, seed: int) -> PromptReport:
+def _decode(
+    opened: Run, prompts: list[np.ndarray], ways: Ways, batch_size: int, seed: int, transitions: np.ndarray | None
+) -> PromptReport:
     with Progress("decoding", len(prompts) * len(ways)) as progress:
-        decoded = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed, on_batch=progress.advance)
-    scores = score_decoding(decoder, prompts, ways, decoded, batch_size)
-    by_heads = {str(name): score for name, score in scores.items() if name != PADDED_PLAIN}
-    return PromptReport(by_heads, scores.get(PADDED_PLAIN))
+        decoded = decode_prompts(
+            opened.decoder, prompts, ways,
+            batch_size=batch_size, seed=seed, transitions=transitions, on_call=progress.advance,
+        )  # fmt: skip
+    return PromptReport.of(score_ways(compare_ways(opened.decoder, prompts, ways, decoded), batch_size))
 
 
-def _ways(trained: TrainedRun, heads: Sequence[int] | None, options: Options, bit_exact: bool) -> Ways:
-    """The ways to decode: each number of heads, with passes of one width if they are to be ``bit_exact``."""
-    modules = trained.config.heads.num_heads
-    numbers = _head_numbers(heads, modules)
+def _ways(opened: Run, heads: Sequence[int] | None, drafters: Sequence[str], options: Options, bit_exact: bool) -> Ways:
+    """The ways to decode: drafts of each length, with passes of one width if they are to be ``bit_exact``."""
+    numbers = _head_numbers(heads, opened.config.heads.num_heads)
     for number in numbers:
-        options.with_heads(number).validate(modules)
-    return ways_of(options.sharing_width(max(numbers)) if bit_exact else options, numbers)
+        options.with_drafts(number).validate()
+    return ways_of(options.sharing_width(max(numbers)) if bit_exact else options, numbers, drafters)
 
 
 def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
@@ -216,22 +245,26 @@ def main() -> int:
     parser.add_argument("--heads", type=frontdoor.integers, help="numbers of heads to decode with, such as 0,1,2,4")
     parser.add_argument("--limit", type=int, help="at most this many documents and prompts")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded together (default: 1)")
+    parser.add_argument(
+        "--drafters", type=frontdoor.names, default=["heads"],
+        help=f"who drafts, in turn: some of {','.join(frontdoor.DRAFTER_CHOICES)} (default: heads)",
+    )  # fmt: skip
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the report to this file")
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
-    checkpoint = frontdoor.checkpoint_step(flags.checkpoint)
     report = run(
         flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
         sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
-        bit_exact=flags.bit_exact, checkpoint=checkpoint,
+        bit_exact=flags.bit_exact, drafters=flags.drafters, strategy=flags.strategy, stop=flags.stop,
+        checkpoint=flags.checkpoint, devices_per_model=flags.devices_per_model,
     )  # fmt: skip
     console = rich.console.Console()
     if report.text:
         console.print(text_table(report.text))
     for name, mode_report in report.decoding.items():
-        console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain))
+        console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
         console.print(acceptance_table(name, mode_report.heads))
     if flags.json:
         write_json(flags.json, report.to_json())

@@ -21,12 +21,16 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
+from mtpd_jax.decoding.decoder import DRAFTERS, STRATEGIES
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.editing import check_name, chosen_cases, fit_cases
-from mtpd_jax.training.interrupt import end_on_signals, leave, say_last
+from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.interruption import end_on_signals, leave, say_last
 from mtpd_jax.training.state import DivergedError
 
+# Plain decoding is zero drafts, whoever makes them.
+DRAFTER_CHOICES = tuple(name for name in DRAFTERS if name != "nobody")
 _CONFIG_HELP = """  --config=FILE: a config file, such as configs/quickstart.py
   --config.section.field=value: another value for one of its fields"""
 
@@ -106,8 +110,11 @@ def status_of(main: Callable[[], int]) -> int:
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``sampling_of`` reads, and --checkpoint, --max_new_tokens, --min_confidence and --bit_exact."""
-    parser.add_argument("--checkpoint", default="newest", help="the step of a checkpoint (default: newest)")
+    """Adds what ``sampling_of`` reads, and what else ``generate`` and ``evaluate`` share."""
+    parser.add_argument("--checkpoint", default=NEWEST, help="the step of a checkpoint (default: newest)")
+    parser.add_argument(
+        "--devices_per_model", type=int, help="devices that share one copy of it (default: as few as it fits on)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
@@ -119,6 +126,8 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min_confidence", type=float, default=0.0, help="stop drafting below this joint probability (default: never)"
     )
+    parser.add_argument("--stop", action="append", default=[], help="end before this string; may be given again")
+    parser.add_argument("--strategy", default="speculative", choices=tuple(STRATEGIES), help="how a round goes")
     parser.add_argument(
         "--bit_exact", action="store_true", help="plain and speculative passes of one width, and so of the same kernels"
     )
@@ -162,13 +171,18 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def names(text: str) -> list[str]:
+    """Parses a comma-separated list of names, for argparse."""
+    return text.split(",")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainFlags:
     """What the command line of training says; see ``train.run``."""
 
     config: ml_collections.ConfigDict
     workdir: str
-    checkpoint: int | None
+    checkpoint: str
     break_lock: bool
 
 
@@ -187,7 +201,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
-    flags.DEFINE_string("checkpoint", "newest", "go on from this step (newest: the last)", flag_values=values)
+    flags.DEFINE_string("checkpoint", NEWEST, "go on from this step (newest: the last)", flag_values=values)
     flags.DEFINE_boolean("break_lock", False, "take the run from a process that trains in it", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
         print(f"{description}\n\nflags:\n{_CONFIG_HELP}\n{values.main_module_help() or values.get_help()}")
@@ -211,7 +225,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
     if not values["workdir"].value:
         raise ValueError("--workdir is missing")
-    checkpoint = checkpoint_step(str(values["checkpoint"].value))
+    checkpoint = str(values["checkpoint"].value)
     return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value))
 
 
@@ -247,16 +261,3 @@ def _load_config(named: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise ValueError(f"--config={path}: get_config returns {config!r:.80}: expected an ml_collections.ConfigDict")
     return config
-
-
-def checkpoint_step(text: str) -> int | None:
-    """Reads ``--checkpoint``: a step, or None for the newest.
-
-    Raises:
-      ValueError: it is neither.
-    """
-    if text == "newest":
-        return None
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"--checkpoint={text}: expected newest, or the step of a checkpoint")
-    return int(text)

@@ -18,13 +18,18 @@ Bodies carry the letters as suffixes (``hidden_BxTxD``); signatures carry them i
 tests check at run time; einsum strings use the same letters in lower case.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 # Fields of structures that also live on the host, as NumPy arrays. (To the type checker they are one thing.)
 AnyArray = Array if TYPE_CHECKING else Array | np.ndarray
+
+# A model's parameters, or what goes with each of them: nested dictionaries with an array, a shape or a sharding at
+# every leaf, by the names of Linen's modules.
+Parameters: TypeAlias = Mapping[str, Any]
 
 Tokens = Int[Array, "B T"]
 SegmentIds = Int[Array, "B T"]
@@ -43,6 +48,7 @@ __all__ = [
     "Hidden",
     "Int",
     "Num",
+    "Parameters",
     "Positions",
     "SegmentIds",
     "Tokens",

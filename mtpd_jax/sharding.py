@@ -92,9 +92,14 @@ def _mesh(names: tuple[str, ...], shape: tuple[int, ...], devices: list[Any]) ->
     return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
+def copies_of(devices: int) -> MeshConfig:
+    """The mesh for reading a model: so many devices share each copy of it, and the copies share the rows."""
+    return MeshConfig(data=-1, fsdp=1, tensor=devices, expert=1)
+
+
 def data_mesh(devices: list[Any] | None = None) -> Mesh:
     """A mesh that has all devices (None: all that there are) along ``data``: each holds a whole copy of the model."""
-    return make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, expert=1), devices)
+    return make_mesh(copies_of(1), devices)
 
 
 def parts_of(mesh: Mesh, axis: str) -> int:
@@ -188,10 +193,16 @@ def constrain(values: jax.Array, *axes: str | None) -> jax.Array:
       values: one logical axis per dimension.
       axes: their names in ``ShardingRules``; None for an axis that is whole on every device.
     """
-    mesh = traced_mesh()
+    mesh, spec = traced_mesh(), RULES.spec(*axes)
     if mesh is None:
         return values
-    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, RULES.spec(*axes)))
+    by_hand = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if not by_hand:
+        return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, spec))
+    # Within ``shard_map`` over some of the axes, of which there is nothing to say.
+    parts = zip(axes, spec, strict=True)
+    left = [None if by_hand.intersection(RULES.mesh_axes(axis)) else part for axis, part in parts]
+    return jax.lax.with_sharding_constraint(values, PartitionSpec(*left)) if any(left) else values
 
 
 def sum_over(values: Any, axis: str) -> Any:

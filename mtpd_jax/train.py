@@ -23,24 +23,31 @@ from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import TrainingData
 from mtpd_jax.data.sources import Source, holds_out, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.evaluation.scoring import make_scorer, score_documents
-from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.evaluation.scoring import Scorer, TextScore
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.runs.checkpoint import (
+    NEWEST,
+    Checkpointer,
+    check_chosen,
+    chosen_step,
+    latest_step,
+    restore_state,
+    steps_of,
+)
+from mtpd_jax.runs.interruption import StopRequest
+from mtpd_jax.runs.lock import Lock, take_lock
+from mtpd_jax.runs.metrics import MetricsLog
+from mtpd_jax.runs.origin import Origin, all_sources, beginning, completed, held_out_note, source_of
+from mtpd_jax.runs.processes import first_decides
+from mtpd_jax.runs.progress import Progress
+from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Evaluate, Trainer
-from mtpd_jax.training.checkpoint import Checkpointer, check_chosen, latest_step, restore_state, steps_of
 from mtpd_jax.training.feasibility import check_attention, check_training
-from mtpd_jax.training.interrupt import StopRequest
-from mtpd_jax.training.lock import Lock, take_lock
-from mtpd_jax.training.metrics import MetricsLog
 from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.origin import Origin, all_sources, beginning, completed, held_out_note, source_of
-from mtpd_jax.training.processes import first_decides
-from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
-from mtpd_jax.training.workdir import Workdir, open_workdir, write_atomically
 
 _NOTHING_HELD_OUT = "nothing is held out: there is no evaluation while training"
 
@@ -73,7 +80,7 @@ def run(
     config: Config | ml_collections.ConfigDict | Mapping[str, Any],
     workdir: str,
     *,
-    checkpoint: int | None = None,
+    checkpoint: int | str = NEWEST,
     break_lock: bool = False,
 ) -> TrainResult:
     """Trains, or goes on training, the model of a config in a workdir.
@@ -81,7 +88,7 @@ def run(
     Args:
       config: a ``Config``, the ConfigDict of a config file, or the same as nested mappings.
       workdir: the run's folder, local or ``gs://…``; created if it is not there.
-      checkpoint: the step to go on from; None: the newest checkpoint that is whole. Newer ones are set aside.
+      checkpoint: the step to go on from, or "newest": the newest checkpoint that is whole. Newer ones are set aside.
       break_lock: take the run from another process that trains here.
 
     Raises:
@@ -89,10 +96,10 @@ def run(
       DivergedError: the loss is not finite any more.
       OSError: something cannot be read or written.
     """
-    config, folder = Config.of(config), open_workdir(workdir)
+    config, folder, chosen = Config.of(config), open_workdir(workdir), chosen_step(checkpoint)
     config = completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
-    check_chosen(folder, checkpoint)
+    check_chosen(folder, chosen)
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
@@ -106,7 +113,7 @@ def run(
         tokenizer = _checked(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(config, folder, abstract, checkpoint, data)
+        start = _restored(config, folder, abstract, chosen, data)
         start = start or _fresh(method, folder, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
@@ -277,26 +284,18 @@ def _describe(mesh: Mesh) -> str:
 
 def _evaluator(method: Method, source: Source, tokenizer: Tokenizer) -> Evaluate | None:
     """The trainer's evaluation: held-out documents scored as ``evaluate --split=validation`` does; None without any."""
-    config, mesh = method.config, method.mesh
+    config, rows = method.config, method.config.training.batch_size // method.config.training.micro_batches
     if not holds_out(source, config.data.validation_fraction):
         return None
-    scorer = make_scorer(method.model, scoring_objective(config), mesh)
+    scorer = Scorer(method.model, tokenizer, method.mesh, config.training.sequence_length, rows)
 
     def evaluate(parameters: Any, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
         held_out = split(source, config.data.validation_fraction, validation=True)
-        score = score_documents(
-            scorer,
-            parameters,
-            itertools.islice(held_out, config.evaluation.documents),
-            tokenizer,
-            mesh,
-            num_heads=config.heads.num_heads,
-            length=config.training.sequence_length,
-            batch_size=config.training.batch_size // config.training.micro_batches,
-            on_batch=keep_going,
-        )
-        if score is None:
+        documents = itertools.islice(held_out, config.evaluation.documents)
+        sums = scorer.sum_documents(parameters, documents, keep_going)
+        if sums is None:
             return None
+        score = TextScore.of(sums)
         values = {f"main/{name}": value for name, value in dataclasses.asdict(score.main).items()}
         for k, head in enumerate(score.heads, 1):
             values |= {f"head_{k}/{name}": value for name, value in dataclasses.asdict(head).items()}

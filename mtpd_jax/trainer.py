@@ -11,13 +11,13 @@ import jax
 
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
 from mtpd_jax.methods.method import Method
+from mtpd_jax.runs.checkpoint import Checkpointer
+from mtpd_jax.runs.interruption import StopRequest
+from mtpd_jax.runs.metrics import MetricsLog, utilisation
+from mtpd_jax.runs.processes import first_decides
+from mtpd_jax.runs.progress import Progress
 from mtpd_jax.sharding import batch_sharding
-from mtpd_jax.training.checkpoint import Checkpointer
-from mtpd_jax.training.interrupt import StopRequest
-from mtpd_jax.training.metrics import MetricsLog, utilisation
 from mtpd_jax.training.optimizer import learning_rate_schedule
-from mtpd_jax.training.processes import first_decides
-from mtpd_jax.training.progress import Progress
 from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.step import StepResult
 

@@ -12,7 +12,7 @@ from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.comparison import Divergence
-from mtpd_jax.training.restore import open_run
+from mtpd_jax.runs.opening import open_run
 
 DOORS = {"train": train, "generate": generate, "evaluate": evaluate}
 

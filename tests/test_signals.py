@@ -16,13 +16,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 STUCK = """
     import ctypes, sys, time
     from mtpd_jax import frontdoor
-    from mtpd_jax.training import interrupt
-    interrupt._PATIENCE = 0.6
+    from mtpd_jax.runs import interruption
+    interruption._PATIENCE = 0.6
 
     def main():
         print("ready", flush=True)
         if sys.argv[1] == "run":
-            with interrupt.StopRequest() as stop:
+            with interruption.StopRequest() as stop:
                 print("ready", flush=True)
                 if sys.argv[2] == "hears":
                     while not stop.asked():

@@ -17,9 +17,9 @@ import rich.console
 import rich.table
 
 from configs import mtpd_2b
-from experiments.bench.common import environment
 from experiments.bench.loss_tpu import search_passes
 from experiments.bench.tpu import WITHOUT_SPARSECORE, estimated_seconds, topology_mesh
+from experiments.environment import environment
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch

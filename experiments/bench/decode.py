@@ -24,22 +24,26 @@ import rich.console
 import rich.table
 
 from configs import base
-from experiments.bench.common import curves, environment, interleaved
 from experiments.bench.decode_programs import Parts, Program, bare_products, iterations
+from experiments.bench.timing import interleaved
+from experiments.environment import environment
+from experiments.figures import curves
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
+from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
-from mtpd_jax.evaluation.decoding import decode_prompts, ways_of
-from mtpd_jax.evaluation.generation import decoder_of
+from mtpd_jax.evaluation.decoding import decode_prompts, prompts_per_call, ways_of
 from mtpd_jax.evaluation.report import number, write_json
-from mtpd_jax.evaluation.speed import RoundCosts, best_heads, unprofitable_batch
+from mtpd_jax.evaluation.speed import RoundCosts, best_heads, rounds_of_queue, unprofitable_batch
 from mtpd_jax.model.backbone import LanguageModel, build_model
 from mtpd_jax.platform import platform_of
-from mtpd_jax.training.restore import TrainedRun, open_run
+from mtpd_jax.run import Run
+from mtpd_jax.runs.opening import load_run
+from mtpd_jax.sharding import data_mesh
 
 # What ``Network`` takes for ``scanned``.
 _LAYOUTS = {"chosen": None, "scanned": True, "unrolled": False}
@@ -159,43 +163,53 @@ def verify_table(name: str, rows: Sequence[dict[str, Any]], widths: Sequence[int
 
 
 def predict(
-    trained: TrainedRun, costs: Sequence[RoundCosts], prompts: Sequence[str], sampling: Sampling, flags: Any
+    opened: Run, costs: Sequence[RoundCosts], prompts: Sequence[str], sampling: Sampling, flags: Any
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Decodes the prompts with every number of heads at every batch size, and puts the prediction beside it.
+    """Decodes the prompts in every way at every batch size, and puts the prediction beside it.
 
-    Measured tokens per second leave prefill out: its time, from runs that write one token, is subtracted.
+    Measured tokens per second leave prefill out: its time, from runs that write one token, is subtracted. Predicted
+    are the rounds that the prompts take behind each other, from their own passes, at what a round costs.
 
     Returns:
-      One row per batch size and number of heads, and the cumulative acceptance of all heads.
+      One row per batch size and way, and the cumulative acceptance of all heads.
     """
-    decoder = decoder_of(trained)
-    ids = [trained.tokenizer.encode(prompt) for prompt in prompts]
+    decoder = opened.decoder
+    ids = [opened.tokenizer.encode(prompt) for prompt in prompts]
     numbers, cumulative, found = (0, *flags.heads), [], []
     for cost in costs:
         batch = cost.rows
-        taken = ids[: max(1, min(len(ids), flags.limit) // batch) * batch]  # whole batches, as ``cost`` is of
-        full, first = (ways_of(Options(0, tokens, sampling), numbers) for tokens in (flags.max_new_tokens, 1))
-        decode_prompts(decoder, taken[:batch], full, batch_size=batch, seed=0)  # compiles, and warms up
+        taken = ids[: max(batch, flags.limit)]
+        full, first = (
+            ways_of(Options(0, tokens, sampling), numbers, flags.drafters) for tokens in (flags.max_new_tokens, 1)
+        )
+        decode_prompts(decoder, taken[: prompts_per_call(batch)], full, batch_size=batch, seed=0)  # compiles
         decoded, prefilled = (decode_prompts(decoder, taken, ways, batch_size=batch, seed=0) for ways in (full, first))
-        if not cumulative:
+        if not cumulative and max(numbers) in decoded:
             cumulative = [rate or 0.0 for rate in acceptance_of(decoded[max(numbers)]).cumulative]
-        for heads in numbers:
-            tokens = sum(len(continuation.tokens) - 1 for continuation in decoded[heads])
-            seconds = sum(a.seconds - b.seconds for a, b in zip(decoded[heads], prefilled[heads], strict=True))
-            own = [rate or 0.0 for rate in acceptance_of(decoded[heads]).cumulative]
+        for name, options in full.items():
+            tokens = sum(len(continuation.tokens) - 1 for continuation in decoded[name])
+            seconds = sum(a.seconds - b.seconds for a, b in zip(decoded[name], prefilled[name], strict=True))
+            rounds = rounds_of([one.passes for one in decoded[name]], batch)
             found.append(
                 {
                     "batch": batch,
                     "part": "decoding",
                     "temperature": sampling.temperature,
-                    "heads": heads,
+                    "drafter": options.drafter,
+                    "heads": options.num_drafts,
                     "prompts": len(taken),
-                    "tokens_per_pass": tokens_per_pass(decoded[heads]).mean,
-                    "predicted": cost.tokens_per_second(heads, own),
+                    "tokens_per_pass": tokens_per_pass(decoded[name]).mean,
+                    "predicted": tokens / (rounds * cost.seconds(options.num_drafts, heads_that_draft(options))),
                     "measured": tokens / seconds,
                 }
             )
     return found, cumulative
+
+
+def rounds_of(passes: Sequence[int], batch: int) -> int:
+    """Rounds of all calls together, from the passes of each prompt."""
+    step = prompts_per_call(batch)
+    return sum(rounds_of_queue(passes[start : start + step], batch) for start in range(0, len(passes), step))
 
 
 def kind_of(temperature: float) -> str:
@@ -207,13 +221,14 @@ def prediction_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """Predicted beside measured tokens per second."""
     kind = kind_of(rows[0]["temperature"])
     table = rich.table.Table(title=f"tokens per second, {kind}, prefill left out", box=rich.box.SIMPLE_HEAD)
-    for column in ("batch", "heads", "tokens/pass", "predicted", "measured", "x plain, predicted", "x plain, measured"):
+    columns = "batch", "drafts", "tokens/pass", "predicted", "measured", "x plain, predicted", "x plain, measured"
+    for column in columns:
         table.add_column(column, justify="right")
     plain = {row["batch"]: row for row in rows if row["heads"] == 0}
     for row in rows:
         beside = plain[row["batch"]]
         table.add_row(
-            str(row["batch"]), str(row["heads"]), number(row["tokens_per_pass"]),
+            str(row["batch"]), f"{row['drafter']} {row['heads']}", number(row["tokens_per_pass"]),
             number(row["predicted"], 0), number(row["measured"], 0),
             number(row["predicted"] / beside["predicted"]), number(row["measured"] / beside["measured"]),
         )  # fmt: skip
@@ -246,15 +261,15 @@ def draw(path: str, rows: Sequence[dict[str, Any]], predictions: Sequence[dict[s
         panels.append(
             {
                 "title": kind_of(temperature),
-                "x": "heads",
+                "x": "drafts",
                 "y": "speed-up over plain",
                 "lines": {
-                    f"{kind}, batch {batch}": [
+                    f"{kind}, {drafter}, batch {batch}": [
                         (row["heads"], row[kind] / plain[temperature, batch][kind])
                         for row in chosen
-                        if row["batch"] == batch
+                        if (row["batch"], row["drafter"]) == (batch, drafter)
                     ]
-                    for batch in sorted({row["batch"] for row in chosen})
+                    for drafter, batch in sorted({(row["drafter"], row["batch"]) for row in chosen})
                     for kind in ("predicted", "measured")
                 },
             }
@@ -262,7 +277,7 @@ def draw(path: str, rows: Sequence[dict[str, Any]], predictions: Sequence[dict[s
     curves(path, panels)
 
 
-def trained_run(flags: argparse.Namespace) -> tuple[TrainedRun | None, list[str]]:
+def trained_run(flags: argparse.Namespace) -> tuple[Run | None, list[str]]:
     """The run to measure, on one device, as all costs here are of one; and its prompts. None without ``--workdir``.
 
     Raises:
@@ -275,9 +290,9 @@ def trained_run(flags: argparse.Namespace) -> tuple[TrainedRun | None, list[str]
     prompts = read_prompts(flags.prompts)
     if max(flags.batches) > len(prompts):
         raise ValueError(f"--batches={max(flags.batches)}: expected at most the {len(prompts)} prompts of --prompts")
-    trained = open_run(flags.workdir)
-    parameters = jax.device_put(trained.parameters, jax.devices()[0])
-    return dataclasses.replace(trained, parameters=parameters), prompts
+    trained, mesh = load_run(flags.workdir), data_mesh(jax.devices()[:1])
+    parameters = jax.device_put(trained.parameters, mesh.devices.flat[0])
+    return Run(dataclasses.replace(trained, parameters=parameters, mesh=mesh)), prompts
 
 
 def main(arguments: list[str]) -> int:
@@ -292,6 +307,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=9, help="rounds of measuring (default: 9)")
     parser.add_argument("--workdir", help="a trained run, measured instead of --sizes")
     parser.add_argument("--prompts", help='with --workdir: JSON lines with a field "prompt" to decode')
+    parser.add_argument("--drafters", type=frontdoor.names, default=["heads"], help="with --workdir: who drafts")
     parser.add_argument("--limit", type=int, default=24, help="prompts, but at least one batch (default: 24)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of the prompts' decoding (default: 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled decoding (default: 1)")
@@ -303,9 +319,9 @@ def main(arguments: list[str]) -> int:
         if min(getattr(flags, name)) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)}: expected numbers from 1 up")
     frontdoor.check_json_path(flags.json)
-    trained, prompts = trained_run(flags)
-    if trained:
-        subjects = [Subject(pathlib.Path(flags.workdir).name, trained.model, trained.parameters)]
+    opened, prompts = trained_run(flags)
+    if opened:
+        subjects = [Subject(pathlib.Path(flags.workdir).name, opened.trained.model, opened.parameters)]
     else:
         most = max(flags.heads)
         subjects = [random_subject(size, flags.vocabulary, most) for size in flags.sizes.split(",")]
@@ -317,10 +333,10 @@ def main(arguments: list[str]) -> int:
         rows += found
         console.print(rounds_table(subject.name, found))
         console.print(verify_table(subject.name, found, flags.widths))
-        if trained:
+        if opened:
             costs = [cost for _, cost in measured]
             for sampling in (GREEDY, Sampling(flags.temperature)):
-                beside, cumulative = predict(trained, costs, prompts, sampling, flags)
+                beside, cumulative = predict(opened, costs, prompts, sampling, flags)
                 predictions += beside
                 console.print(prediction_table(beside))
                 best = {cost.rows: best_heads(cost, cumulative) for cost in costs}

@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtpd_jax.decoding.drafting import Drafts, draft
+from mtpd_jax.decoding.batch import Batch, one_round, prefill
+from mtpd_jax.decoding.drafters.drafter import Drafts
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.speculative import State, advance, one_round, prefill
+from mtpd_jax.decoding.stops import Stops
+from mtpd_jax.decoding.strategies.speculative import Speculative, accept
 from mtpd_jax.shapes import Array
 from mtpd_jax.sharding import WHOLE
 
 # Rounds per call: enough for the first one's cold caches not to count, fewer where a round takes long.
 _ITERATIONS = 24
 PROMPT = 64
-# No text ends by this.
-NEVER = -1
+# Nothing ends a text.
+NEVER = Stops(())
 
 
 def iterations(rows: int) -> int:
@@ -61,12 +63,13 @@ class Parts:
         """Room for every iteration's tokens, whatever is accepted."""
         return Options(heads, max(self.new_tokens, iterations(self.rows) * (heads + 1) + 1))
 
-    def _start(self, heads: int) -> State:
-        lengths = jnp.full(self.rows, PROMPT, jnp.int32)
+    def _strategy(self, heads: int) -> Speculative:
+        return Speculative(self.network, self.options(heads))
+
+    def _start(self, heads: int) -> Batch:
+        lengths, strategy = jnp.full(self.rows, PROMPT, jnp.int32), self._strategy(heads)
         start = self.network.jit(
-            lambda parameters, prompts: prefill(
-                self.network, parameters, prompts, lengths, self.keys, self.options(heads), NEVER, PROMPT
-            )
+            lambda parameters, prompts: prefill(strategy, parameters, prompts, lengths, self.keys, NEVER, PROMPT)
         )
         return start(self.parameters, self.prompts)
 
@@ -75,9 +78,10 @@ class Parts:
 
     def round(self, heads: int) -> Program:
         """Whole rounds; plain steps with 0 heads."""
+        strategy = self._strategy(heads)
 
-        def step(parameters: DecodingParameters, state: State) -> State:
-            return one_round(self.network, parameters, state, self.keys, self.options(heads), NEVER)
+        def step(parameters: DecodingParameters, batch: Batch) -> Batch:
+            return one_round(strategy, parameters, batch, NEVER)
 
         return self._repeated(step, self._start(heads))
 
@@ -95,27 +99,30 @@ class Parts:
 
     def draft(self, heads: int) -> Program:
         """Drafting by all heads; the last draft becomes the token that the next drafts begin from."""
+        drafter = self._strategy(heads).drafter
 
-        def step(parameters: DecodingParameters, state: State) -> State:
-            drafts, new = draft(self.network, parameters, state.rows, state.heads, self.keys, self.options(heads))
-            tokens = state.rows.tokens.at[:, PROMPT].set(drafts.tokens[:, -1])
-            return dataclasses.replace(state, rows=dataclasses.replace(state.rows, tokens=tokens), heads=new)
+        def step(parameters: DecodingParameters, batch: Batch) -> Batch:
+            drafts, new = drafter.draft(parameters, batch.rows, batch.state.drafter, batch.keys)
+            rows = dataclasses.replace(batch.rows, tokens=batch.rows.tokens.at[:, PROMPT].set(drafts.tokens[:, -1]))
+            return dataclasses.replace(batch, rows=rows, state=dataclasses.replace(batch.state, drafter=new))
 
         return self._repeated(step, self._start(heads))
 
     def bookkeeping(self, heads: int) -> Program:
         """Appending, counting and moving the window, with made-up drafts, and the loop itself."""
-        state = self._start(heads)
-        width = self.network.config.width
+        drafter, width = self._strategy(heads).drafter, self.network.config.width
         hidden = jnp.zeros((self.rows, heads + 1, width), self.network.dtype)
 
-        def step(_: DecodingParameters, state: State) -> State:
-            accepted = state.rows.length % (heads + 1)
-            candidates = (state.rows.length[:, None] + jnp.arange(heads + 1)) % 7
-            drafts = Drafts(candidates[:, :heads], accepted * 0 + heads, jnp.zeros((self.rows, heads, 1)), None)
-            return advance(state, drafts, candidates, accepted, state.cache, state.heads, hidden, NEVER)
+        def step(_: DecodingParameters, batch: Batch) -> Batch:
+            rows = batch.rows
+            accepted = rows.length % (heads + 1)
+            candidates = (rows.length[:, None] + jnp.arange(heads + 1)) % 7
+            made = candidates[:, :heads]
+            after = accept(rows, Drafts(made, accepted * 0 + heads, made), candidates, accepted, NEVER)
+            new = drafter.confirm(batch.state.drafter, rows, after, hidden)
+            return dataclasses.replace(batch, rows=after, state=dataclasses.replace(batch.state, drafter=new))
 
-        return self._repeated(step, state)
+        return self._repeated(step, self._start(heads))
 
 
 def bare_products(network: Network, unrolled: DecodingParameters, rows: int, heads: int) -> Program:

@@ -18,7 +18,6 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments.bench.common import curves, environment, interleaved, median_ratio
 from experiments.bench.loss_forms import (
     FORMS,
     OBJECTIVES,
@@ -28,6 +27,9 @@ from experiments.bench.loss_forms import (
     distillation_of,
     inputs,
 )
+from experiments.bench.timing import interleaved, median_ratio
+from experiments.environment import environment
+from experiments.figures import curves
 from mtpd_jax import frontdoor
 from mtpd_jax.evaluation.report import number, write_json
 

@@ -14,7 +14,8 @@ import rich.box
 import rich.console
 import rich.table
 
-from experiments.bench.common import environment, interleaved, median_ratio
+from experiments.bench.timing import interleaved, median_ratio
+from experiments.environment import environment
 from experiments.sweep.scale import SCALES, Scale
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config

@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
-from experiments.sweep.runner import Row
-from experiments.sweep.statistics import Counts, difference, mean_of
-from mtpd_jax.evaluation.acceptance import Interval
+from experiments.sweep.rows import Row, WayCounts
+from mtpd_jax.evaluation.statistics import Counts, Interval, difference, mean_of
+
+# What a row has a single number of.
+Number = Literal["steps", "tokens", "parameters", "head_parameters", "training_flops", "seconds"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,34 +28,34 @@ class Arm:
     @property
     def seeds(self) -> list[int]:
         """The seeds of the rows."""
-        return [row["seed"] for row in self.rows]
+        return [row.seed for row in self.rows]
 
     @property
     def heads(self) -> int:
         """Heads that the model has."""
-        return len(self.rows[0]["text"]["heads"])
+        return len(self.rows[0].text.heads)
 
     def of(self, seeds: Collection[int]) -> "Arm":
         """The same with some of its seeds."""
-        return Arm(self.name, [row for row in self.rows if row["seed"] in seeds])
+        return Arm(self.name, [row for row in self.rows if row.seed in seeds])
 
-    def mean(self, field: str) -> float:
-        """A number of the rows, such as ``seconds``: its mean over seeds."""
-        return float(np.mean([row[field] for row in self.rows]))
+    def mean(self, number: Number) -> float:
+        """A number of the rows: its mean over seeds."""
+        return float(np.mean([getattr(row, number) for row in self.rows]))
 
     def main_ce(self) -> Counts:
         """Cross entropy of the main head on the held-out texts, nats per token."""
-        return Counts.ratio(self._text("nats"), self._text("weight"))
+        return Counts.ratio([row.text.nats for row in self.rows], [row.text.weight for row in self.rows])
 
     def agreement(self, head: int) -> Counts:
         """Teacher-forced agreement with the main head on the held-out texts."""
-        found = [row["text"]["heads"][head - 1] for row in self.rows]
-        return Counts.ratio([part["agreed"] for part in found], [part["weight"] for part in found])
+        found = [row.text.heads[head - 1] for row in self.rows]
+        return Counts.ratio([part.agreed for part in found], [part.weight for part in found])
 
     def agreement_on_output(self, mode: str, head: int) -> Counts:
         """Teacher-forced agreement on what plain decoding wrote."""
-        found = [row["decoding"][mode] for row in self.rows]
-        return Counts.ratio([part["agreed"][head - 1] for part in found], [part["counted"][head - 1] for part in found])
+        found = [row.decoding[mode] for row in self.rows]
+        return Counts.ratio([part.agreed[head - 1] for part in found], [part.counted[head - 1] for part in found])
 
     def conditional(self, mode: str, heads: int, head: int) -> Counts:
         """Conditional acceptance of a head when decoding with ``heads`` of them."""
@@ -62,11 +64,11 @@ class Arm:
     def conditional_of(self, mode: str, heads: int, of: Collection[int]) -> Counts:
         """Conditional acceptance of several heads together: all that they had accepted over all that they tried."""
         found = self._decoded(mode, heads)
-        accepted, tried = (
-            [[sum(part[name][k - 1][text] for k in of) for text in range(len(part["tokens"]))] for part in found]
-            for name in ("accepted", "tried")
-        )
-        return Counts.ratio(accepted, tried)
+
+        def together(by_head: list[list[int]]) -> list[float]:
+            return [sum(of_text) for of_text in zip(*(by_head[k - 1] for k in of), strict=True)]
+
+        return Counts.ratio([together(way.accepted) for way in found], [together(way.tried) for way in found])
 
     def cumulative(self, mode: str, heads: int, head: int) -> Counts:
         """Cumulative acceptance of heads 1 to ``head``."""
@@ -79,28 +81,26 @@ class Arm:
     def tokens_per_pass(self, mode: str, heads: int) -> Counts:
         """Tokens per verification pass, the bonus token included, the one from prefill not."""
         found = self._decoded(mode, heads)
-        return Counts.ratio([[count - 1 for count in part["tokens"]] for part in found], [p["passes"] for p in found])
+        return Counts.ratio([[count - 1 for count in way.tokens] for way in found], [way.passes for way in found])
 
     def speed_over(self, mode: str, heads: int, baseline: int) -> Counts:
         """Tokens per second over those of another number of heads of the same model; 0 is plain decoding."""
         fast, slow = self._decoded(mode, heads), self._decoded(mode, baseline)
-        return Counts.ratio([p["tokens"] for p in fast], [p["seconds"] for p in fast]) * Counts.ratio(
-            [p["seconds"] for p in slow], [p["tokens"] for p in slow]
+        return Counts.ratio([way.tokens for way in fast], [way.seconds for way in fast]) * Counts.ratio(
+            [way.seconds for way in slow], [way.tokens for way in slow]
         )
 
     def distinct_4grams(self, mode: str) -> float:
         """Share of 4-grams of plain decoding's output that are the first of their kind in it."""
-        return float(np.mean([part["distinct_4grams"] for part in self._decoded(mode, 0)]))
+        shares = [way.distinct_4grams for way in self._decoded(mode, 0)]
+        return float(np.mean([share for share in shares if share is not None]))
 
     def decodes(self, heads: int) -> bool:
         """Whether decoding with that many heads was measured."""
-        return str(heads) in self.rows[0]["decoding"]["greedy"]
+        return heads in self.rows[0].decoding["greedy"].by_heads
 
-    def _decoded(self, mode: str, heads: int) -> list[dict[str, Any]]:
-        return [row["decoding"][mode][str(heads)] for row in self.rows]
-
-    def _text(self, name: str) -> list[list[float]]:
-        return [row["text"][name] for row in self.rows]
+    def _decoded(self, mode: str, heads: int) -> list[WayCounts]:
+        return [row.decoding[mode].by_heads[heads] for row in self.rows]
 
 
 def paired(arms: Mapping[str, Arm], name: str, base: str) -> tuple[Arm, Arm] | None:
@@ -115,7 +115,7 @@ def paired(arms: Mapping[str, Arm], name: str, base: str) -> tuple[Arm, Arm] | N
     if not seeds:
         return None
     first, second = arms[name].of(seeds), arms[base].of(seeds)
-    if len({str(row["text"]["bytes"]) for arm in (first, second) for row in arm.rows}) > 1:
+    if len({str(row.text.bytes) for arm in (first, second) for row in arm.rows}) > 1:
         raise ValueError(f"{name} and {base} were measured on other texts: delete the rows of one, and run it again")
     return first, second
 

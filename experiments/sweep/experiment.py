@@ -10,7 +10,8 @@ import jax
 from experiments.sweep.arms import Arm
 from experiments.sweep.paper import write_configs
 from experiments.sweep.report import Report, write
-from experiments.sweep.runner import RESULTS, Row, Sweep, read_rows
+from experiments.sweep.rows import Row, read_rows
+from experiments.sweep.runner import RESULTS, Sweep
 from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import SCALES, Scale
 from mtpd_jax import frontdoor
@@ -39,7 +40,7 @@ def arms_of(rows: Sequence[Row], variants: Sequence[Variant], scale: Scale) -> d
     arms = {}
     for variant in variants:
         key = Run(variant, 0, scale).key()
-        by_seed = {row["seed"]: row for row in rows if row["config"] == key}
+        by_seed = {row.seed: row for row in rows if row.config == key}
         if by_seed:
             arms[variant.name] = Arm(variant.name, [by_seed[seed] for seed in sorted(by_seed)])
     return arms
@@ -98,7 +99,7 @@ def main(experiment: Experiment, description: str | None) -> int:
     parser.add_argument(
         "--scale", required=True, choices=SCALES, help="cpu: two cores; gpu: one accelerator; paper: writes configs"
     )
-    parser.add_argument("--only", type=_names, default=[], help="variants to run, separated by commas")
+    parser.add_argument("--only", type=frontdoor.names, default=[], help="variants to run, separated by commas")
     parser.add_argument("--seeds", type=frontdoor.integers, default=[], help="to run, separated by commas")
     flags = parser.parse_args()
     scale, root = SCALES[flags.scale], pathlib.Path(flags.workdir).resolve() if flags.workdir else None
@@ -115,7 +116,3 @@ def main(experiment: Experiment, description: str | None) -> int:
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
     run(experiment, scale, root, flags.only, flags.seeds)
     return 0
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")

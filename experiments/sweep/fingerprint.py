@@ -30,10 +30,10 @@ from experiments.sweep.runs import Run, Variant, digest
 from experiments.sweep.scale import Scale
 from mtpd_jax import frontdoor, train
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.evaluation.generation import decoder_of
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.terms import Distillation, chunk_loss
-from mtpd_jax.training.restore import TrainedRun, open_run
+from mtpd_jax.run import Run as OpenedRun
+from mtpd_jax.run import open_run
 
 RECORDED = pathlib.Path(__file__).with_name("behaviour.json")
 
@@ -119,7 +119,7 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
         "parameters": {jax.tree_util.keystr(path): _sketch(leaf) for path, leaf in parameters},
     }
     if decoded:
-        found["measured"] = measure(str(workdir), run.heads(), run.scale)
+        found["measured"] = measure(str(workdir), run.heads(), run.scale).to_json()
         found["decoded"] = _decoded(opened, run)
     return dict(_flat(found))
 
@@ -132,14 +132,13 @@ def _sketch(leaf: np.ndarray) -> list[float]:
     return [size, size + float(np.vdot(leaf, direction))]
 
 
-def _decoded(opened: TrainedRun, run: Run) -> dict[str, list[list[int]]]:
+def _decoded(opened: OpenedRun, run: Run) -> dict[str, list[list[int]]]:
     """The ids that all heads write after a prompt, greedily and at temperature 1."""
     scale = run.scale
     texts = held_out_texts(opened, scale.texts, scale.prompt_tokens + scale.new_tokens)
     prompts, most = [text[: scale.prompt_tokens] for text in texts], run.heads()[-1]
-    decoder = decoder_of(opened)
     return {
-        mode: [list(one.tokens) for one in decoder.run(prompts, Options(most, scale.new_tokens, sampling))]
+        mode: [list(one.tokens) for one in opened.decoder.run(prompts, Options(most, scale.new_tokens, sampling))]
         for mode, sampling in MODES.items()
     }
 

@@ -9,11 +9,11 @@ from typing import Any
 import rich.console
 import rich.markdown
 
-from experiments.bench.common import curves
+from experiments.figures import curves
 from experiments.sweep.arms import Arm
 from experiments.sweep.fingerprint import code_version
-from mtpd_jax.evaluation.acceptance import Interval
 from mtpd_jax.evaluation.report import number
+from mtpd_jax.evaluation.statistics import Interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Report:
     Attributes:
       title, text: heading, and what stands below it.
       tables: in order; those without rows, for want of runs, are left out.
-      panels: of the figure, likewise; see ``bench.common.curves``.
+      panels: of the figure, likewise; see ``figures.curves``.
     """
 
     title: str
@@ -128,16 +128,16 @@ def _provenance(arms: Mapping[str, Arm]) -> Table:
     rows = [
         [
             name, " ".join(map(str, arm.seeds)), f"{arm.mean('steps'):,.0f}", f"{arm.mean('tokens'):,.0f}",
-            f"{arm.mean('parameters'):,.0f}", f"{arm.mean('seconds') / 60:.1f}", str(len(arm.rows[0]["text"]["bytes"])),
-            " ".join(sorted({row["code"] for row in arm.rows})),
+            f"{arm.mean('parameters'):,.0f}", f"{arm.mean('seconds') / 60:.1f}", str(len(arm.rows[0].text.bytes)),
+            " ".join(sorted({row.code for row in arm.rows})),
         ]
         for name, arm in arms.items()
     ]  # fmt: skip
     found = [row for arm in arms.values() for row in arm.rows]
-    machines = sorted({_machine(row["environment"]) for row in found})
-    greedy = [part for row in found for part in row["decoding"]["greedy"].values() if isinstance(part, dict)]
-    different, ties = (sum(part[name] for part in greedy) for name in ("different", "ties"))
-    decoded = sum(len(part["tokens"]) for part in greedy)
+    machines = sorted({_machine(row.environment) for row in found})
+    greedy = [way for row in found for way in row.decoding["greedy"].by_heads.values()]
+    different, ties = sum(way.different or 0 for way in greedy), sum(way.ties or 0 for way in greedy)
+    decoded = sum(len(way.tokens) for way in greedy)
     note = (
         f"Greedy texts that differ from plain decoding's: {different + ties} of {decoded}, {ties} of them by a tie. "
         f"The code version now is {code_version()}. {'; '.join(machines)}."

@@ -1,9 +1,8 @@
 """Running a sweep: every run once, resumed where it stopped, its row appended when it is finished."""
 
 import contextlib
+import dataclasses
 import fcntl
-import json
-import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -12,43 +11,15 @@ from typing import Any
 import jax
 import rich.console
 
-from experiments.bench.common import environment
+from experiments.environment import environment
 from experiments.sweep.fingerprint import code_version
 from experiments.sweep.measure import measure
+from experiments.sweep.rows import Row, append_row, read_rows
 from experiments.sweep.runs import Run
 from mtpd_jax import train
 from mtpd_jax.training.state import DivergedError
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
-
-Row = dict[str, Any]
-
-
-def read_rows(path: pathlib.Path) -> list[Row]:
-    """The rows of a JSON-lines file; a last line that a killed process left unfinished is not one.
-
-    Raises:
-      ValueError: another line is no JSON.
-    """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
-    try:
-        return [json.loads(line) for line in whole]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a file of JSON lines ({error}); restore it from the last commit") from error
-
-
-def append_row(path: pathlib.Path, row: Row) -> None:
-    """Adds a row behind the whole ones, on disk before this returns; one process at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class Sweep:
@@ -92,9 +63,10 @@ class Sweep:
                 diverged.append(f"{run.variant.name}, seed {run.seed}: {error}")
                 self._say(diverged[-1])
                 continue
-            measured = {"seconds": seconds, **measure(str(self._workdir(run)), run.heads(), run.scale)}
-            row = {**self._name(run), "variant": run.variant.name, **measured, "environment": environment()}
-            append_row(self._path, row)
+            measured = measure(str(self._workdir(run)), run.heads(), run.scale)
+            parts = {one.name: getattr(measured, one.name) for one in dataclasses.fields(measured)}
+            about = {"variant": run.variant.name, "seconds": seconds, "environment": environment()}
+            append_row(self._path, Row(**parts, **self._name(run), **about))
             jax.clear_caches()  # programs of one run are of no use to the next
         return diverged
 
@@ -120,16 +92,16 @@ class Sweep:
         # This experiment's own file first.
         for path in (self._path, *sorted(self._path.parent.glob("*.jsonl"))):
             for row in read_rows(path):
-                if all(row.get(field) == value for field, value in name.items()):
+                if all(getattr(row, field) == value for field, value in name.items()):
                     if path != self._path:
-                        append_row(self._path, {**row, "variant": run.variant.name})
+                        append_row(self._path, dataclasses.replace(row, variant=run.variant.name))
                     return True
         return False
 
     def _workdir(self, run: Run) -> pathlib.Path:
         return run.workdir(self._root, self._code)
 
-    def _name(self, run: Run) -> Row:
+    def _name(self, run: Run) -> dict[str, Any]:
         return {"config": run.key(), "seed": run.seed, "code": self._code}
 
     def _say(self, text: str) -> None:

@@ -1,11 +1,18 @@
 """The tokenizer: a byte-level BPE trained on the training split, or any tokenizer.json that can end a document."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+# How SentencePiece names a token that is one byte.
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Tokenizer:
@@ -89,6 +96,19 @@ class Tokenizer:
         """The text of token ids; special tokens write nothing."""
         return self._tokenizer.decode([int(token) for token in ids])
 
+    def token_bytes(self) -> list[bytes]:
+        """The UTF-8 bytes, perhaps half a character, that each id writes in a text; special tokens write none.
+
+        Raises:
+          ValueError: the tokenizer writes tokens in a way that is not known here.
+        """
+        to_bytes = _writer_of(json.loads(self._tokenizer.to_str())["decoder"])
+        special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        found = [b""] * self.size
+        for token, id in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            found[id] = b"" if id in special else to_bytes(token)
+        return found
+
     def encode_document_and_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a document with its end token, and the UTF-8 bytes that each stands for, both [T+1].
 
@@ -103,6 +123,32 @@ class Tokenizer:
         bytes_before = np.concatenate([[0], np.cumsum(character_bytes, dtype=np.int64)])
         lengths = np.diff(bytes_before[np.maximum.accumulate(ends)], prepend=0)
         return ids, np.append(lengths, 0)
+
+
+def _writer_of(decoder: dict[str, Any] | None) -> Callable[[str], bytes]:
+    """What turns a token's name into the bytes that it writes, by the description of a library's decoder."""
+    parts = decoder.get("decoders", [decoder]) if decoder else []
+    kinds = {part["type"] for part in parts}
+    if "ByteLevel" in kinds:
+        by_character = _byte_level()
+        return lambda token: bytes(
+            itertools.chain(*([by_character[c]] if c in by_character else c.encode() for c in token))
+        )
+    if "ByteFallback" in kinds or "Metaspace" in kinds:  # SentencePiece: a mark for the space, <0x0A> for a byte
+        return lambda token: (
+            bytes([int(token[3:5], 16)]) if _BYTE.fullmatch(token) else token.replace("\u2581", " ").encode()
+        )
+    raise ValueError(
+        "stop strings need a tokenizer that is byte-level or SentencePiece's; "
+        f"the run's has the decoders {', '.join(sorted(kinds)) or 'none'}"
+    )
+
+
+def _byte_level() -> dict[str, int]:
+    """The characters that stand for bytes in byte-level vocabularies (GPT-2): those that can be seen for themselves."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _at_most(documents: Iterable[str], limit: int) -> Iterator[str]:

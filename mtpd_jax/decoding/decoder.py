@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mtpd_jax.decoding.batch import make_decode
+from mtpd_jax.decoding.drafters import DRAFTERS
+from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.rows import Rows
-from mtpd_jax.decoding.speculative import make_decode
+from mtpd_jax.decoding.stops import Stops
+from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply, compute_dtype
 from mtpd_jax.platform import platform_of
-from mtpd_jax.shapes import Array
+from mtpd_jax.shapes import Array, Parameters
+from mtpd_jax.sharding import RULES, data_mesh, parts_of
 from mtpd_jax.training.feasibility import check_decoding
 
 # Tokens that the shortest prompts are padded to. Our choice.
@@ -33,11 +38,12 @@ class Continuation:
     """What was written after one prompt.
 
     Attributes:
-      tokens: ids, the end token included if one was written.
-      proposers: for each token, 0 if the main head chose it, k if it is an accepted draft of head k.
+      tokens: ids, those of the end token or stop string included if one was written.
+      proposers: for each token, 0 if the main head chose it, k if it is an accepted draft of head k, -1 if it was
+        copied from the text before it.
       passes: verification passes, without prefill.
-      tried, accepted: per head, rounds in which its draft was verified after all those before it were accepted, and
-        those of them in which it was accepted, too.
+      tried, accepted: for the first draft of a round, the second, …: rounds in which it was verified after all those
+        before it were accepted, and those of them in which it was accepted, too.
       seconds: wall time of the call that wrote it, shared evenly among the call's prompts.
     """
 
@@ -50,13 +56,14 @@ class Continuation:
 
 
 class Decoder:
-    """Plain and speculative decoding with a trained model; each combination of options and shapes is compiled once.
+    """Decoding with a trained model; each combination of options and shapes is compiled once.
 
     Args:
-      model: what was trained.
-      parameters: its parameters, whole on every device that they lie on; these devices share the rows of a batch.
-      end_id: the token that ends a text.
-      context: tokens that a text may have, prompt included; beyond it the model was not trained.
+      model: what was trained. Its ``config.context`` is what a text may have, prompt included.
+      parameters: its parameters, on the mesh.
+      mesh: whose batch axes hold copies of the parameters, which share the rows; over the others they may be split.
+        None: the one device on which they lie.
+      end_ids: the tokens that end a text.
       scanned: the layout of the layers; None: chosen by the platform.
       chunk: tokens of a prompt that are read at a time.
     """
@@ -64,16 +71,19 @@ class Decoder:
     def __init__(
         self,
         model: LanguageModel,
-        parameters: Any,
-        end_id: int,
-        context: int,
+        parameters: Parameters,
+        end_ids: Sequence[int],
+        mesh: Mesh | None = None,
+        *,
         scanned: bool | None = None,
         chunk: int = _PREFILL_CHUNK,
     ):
-        self._model, self._parameters, self._end_id, self._context = model, parameters, end_id, context
-        self._scanned, self._chunk = scanned, chunk
-        devices = jax.tree.leaves(parameters)[0].sharding.addressable_devices
-        self._devices = sorted(devices, key=lambda device: device.id)
+        assert model.config.context is not None  # ``build_model`` says what it is
+        self._model, self._parameters, self._end_ids = model, parameters, tuple(end_ids)
+        self._context, self._scanned, self._chunk = model.config.context, scanned, chunk
+        if mesh is None:
+            mesh = data_mesh(list(jax.tree.leaves(parameters)[0].devices()))
+        self._mesh, self._copies = mesh, parts_of(mesh, "batch")
         self._compiled: dict[Any, Any] = {}
         self._laid_out: dict[Any, tuple[Network, DecodingParameters]] = {}
 
@@ -83,41 +93,51 @@ class Decoder:
         return compute_dtype(self._model.config).name
 
     def run(
-        self, prompts: Sequence[np.ndarray], options: Options, *, seed: int = 0, first_row: int = 0
+        self,
+        prompts: Sequence[np.ndarray],
+        options: Options,
+        *,
+        rows: int | None = None,
+        transitions: np.ndarray | None = None,
+        seed: int = 0,
+        first_row: int = 0,
     ) -> list[Continuation]:
-        """Decodes a batch of prompts.
+        """Decodes prompts.
 
         Args:
           prompts: token ids, at least one per prompt.
           options: how.
-          seed, first_row: row r draws from the key (seed, first_row + r), whatever else is in the batch.
+          rows: prompts that are decoded together; a row that is finished takes the next prompt. None: all.
+          transitions: of the stop strings, see ``stops.transitions_of``.
+          seed, first_row: prompt number n draws from the key (seed, first_row + n), whatever is decoded beside it.
 
         Raises:
           ValueError: see ``check``.
         """
-        self.check(prompts, options)
+        self.check(prompts, options, rows)
         check_seed(seed)
-        per_device = -(-len(prompts) // len(self._devices))
-        parts = -(-len(prompts) // per_device)
-        # What is missing to rows for all is the last prompt again.
-        texts = [*prompts, *[prompts[-1]] * (parts * per_device - len(prompts))]
-        lengths = np.array([len(text) for text in texts], np.int32)
-        padded = np.zeros((len(texts), self._padded_length(int(lengths.max()))), np.int32)
-        for row, text in enumerate(texts):
-            padded[row, : len(text)] = text
-        rows = np.arange(first_row, first_row + len(texts), dtype=np.uint32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(rows))
+        # No more copies of the model than rows, and rows and prompts are shared out evenly.
+        rows = min(len(prompts), rows or len(prompts))
+        rows_per_copy = -(-rows // self._copies)
+        copies = -(-rows // rows_per_copy)
+        queue = _Queue.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
+        numbers = np.arange(first_row, first_row + len(queue.place), dtype=np.uint32)[queue.place]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
         network, parameters = self.network(options)
-        mesh = Mesh(np.array(self._devices[:parts]), "rows")
-        split = NamedSharding(mesh, PartitionSpec("rows"))
-        if parts < len(self._devices):
-            parameters = _on(mesh, parameters)
-        arguments = (parameters, *jax.device_put((padded, lengths, keys), split))
-        decode = self._program(network, arguments, options, mesh)
+        mesh = _of_copies(self._mesh, copies)
+        split = NamedSharding(mesh, RULES.spec("batch"))
+        stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
+        arguments = (
+            _on(mesh, parameters),
+            *jax.device_put((queue.prompts, queue.lengths, keys, queue.counts), split),
+            jax.device_put(stops, NamedSharding(mesh, PartitionSpec())),
+        )
+        decode = self._program(network, arguments, options, rows_per_copy, mesh)
         start = time.perf_counter()
-        rows_written: Rows = jax.device_get(jax.block_until_ready(decode(*arguments)))
+        written: Rows = jax.device_get(jax.block_until_ready(decode(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
-        return [_continuation(rows_written, row, int(lengths[row]), seconds) for row in range(len(prompts))]
+        places = [int(place) for place in np.argsort(queue.place)[: len(prompts)]]
+        return [_continuation(written, place, int(queue.lengths[place]), seconds) for place in places]
 
     def _padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
@@ -128,14 +148,17 @@ class Decoder:
     def network(self, options: Options) -> tuple[Network, DecodingParameters]:
         """The network for these options, and the parameters in its layout."""
         # A program of many heads written out would take minutes to compile.
-        scanned_heads = options.adaptive or options.num_heads > _MOST_WRITTEN_OUT
-        platform = platform_of(self._devices[0])
-        network = Network(self._model, platform, self._scanned, True if scanned_heads else None)
+        scanned_heads = options.adaptive or options.num_drafts > _MOST_WRITTEN_OUT
+        split = self._mesh if self._mesh.size > self._copies else None
+        network = Network(
+            self._model, platform_of(self._mesh), self._scanned, True if scanned_heads else None, mesh=split
+        )
         layout = (network.scanned, network.scanned_heads)
         if layout not in self._laid_out:
-            devices = Mesh(np.array(self._devices), "rows")
-            lay_out = jax.jit(network.parameters, out_shardings=NamedSharding(devices, PartitionSpec()))
-            self._laid_out[layout] = network, lay_out(_on(devices, self._parameters))
+            # Slices and casts of what is split are split likewise; what is whole has to stay so on every device.
+            whole = None if split is not None else NamedSharding(self._mesh, PartitionSpec())
+            lay_out = jax.jit(network.parameters, out_shardings=whole)
+            self._laid_out[layout] = network, lay_out(_on(self._mesh, self._parameters))
         return self._laid_out[layout]
 
     def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
@@ -151,7 +174,7 @@ class Decoder:
         row[0, : len(text)] = text
         network, _ = self.network(Options(0, 1))
 
-        def last(parameters: Any, row: Array, last_index: Array) -> Array:
+        def last(parameters: Parameters, row: Array, last_index: Array) -> Array:
             parameters = cast_matrices(parameters, network.dtype)
             hidden = apply(model, parameters, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None]).main
             return jnp.einsum(
@@ -164,20 +187,22 @@ class Decoder:
         with jax.default_matmul_precision("highest"):
             return np.asarray(self._compiled[key](self._parameters, row, len(text) - 1))
 
-    def check(self, prompts: Sequence[np.ndarray], options: Options, batch_size: int | None = None) -> None:
+    def check(self, prompts: Sequence[np.ndarray], options: Options, rows: int | None = None) -> None:
         """Checks what ``run`` would be given; callers with many batches call it for all of them first.
 
         Args:
-          prompts, options: see ``run``.
-          batch_size: prompts that are decoded together; None: all.
+          prompts, options, rows: see ``run``.
 
         Raises:
-          ValueError: an empty prompt, one that does not leave room in the context, options out of range, or more
-            memory needed than there is.
+          ValueError: an empty prompt, one that does not leave room in the context, options out of range, a draft that
+            the model cannot make, or more memory needed than there is.
         """
-        options.validate(self._model.heads_config.num_heads)
-        if options.num_heads >= self._context:
-            raise ValueError(f"heads = {options.num_heads}: expected fewer than the model's context of {self._context}")
+        options.validate()
+        check_drafter(options, self._model.heads_config.num_heads)
+        if options.num_drafts >= self._context:
+            raise ValueError(
+                f"heads = {options.num_drafts}: expected fewer than the model's context of {self._context}"
+            )
         if not prompts:
             raise ValueError("no prompt was given")
         for number, prompt in enumerate(prompts, 1):
@@ -188,26 +213,91 @@ class Decoder:
                     f"prompt {number} has {len(prompt)} tokens; with max_new_tokens = {options.max_new_tokens} that is "
                     f"more than the model's context of {self._context}: shorten one of them"
                 )
-        rows = -(-min(len(prompts), batch_size or len(prompts)) // len(self._devices))
+        rows_per_copy = -(-min(len(prompts), rows or len(prompts)) // self._copies)
         longest = max(map(len, prompts)) + options.max_new_tokens
-        check_decoding(self._model.config, options.num_heads, rows, longest, self._devices[0])
+        heads = heads_that_draft(options)
+        check_decoding(self._model.config, options.num_drafts, heads, rows_per_copy, longest, self._mesh)
 
-    def _program(self, network: Network, arguments: tuple[Any, ...], options: Options, mesh: Mesh) -> Any:
-        shape = arguments[1].shape
-        if (options, shape) not in self._compiled:
-            chunk = min(self._chunk, shape[1])
-            decode = make_decode(network, options, self._end_id, chunk, mesh if mesh.size > 1 else None)
-            self._compiled[options, shape] = decode.lower(*arguments).compile()
-        return self._compiled[options, shape]
+    def _program(
+        self, network: Network, arguments: tuple[Any, ...], options: Options, rows: int, mesh: Mesh
+    ) -> Callable[..., Rows]:
+        stops = arguments[-1].transitions
+        key = (options, arguments[1].shape, rows, None if stops is None else stops.shape)
+        if key not in self._compiled:
+            chunk = min(self._chunk, arguments[1].shape[1])
+            decode: Any = make_decode(network, options, chunk, rows, mesh if mesh.size > 1 else None)
+            self._compiled[key] = decode.lower(*arguments).compile()
+        return self._compiled[key]
+
+
+def check_drafter(options: Options, heads: int) -> None:
+    """Checks that a model with so many heads can draft as the options say.
+
+    Raises:
+      ValueError: naming the option and what is allowed.
+    """
+    for name, value, known in (("drafter", options.drafter, DRAFTERS), ("strategy", options.strategy, STRATEGIES)):
+        if value not in known:
+            raise ValueError(f"{name} = {value!r}: expected one of {', '.join(known)}")
+    drafter = DRAFTERS[options.drafter]
+    if options.num_drafts and drafter.needs_heads and not heads:
+        raise ValueError(f"heads = {options.num_drafts}: expected 0, for the model was trained without heads")
+    if options.min_confidence and not drafter.adapts:
+        raise ValueError(f"min_confidence = {options.min_confidence}: expected 0 with drafter = {options.drafter!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Queue:
+    """Prompts as they are shared out: each copy of the model has its part, padded to whole batches.
+
+    Attributes:
+      prompts, lengths: [Q, T] and [Q]; filled up with the first prompt.
+      counts: [copies]; prompts in each part.
+      place: [Q]; the number of the prompt at each place; numbers past the last stand where there is none.
+    """
+
+    prompts: np.ndarray
+    lengths: np.ndarray
+    counts: np.ndarray
+    place: np.ndarray
+
+    @classmethod
+    def of(cls, prompts: Sequence[np.ndarray], copies: int, rows: int, padded: int) -> "_Queue":
+        """Shares prompts out, ``rows`` at a time in each part; few different sizes are ever compiled."""
+        number = len(prompts)
+        own = -(-number // copies)
+        room = rows * (1 << (-(-own // rows) - 1).bit_length())
+        counts = np.clip(number - own * np.arange(copies), 0, own).astype(np.int32)
+        place, spare = np.empty((copies, room), np.int64), number
+        for part, count in enumerate(counts):
+            place[part, :count] = own * part + np.arange(count)
+            place[part, count:] = spare + np.arange(room - count)
+            spare += room - count
+        place = place.reshape(-1)
+        texts, lengths = np.zeros((len(place), padded), np.int32), np.ones(len(place), np.int32)
+        for row, prompt in enumerate(place.tolist()):
+            if prompt < number:
+                texts[row, : len(prompts[prompt])], lengths[row] = prompts[prompt], len(prompts[prompt])
+        return cls(texts, lengths, counts, place)
+
+
+def _of_copies(mesh: Mesh, copies: int) -> Mesh:
+    """The part of a mesh that holds so many copies of the model."""
+    if copies == parts_of(mesh, "batch"):
+        return mesh
+    devices = mesh.devices.reshape(parts_of(mesh, "batch"), 1, *mesh.devices.shape[2:])[:copies]
+    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def _on(mesh: Mesh, parameters: Any) -> Any:
-    """The copies of the parameters that the mesh's devices hold already, as arrays of these devices."""
-    devices, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+    """The parts of the parameters that the mesh's devices hold already, as arrays of these devices."""
+    devices = set(mesh.devices.flat)
 
     def on_mesh(leaf: Array) -> Array:
-        copies = [shard.data for shard in leaf.addressable_shards if shard.device in devices]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
+        old = leaf.sharding
+        sharding = NamedSharding(mesh, old.spec if isinstance(old, NamedSharding) else PartitionSpec())
+        parts = [shard.data for shard in leaf.addressable_shards if shard.device in devices]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
     return jax.tree.map(on_mesh, parameters)
 

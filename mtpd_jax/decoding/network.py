@@ -10,17 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.block import Block
-from mtpd_jax.model.cache import KVCache, empty_cache, slots_of
+from mtpd_jax.model.cache import Caches, KVCache, empty_cache, slots_of
 from mtpd_jax.model.forward import run_backbone, run_heads
 from mtpd_jax.model.heads import Head, HeadOutput
 from mtpd_jax.model.layers import apply, compute_dtype, norm
 from mtpd_jax.model.views import CachedRows
 from mtpd_jax.platform import Platform
-from mtpd_jax.shapes import Array, Float, Hidden, Int
+from mtpd_jax.shapes import Array, Float, Hidden, Int, Parameters
+from mtpd_jax.sharding import within
 
 
 @struct.dataclass
@@ -58,6 +60,7 @@ class Network:
       scanned: the layout of the backbone, see ``DecodingParameters``; None: the platform's choice.
       scanned_heads: the layout of the heads, which only a stack lets run to a depth that is not known beforehand;
         None: as the backbone.
+      mesh: whose devices share the parameters; None where each has all of them.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class Network:
         platform: Platform,
         scanned: bool | None = None,
         scanned_heads: bool | None = None,
+        mesh: Mesh | None = None,
     ):
         self.config, self.heads_config = model.config, model.heads_config
+        self._mesh = mesh
         self.dtype, self.precision = compute_dtype(model.config), precision_of(model)
         weights = model.config.layers * costs.block(model.config, 0).weights
         self.scanned = platform.scans_layers(weights, self.dtype) if scanned is None else scanned
@@ -80,7 +85,7 @@ class Network:
         """Head modules with parameters of their own; depth j uses module (j-1) mod this (MTP-D §3.3)."""
         return 1 if self.heads_config.kind == "recurrent" else self.heads_config.num_heads
 
-    def parameters(self, parameters: Any) -> DecodingParameters:
+    def parameters(self, parameters: Parameters) -> DecodingParameters:
         """Lays the model's parameters out for decoding, matrices cast to the dtype of the products once."""
         parameters = cast_matrices(parameters, self.dtype)
         heads = parameters["heads"]["head"] if self.heads_config.num_heads else None
@@ -94,27 +99,27 @@ class Network:
             heads=_laid_out(heads, self.modules, self.scanned_heads),
         )
 
-    def empty_cache(self, batch: int, slots: int) -> Any:
+    def empty_cache(self, batch: int, slots: int) -> Caches:
         """The backbone's cache before anything was read."""
         return self._empty(batch, slots, self.config.layers, self.scanned)
 
-    def empty_head_caches(self, batch: int, slots: int, depths: int) -> Any:
+    def empty_head_caches(self, batch: int, slots: int, depths: int) -> Caches:
         """A cache for every depth of the heads, before anything was read."""
         return self._empty(batch, slots, depths, self.scanned_heads)
 
-    def _empty(self, batch: int, slots: int, count: int, stacked: bool) -> Any:
+    def _empty(self, batch: int, slots: int, count: int, stacked: bool) -> Caches:
         if stacked:
             return empty_cache(batch, slots, self.config, self.dtype, stack=count)
         return tuple(empty_cache(batch, slots, self.config, self.dtype) for _ in range(count))
 
     def extend(
-        self, parameters: DecodingParameters, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: Any
-    ) -> tuple[Hidden, Any]:
+        self, parameters: DecodingParameters, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: Caches
+    ) -> tuple[Hidden, Caches]:
         """Runs the backbone over T consecutive tokens per row, from position ``start`` on: h^0 and the new cache."""
         slots = slots_of(cache[0] if isinstance(cache, tuple) else cache)
         view = CachedRows.of(start, tokens.shape[1], slots, self.config)
 
-        def blocks(x: Hidden, view: CachedRows) -> tuple[Hidden, Any]:
+        def blocks(x: Hidden, view: CachedRows) -> tuple[Hidden, Caches]:
             def run_block(layer: int | Array, x: Hidden, block_cache: KVCache) -> tuple[Hidden, KVCache, None]:
                 x, output = apply(self._block, _layer(parameters.blocks, layer), x, view.of_layer(block_cache))
                 return x, output.cache, None
@@ -162,16 +167,16 @@ class Network:
         return jnp.matmul(hidden, parameters.unembedding, preferred_element_type=jnp.float32)
 
     def jit(self, function: Callable[..., Any]) -> Any:
-        """Jits a function whose products have the network's precision."""
+        """Jits a function whose products have the network's precision, and lie on its mesh as the rules say."""
 
         def with_precision(*arguments: Any) -> Any:
             with jax.default_matmul_precision(self.precision):
                 return function(*arguments)
 
-        return jax.jit(with_precision)
+        return jax.jit(with_precision if self._mesh is None else within(self._mesh, with_precision))
 
 
-def cast_matrices(parameters: Any, dtype: jnp.dtype) -> Any:
+def cast_matrices(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
     """Casts matrices, so that no pass reads more bytes than it multiplies; norms and biases stay as they are."""
 
     def cast(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -182,8 +187,8 @@ def cast_matrices(parameters: Any, dtype: jnp.dtype) -> Any:
 
 
 def over_layers(
-    body: Callable[[Any, Any, KVCache], tuple[Any, KVCache, Any]], carry: Any, caches: Any, count: int
-) -> tuple[Any, Any, Any]:
+    body: Callable[[Any, Any, KVCache], tuple[Any, KVCache, Any]], carry: Any, caches: Caches, count: int
+) -> tuple[Any, Caches, Any]:
     """Runs ``body(index, carry, cache) -> (carry, cache, output)`` for the layers, or heads, 0…count-1.
 
     Args:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
 
 
@@ -18,10 +19,11 @@ class Rows:
       length: [B]; confirmed tokens, prompt included.
       limit: [B]; the length at which a row is cut off.
       finished: [B]; an end token was written, or the limit reached.
-      proposer: [B, S]; 0 for a token that the main head chose, k for an accepted draft of head k.
+      proposer: [B, S]; 0 for a token that the main head chose, else who drafted it (see ``Drafts``).
       passes: [B]; verification passes (of a row that was not finished yet), without prefill.
-      tried: [B, K]; rounds in which head k's draft was verified and all drafts before it were accepted.
-      accepted: [B, K]; rounds in which head k's draft was accepted, too.
+      tried: [B, K]; rounds in which draft k was verified and all drafts before it were accepted.
+      accepted: [B, K]; rounds in which draft k was accepted, too.
+      matched: [B]; how much of a stop string the text ends with, a state of ``Stops``; 0 without any.
     """
 
     tokens: Int[AnyArray, "B S"]
@@ -32,14 +34,15 @@ class Rows:
     passes: Int[AnyArray, " B"]
     tried: Int[AnyArray, "B K"]
     accepted: Int[AnyArray, "B K"]
+    matched: Int[AnyArray, " B"]
 
     @classmethod
     def start(
-        cls, prompts: Int[Array, "B T"], lengths: Int[Array, " B"], num_heads: int, max_new_tokens: int, slots: int
+        cls, prompts: Int[Array, "B T"], lengths: Int[Array, " B"], num_drafts: int, max_new_tokens: int, slots: int
     ) -> "Rows":
         """Rows that hold their prompts, [B, T], filled up on the right, and nothing else."""
         batch = prompts.shape[0]
-        counts = jnp.zeros((batch, num_heads), jnp.int32)
+        counts = jnp.zeros((batch, num_drafts), jnp.int32)
         return cls(
             tokens=jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1]))),
             length=lengths,
@@ -49,31 +52,39 @@ class Rows:
             passes=jnp.zeros(batch, jnp.int32),
             tried=counts,
             accepted=counts,
+            matched=jnp.zeros(batch, jnp.int32),
         )
 
     def append(
-        self, candidates: Int[Array, "B T"], count: Int[Array, " B"], drafted: Int[Array, " B"], end_id: int
+        self, candidates: Int[Array, "B T"], count: Int[Array, " B"], proposers: Int[Array, "B T"], stops: Stops
     ) -> "Rows":
-        """Appends tokens to every row that is not finished, up to its limit and through its first end token.
+        """Appends tokens to every row that is not finished, up to its limit and through the first that ends it.
 
         Args:
           candidates: [B, T].
           count: [B]; how many of them are confirmed, at least one.
-          drafted: [B]; how many of those are drafts (of head 1, 2, …); what follows is the main head's.
+          proposers: [B, T]; of the candidates, see ``proposer``.
+          stops: what ends a text.
         """
         index = jnp.arange(candidates.shape[1])[None, :]
+        # No further than the limit, nor than what ends the text; a finished row stays as it is.
         count = jnp.minimum(count, self.limit - self.length)
-        is_end = (candidates == end_id) & (index < count[:, None])
+        ends, states = stops.find(candidates, self.matched)
+        is_end = ends & (index < count[:, None])
         first_end = jnp.min(jnp.where(is_end, index, candidates.shape[1]), axis=1)
         count = jnp.where(self.finished, 0, jnp.minimum(count, first_end + 1))
         length = self.length + count
-        proposer = jnp.where(index < drafted[:, None], index + 1, 0)
+        matched = self.matched
+        if states is not None:
+            after = jnp.take_along_axis(states, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+            matched = jnp.where(count > 0, after, matched)
         return dataclasses.replace(
             self,
             tokens=write(self.tokens, candidates, self.length),
-            proposer=write(self.proposer, proposer, self.length),
+            proposer=write(self.proposer, proposers, self.length),
             length=length,
             finished=self.finished | jnp.any(is_end, axis=1) | (length >= self.limit),
+            matched=matched,
         )
 
 

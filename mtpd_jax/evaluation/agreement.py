@@ -10,7 +10,7 @@ import numpy as np
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.evaluation.acceptance import Interval, ratio
+from mtpd_jax.model.cache import KVCache
 from mtpd_jax.shapes import Array, Hidden, Int
 from mtpd_jax.sharding import WHOLE
 
@@ -29,7 +29,7 @@ def choices_of_all_heads(
     start = jnp.zeros(batch, jnp.int32)
     main, _ = network.extend(parameters, tokens, start, network.empty_cache(batch, length))
 
-    def run_head(depth: Any, state: Hidden, cache: Any) -> tuple[Hidden, Any, Array]:
+    def run_head(depth: Any, state: Hidden, cache: KVCache) -> tuple[Hidden, KVCache, Array]:
         ahead = jnp.roll(tokens, -1 - depth, axis=1)  # what comes around meets no target
         state, normed, cache = network.run_head(parameters, depth, state, ahead, start, cache, margin=0)
         return state, cache, WHOLE.argmax(network.logits(parameters, normed))
@@ -38,17 +38,6 @@ def choices_of_all_heads(
     _, _, chosen = over_layers(run_head, main, caches, depths)
     first = WHOLE.argmax(network.logits(parameters, main))[None]
     return first if chosen is None else jnp.concatenate([first, chosen])
-
-
-def agreement_of_heads(
-    decoder: Decoder, prompts: Sequence[np.ndarray], continuations: Sequence[Continuation], depths: int
-) -> tuple[Interval, ...]:
-    """Per head, the share of written tokens for which its choice is the main head's, and the interval over prompts.
-
-    For the arguments see ``count_agreement``.
-    """
-    agreed, counted = count_agreement(decoder, prompts, continuations, depths)
-    return tuple(ratio([agreed[depth].tolist()], [counted[depth].tolist()]) for depth in range(depths))
 
 
 def count_agreement(

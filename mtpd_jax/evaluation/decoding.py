@@ -1,4 +1,7 @@
-"""Decoding a set of prompts with several numbers of heads, side by side, and what came of it."""
+"""Decoding a set of prompts in several ways, side by side, and what came of it.
+
+What came of it stands by prompt (``Decoded``); scores, and whatever else is reported, are folds of that.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -6,34 +9,55 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.acceptance import (
     Acceptance,
-    Interval,
     acceptance_intervals,
-    ratio,
     tokens_per_pass,
     tokens_per_pass_without_bonus,
 )
-from mtpd_jax.evaluation.agreement import agreement_of_heads
+from mtpd_jax.evaluation.agreement import count_agreement
 from mtpd_jax.evaluation.comparison import Divergence, distinct_ngrams, first_divergence
+from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 
 # The name of plain decoding at the width of passes that all ways share.
 PADDED_PLAIN = "padded plain"
+# Batches of prompts that one call decodes: rows that are finished take the next prompt of the same call. Our choice.
+_BATCHES_PER_CALL = 4
 
-# Ways to decode: numbers of heads, 0 being the fastest plain decoding, and perhaps ``PADDED_PLAIN``.
+# Ways to decode, by name: numbers of heads, 0 being the fastest plain decoding; what others draft, such as
+# ``lookup 4``; and perhaps ``PADDED_PLAIN``.
 Ways = Mapping[int | str, Options]
 
 
 @dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What one way of decoding made of a set of prompts, by prompt.
+
+    Attributes:
+      options: the way.
+      continuations: [P].
+      divergences: [P]; where greedy text leaves that of plain decoding, None where it does not; empty under sampling.
+      agreed, counted: [K, P]; teacher-forced, on what plain decoding wrote; see ``evaluation.agreement``.
+    """
+
+    options: Options
+    continuations: tuple[Continuation, ...]
+    divergences: tuple[Divergence | None, ...]
+    agreed: np.ndarray
+    counted: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodingScore:
-    """A set of prompts decoded with one number of heads; rates, lengths and speeds with 95 % intervals over prompts.
+    """A set of prompts decoded in one way; rates, lengths and speeds with 95 % intervals over prompts.
 
     Attributes:
       tokens_per_pass, tokens_per_pass_without_bonus, acceptance: see ``evaluation.acceptance``.
-      agreement: per head, teacher-forced on what plain decoding wrote; see ``evaluation.agreement``.
+      agreement: per head that drafted, teacher-forced on what plain decoding wrote; see ``evaluation.agreement``.
       tokens_per_second: wall clock, prefill included, compilation not. The interval of it, and of speed-ups, is over
-        batches, whose prompts share one time.
+        calls of the decoder, whose prompts share one time.
       speedup_over_plain: tokens per second over the fastest plain decoding's, one token per pass.
       speedup_over_one_head: over those of 1 head; None for a model without heads.
       speedup_over_padded_plain: over plain decoding's at the width of all passes; None without ``bit_exact``.
@@ -70,87 +94,115 @@ def decode_prompts(
     *,
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int], None] = lambda prompts: None,
+    transitions: np.ndarray | None = None,
+    on_call: Callable[[int], None] = lambda prompts: None,
 ) -> dict[int | str, list[Continuation]]:
-    """Decodes all prompts in several ways, batch by batch in turn, so that a slow minute hits all alike.
+    """Decodes all prompts in several ways, call by call in turn, so that a slow minute hits all alike.
 
     Args:
       prompts: token ids.
       ways: see ``ways_of``.
       batch_size: prompts decoded together.
       seed: of sampling; prompt number n draws from the key (seed, n), whatever the batch.
-      on_batch: called with the number of prompts just decoded in one of the ways.
+      transitions: of stop strings, see ``Decoder.run``.
+      on_call: called with the number of prompts just decoded in one of the ways.
     """
     for options in ways.values():
         decoder.check(prompts, options, batch_size)
     decoded: dict[int | str, list[Continuation]] = {name: [] for name in ways}
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for start in range(0, len(prompts), prompts_per_call(batch_size)):
+        call = prompts[start : start + prompts_per_call(batch_size)]
         for name, options in ways.items():
-            decoded[name] += decoder.run(batch, options, seed=seed, first_row=start)
-            on_batch(len(batch))
+            decoded[name] += decoder.run(
+                call, options, rows=batch_size, transitions=transitions, seed=seed, first_row=start
+            )
+            on_call(len(call))
     return decoded
 
 
-def ways_of(options: Options, numbers: Sequence[int]) -> Ways:
-    """The same options with each number of heads, and plain decoding padded to their width if they ask for one."""
-    padded = {} if options.pass_width is None else {PADDED_PLAIN: options.with_heads(0)}
-    return {**{n: options.with_heads(n) if n else options.fastest_plain for n in numbers}, **padded}
+def prompts_per_call(batch_size: int) -> int:
+    """How many prompts one call decodes, and one reading of the clock is of; prompts by themselves are read singly."""
+    return 1 if batch_size == 1 else _BATCHES_PER_CALL * batch_size
 
 
-def score_decoding(
+def ways_of(options: Options, numbers: Sequence[int], drafters: Sequence[str] = ("heads",)) -> Ways:
+    """Drafts of each of these lengths by each drafter, plain decoding, and padded to their width if they ask for that.
+
+    Args:
+      options: of all ways.
+      numbers: lengths of drafts; 0 is plain decoding.
+      drafters: names in ``DRAFTERS``; without heads among them, one head's drafts are left out, too.
+    """
+    ways: dict[int | str, Options] = {0: options.fastest_plain} if 0 in numbers else {}
+    for drafter in drafters:
+        for number in filter(None, numbers):
+            drafting = dataclasses.replace(options.with_drafts(number), drafter=drafter)
+            ways[number if drafter == "heads" else f"{drafter} {number}"] = drafting
+    return ways if options.pass_width is None else {**ways, PADDED_PLAIN: options.with_drafts(0)}
+
+
+def compare_ways(
     decoder: Decoder,
     prompts: Sequence[np.ndarray],
     ways: Ways,
     decoded: Mapping[int | str, Sequence[Continuation]],
-    batch_size: int,
-) -> dict[int | str, DecodingScore]:
-    """Turns what ``decode_prompts`` found, given the same arguments, into scores.
+) -> dict[int | str, Decoded]:
+    """Puts beside what ``decode_prompts`` found, given the same arguments, what it has to be held to.
 
-    Baselines are plain decoding, one head if it is among the ways, and padded plain decoding if that is: then texts
-    have to be its text, else plain decoding's.
+    Greedy text has to be padded plain decoding's if that is among the ways, else plain decoding's.
     """
-    plain, one_head, padded = decoded[0], decoded.get(1), decoded.get(PADDED_PLAIN)
-    agreement = agreement_of_heads(decoder, prompts, plain, max(options.num_heads for options in ways.values()))
+    plain = decoded[0]
+    most = max(map(heads_that_draft, ways.values()))
+    agreed, counted = count_agreement(decoder, prompts, plain, most)
 
-    def score(options: Options, continuations: Sequence[Continuation]) -> DecodingScore:
-        divergences, greedy = [], options.sampling.greedy
-        if greedy:
-            compared = zip(prompts, padded or plain, continuations, strict=True)
-            divergences = [first_divergence(decoder, prompt.tolist(), *pair) for prompt, *pair in compared]
-        return DecodingScore(
-            tokens_per_pass=tokens_per_pass(continuations),
-            tokens_per_pass_without_bonus=tokens_per_pass_without_bonus(continuations),
-            acceptance=acceptance_intervals(continuations),
-            agreement=agreement[: options.num_heads],
-            tokens_per_second=ratio([_tokens(continuations, batch_size)], [_seconds(continuations, batch_size)]),
-            speedup_over_plain=_speedup(continuations, plain, batch_size),
-            speedup_over_one_head=_speedup(continuations, one_head, batch_size) if one_head else None,
-            speedup_over_padded_plain=_speedup(continuations, padded, batch_size) if padded else None,
-            identical=not any(divergences) if greedy else None,
-            divergences=tuple(divergence for divergence in divergences if divergence is not None),
-            distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
-            prompts=len(continuations),
-        )
+    def held(options: Options, continuations: Sequence[Continuation]) -> Decoded:
+        divergences: tuple[Divergence | None, ...] = ()
+        if options.sampling.greedy:
+            compared = zip(prompts, decoded.get(PADDED_PLAIN, plain), continuations, strict=True)
+            divergences = tuple(first_divergence(decoder, prompt.tolist(), *pair) for prompt, *pair in compared)
+        own = heads_that_draft(options)
+        return Decoded(options, tuple(continuations), divergences, agreed[:own], counted[:own])
 
-    return {name: score(ways[name], continuations) for name, continuations in decoded.items()}
+    return {name: held(ways[name], continuations) for name, continuations in decoded.items()}
 
 
-def _tokens(continuations: Sequence[Continuation], batch_size: int) -> list[float]:
-    return _per_batch([len(continuation.tokens) for continuation in continuations], batch_size)
+def score_ways(compared: Mapping[int | str, Decoded], batch_size: int) -> dict[int | str, DecodingScore]:
+    """Folds what stands by prompt into scores; baselines are plain decoding, and one head and padded if there are."""
+    return {name: _score(found, compared, batch_size) for name, found in compared.items()}
 
 
-def _seconds(continuations: Sequence[Continuation], batch_size: int) -> list[float]:
-    return _per_batch([continuation.seconds for continuation in continuations], batch_size)
+def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: int) -> DecodingScore:
+    continuations, greedy = found.continuations, found.options.sampling.greedy
+    rates = zip(found.agreed, found.counted, strict=True)
+    speed = _tokens_and_seconds(found, batch_size)
 
+    def speedup(name: int | str) -> Interval | None:
+        if name not in compared:
+            return None
+        tokens, seconds = _tokens_and_seconds(compared[name], batch_size)
+        return mean_of(Counts.of_prompts([speed[0], seconds], [speed[1], tokens]))
 
-def _per_batch(values: Sequence[float], batch_size: int) -> list[float]:
-    """The sum of each batch: what was measured once is one sample, and not one per prompt."""
-    return [sum(values[start : start + batch_size]) for start in range(0, len(values), batch_size)]
-
-
-def _speedup(continuations: Sequence[Continuation], base: Sequence[Continuation], batch_size: int) -> Interval:
-    return ratio(
-        [_tokens(continuations, batch_size), _seconds(base, batch_size)],
-        [_seconds(continuations, batch_size), _tokens(base, batch_size)],
+    over_plain = speedup(0)
+    assert over_plain is not None  # it is always among the ways
+    return DecodingScore(
+        tokens_per_pass=tokens_per_pass(continuations),
+        tokens_per_pass_without_bonus=tokens_per_pass_without_bonus(continuations),
+        acceptance=acceptance_intervals(continuations),
+        agreement=tuple(mean_of(Counts.of_prompts([agreed], [counted])) for agreed, counted in rates),
+        tokens_per_second=mean_of(Counts.of_prompts([speed[0]], [speed[1]])),
+        speedup_over_plain=over_plain,
+        speedup_over_one_head=speedup(1),
+        speedup_over_padded_plain=speedup(PADDED_PLAIN),
+        identical=not any(found.divergences) if greedy else None,
+        divergences=tuple(divergence for divergence in found.divergences if divergence is not None),
+        distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
+        prompts=len(continuations),
     )
+
+
+def _tokens_and_seconds(found: Decoded, batch_size: int) -> tuple[list[float], list[float]]:
+    """Tokens and seconds of each call: what was measured once is one sample, and not one per prompt."""
+    step = prompts_per_call(batch_size)
+    calls = [found.continuations[start : start + step] for start in range(0, len(found.continuations), step)]
+    tokens = [float(sum(len(one.tokens) for one in call)) for call in calls]
+    return tokens, [sum(one.seconds for one in call) for call in calls]

@@ -9,16 +9,19 @@ import rich.table
 import rich.text
 
 from mtpd_jax.data.files import check_text
+from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
+from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.decoding.options import Options, check_seed
-from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.decoding.stops import transitions_of
+from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
 from mtpd_jax.evaluation.report import percent
-from mtpd_jax.training.restore import TrainedRun
 
-# Main head first; then the heads, in turn.
+# Main head first; then the heads, in turn; and what was copied.
 _COLOURS = ("default", "green", "cyan", "magenta", "yellow", "blue", "red")
+_COPIED_COLOUR = "reverse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +43,14 @@ class Generation:
     """One continuation.
 
     Attributes:
-      text: the continuation only.
-      tokens: its ids, the end token included if one was written.
-      proposers: for each token, 0 for the main head, k for an accepted draft of head k.
+      text: the continuation only, up to a stop string.
+      tokens: its ids, those of the end token or stop string included if one was written.
+      proposers: for each token, 0 for the main head, k for an accepted draft of head k, -1 for one out of the text.
       passes: verification passes, without prefill.
       tokens_per_pass: (tokens - the one from prefill) / passes; None without a pass.
       seconds, tokens_per_second: wall time with prefill, without compilation.
-      acceptance: per head.
+      acceptance: per draft of a round; with heads, draft k is that of head k.
+      lossless: whether the text is plain decoding's, or distributed as it.
       plain: the same, decoded plainly, one token per pass; None unless it was asked for.
       speedup: tokens per second over plain's.
       padded_plain, speedup_over_padded_plain: the same at the width of the passes; None without ``bit_exact``.
@@ -63,6 +67,7 @@ class Generation:
     seconds: float
     tokens_per_second: float
     acceptance: Acceptance[float | None]
+    lossless: bool
     plain: PlainRun | None = None
     speedup: float | None = None
     padded_plain: PlainRun | None = None
@@ -72,20 +77,25 @@ class Generation:
 
 
 def generate(
-    trained: TrainedRun,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     options: Options,
     *,
-    seed: int,
-    compare: bool,
+    stop: Sequence[str] = (),
+    batch_size: int = 1,
+    seed: int = 0,
+    compare: bool = False,
 ) -> list[Generation]:
-    """Continues prompts, one after the other, with a run that is already open.
+    """Continues prompts.
 
     Args:
-      trained: the run.
+      decoder, tokenizer: of the run.
       prompts: texts, none of them empty.
       options: how to decode.
-      seed: of sampling.
+      stop: strings that end a text, which is cut before them.
+      batch_size: prompts that are decoded together.
+      seed: of sampling; prompt number n draws from the key (seed, n), whatever the batch.
       compare: decode plainly, too.
 
     Raises:
@@ -93,10 +103,64 @@ def generate(
     """
     check_seed(seed)
     check_prompts(prompts)
-    decoder = decoder_of(trained)
-    encoded = [trained.tokenizer.encode(prompt) for prompt in prompts]
-    decoder.check(encoded, options, batch_size=1)
-    return [_generate(trained, decoder, ids, options, seed, compare, row) for row, ids in enumerate(encoded)]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    decoder.check(encoded, options, batch_size)
+    transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
+    found = []
+    for start in range(0, len(encoded), batch_size):
+        ids = encoded[start : start + batch_size]
+
+        def run(options: Options, ids: list[np.ndarray] = ids, start: int = start) -> list[Continuation]:
+            return decoder.run(ids, options, transitions=transitions, seed=seed, first_row=start)
+
+        written = run(options)
+        plain = run(options.fastest_plain) if compare else [None] * len(ids)
+        padded = run(options.with_drafts(0)) if compare and options.pass_width is not None else [None] * len(ids)
+        for prompt, own, beside, of_width in zip(ids, written, plain, padded, strict=True):
+            found.append(_generation(decoder, tokenizer, prompt, options, stop, own, beside, of_width))
+    return found
+
+
+def _generation(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    options: Options,
+    stop: Sequence[str],
+    written: Continuation,
+    plain: Continuation | None,
+    padded: Continuation | None,
+) -> Generation:
+    """One continuation, beside plain decoding's if there is one."""
+    generation = Generation(
+        text=cut_before(tokenizer.decode(written.tokens), stop),
+        tokens=written.tokens,
+        proposers=written.proposers,
+        passes=written.passes,
+        tokens_per_pass=tokens_per_pass([written]).mean,
+        seconds=written.seconds,
+        tokens_per_second=len(written.tokens) / written.seconds,
+        acceptance=acceptance_of([written]),
+        lossless=STRATEGIES[options.strategy].lossless,
+    )
+    if plain is None:
+        return generation
+    greedy, beside, rate = options.sampling.greedy, PlainRun.of(plain), generation.tokens_per_second
+    beside_padded, same = None if padded is None else PlainRun.of(padded), padded or plain
+    return dataclasses.replace(
+        generation,
+        plain=beside,
+        speedup=rate / beside.tokens_per_second,
+        padded_plain=beside_padded,
+        speedup_over_padded_plain=rate / beside_padded.tokens_per_second if beside_padded else None,
+        identical=same.tokens == written.tokens if greedy else None,
+        divergence=first_divergence(decoder, prompt.tolist(), same, written) if greedy else None,
+    )
+
+
+def cut_before(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop strings in it."""
+    return text[: min([place for string in stop if (place := text.find(string)) >= 0], default=len(text))]
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
@@ -113,70 +177,6 @@ def check_prompts(prompts: Sequence[str]) -> None:
         check_text(prompt, f"prompt {number}")
 
 
-def options_for(
-    trained: TrainedRun,
-    heads: int | None,
-    max_new_tokens: int,
-    sampling: Sampling | None,
-    min_confidence: float,
-    bit_exact: bool,
-) -> Options:
-    """The options for one number of heads: None for all that the run has; one pass width for all if ``bit_exact``.
-
-    Raises:
-      ValueError: an option is out of range.
-    """
-    heads = trained.config.heads.num_heads if heads is None else heads
-    options = Options(heads, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence)
-    options.validate(trained.config.heads.num_heads)
-    return options.sharing_width(heads) if bit_exact else options
-
-
-def decoder_of(trained: TrainedRun) -> Decoder:
-    """A decoder for an open run; its context is the length of the run's training sequences."""
-    context = trained.config.training.sequence_length
-    return Decoder(trained.model, trained.parameters, trained.tokenizer.end_id, context)
-
-
-def _generate(
-    trained: TrainedRun,
-    decoder: Decoder,
-    ids: np.ndarray,
-    options: Options,
-    seed: int,
-    compare: bool,
-    row: int,
-) -> Generation:
-    continuation = decoder.run([ids], options, seed=seed, first_row=row)[0]
-    generation = Generation(
-        text=trained.tokenizer.decode(continuation.tokens),
-        tokens=continuation.tokens,
-        proposers=continuation.proposers,
-        passes=continuation.passes,
-        tokens_per_pass=tokens_per_pass([continuation]).mean,
-        seconds=continuation.seconds,
-        tokens_per_second=len(continuation.tokens) / continuation.seconds,
-        acceptance=acceptance_of([continuation]),
-    )
-    if not compare:
-        return generation
-    same = plain = decoder.run([ids], options.fastest_plain, seed=seed, first_row=row)[0]
-    padded = None
-    if options.pass_width is not None:
-        same = decoder.run([ids], options.with_heads(0), seed=seed, first_row=row)[0]
-        padded = PlainRun.of(same)
-    greedy, beside, rate = options.sampling.greedy, PlainRun.of(plain), generation.tokens_per_second
-    return dataclasses.replace(
-        generation,
-        plain=beside,
-        speedup=rate / beside.tokens_per_second,
-        padded_plain=padded,
-        speedup_over_padded_plain=rate / padded.tokens_per_second if padded else None,
-        identical=same.tokens == continuation.tokens if greedy else None,
-        divergence=first_divergence(decoder, ids.tolist(), same, continuation) if greedy else None,
-    )
-
-
 def show(
     console: rich.console.Console, prompt: str, generation: Generation, decode: Callable[[Sequence[int]], str]
 ) -> None:
@@ -188,15 +188,21 @@ def show(
     for end in range(1, len(tokens) + 1):
         if end == len(tokens) or proposers[end] != proposers[begin]:
             piece = decode(tokens[begin:end])
-            text.append(piece, style=_COLOURS[proposers[begin] % len(_COLOURS)])
+            text.append(piece, style=_colour(proposers[begin]))
             begin = end
     console.print(text, soft_wrap=True)
     if generation.acceptance.conditional:
         legend = rich.text.Text("main head", style=_COLOURS[0])
-        for k in range(1, len(generation.acceptance.conditional) + 1):
-            legend.append(f"  head {k}", style=_COLOURS[k % len(_COLOURS)])
+        for k in range(1, 1 + max(0, *proposers)):
+            legend.append(f"  head {k}", style=_colour(k))
+        if COPIED in proposers:
+            legend.append("  ").append("copied", style=_COPIED_COLOUR)
         console.print(rich.text.Text("proposed by: ").append(legend))
     console.print(_table(generation))
+
+
+def _colour(proposer: int) -> str:
+    return _COPIED_COLOUR if proposer == COPIED else _COLOURS[proposer % len(_COLOURS)]
 
 
 def _table(generation: Generation) -> rich.table.Table:
@@ -205,7 +211,7 @@ def _table(generation: Generation) -> rich.table.Table:
     if generation.tokens_per_pass is not None:
         table.add_row("tokens per pass", f"{generation.tokens_per_pass:.2f}")
     for k, rates in enumerate(zip(generation.acceptance.conditional, generation.acceptance.cumulative, strict=True), 1):
-        table.add_row(f"head {k}: accepted, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
+        table.add_row(f"draft {k}: accepted, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
     table.add_row("tokens/s", f"{generation.tokens_per_second:,.0f}")
     if generation.plain is not None:
         table.add_row("tokens/s, plain", f"{generation.plain.tokens_per_second:,.0f}")

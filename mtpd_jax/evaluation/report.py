@@ -3,16 +3,18 @@
 import json
 import math
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import rich.box
 import rich.table
 from etils import epath
 
-from mtpd_jax.evaluation.acceptance import Interval
 from mtpd_jax.evaluation.decoding import DecodingScore
 from mtpd_jax.evaluation.scoring import TextScore
-from mtpd_jax.training.workdir import write_atomically
+from mtpd_jax.evaluation.statistics import Interval
+from mtpd_jax.runs.workdir import write_atomically
 
 
 def percent(share: float | None) -> str:
@@ -52,11 +54,15 @@ def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
 
 
 def decoding_table(
-    name: str, by_heads: dict[str, DecodingScore], padded_plain: DecodingScore | None = None
+    name: str,
+    by_heads: dict[str, DecodingScore],
+    padded_plain: DecodingScore | None = None,
+    others: Mapping[str, Mapping[str, DecodingScore]] = MappingProxyType({}),
 ) -> rich.table.Table:
     """One row per number of heads: acceptance per head, tokens per pass and speed, with 95 % intervals.
 
     With ``padded_plain``, plain decoding at the width of all passes has a row and a column, in place of one head's.
+    Who else drafts has a row per length of a draft, below.
     """
     prompts = next(iter(by_heads.values())).prompts
     # Narrow enough for a terminal of 80 columns at four heads.
@@ -69,6 +75,7 @@ def decoding_table(
     rows = list(by_heads.items())
     if padded_plain is not None:
         rows.insert(1, ("0 padded", padded_plain))
+    rows += [(f"{drafter} {number}", score) for drafter, scores in others.items() for number, score in scores.items()]
     for heads, score in rows:
         conditional, cumulative = (
             " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates)

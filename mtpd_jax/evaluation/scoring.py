@@ -1,8 +1,12 @@
-"""Teacher-forced scores of a text: cross entropy, bits per byte, and each head's agreement with the main head."""
+"""Teacher-forced scores of text, token by token; whatever is reported of text is a fold of these.
+
+A text is scored in windows of the training length, each beginning with the last token of the one before, so that every
+token but the first is scored once.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -10,17 +14,17 @@ from jax.sharding import Mesh
 
 from mtpd_jax.data.pipeline import Batch, put_on_devices
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.losses.objective import Objective
-from mtpd_jax.losses.terms import LossSums
+from mtpd_jax.losses.align import align
+from mtpd_jax.losses.scores import TokenScores, score_rows
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
-from mtpd_jax.shapes import Array
-from mtpd_jax.sharding import batch_sharding, within
+from mtpd_jax.shapes import Bool, Float, Int, Parameters
+from mtpd_jax.sharding import batch_sharding, parts_of, within
 
 
 @dataclasses.dataclass(frozen=True)
 class MainScore:
-    """The main head on a text.
+    """The main head on text.
 
     Attributes:
       ce: nats per scored token; None where nothing was scored.
@@ -33,7 +37,7 @@ class MainScore:
 
 @dataclasses.dataclass(frozen=True)
 class HeadScore:
-    """One head on a text, teacher-forced; each None where the head had no target.
+    """One head on text, teacher-forced; each None where the head had no target.
 
     Attributes:
       ce: nats per supervised token, against the text.
@@ -47,29 +51,77 @@ class HeadScore:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoredText:
+    """What every head says of every token of a text but the first.
+
+    Attributes:
+      tokens: [T]; ids of those that are scored.
+      bytes: [T]; UTF-8 bytes that each stands for.
+      supervised: [J, T]; whether the head, main head first, could look far enough back within the window.
+      ce, kl, agrees, greedy: [J, T], and [T]; see ``TokenScores``; 0 where nothing is supervised.
+    """
+
+    tokens: Int[np.ndarray, " T"]
+    bytes: Int[np.ndarray, " T"]
+    supervised: Bool[np.ndarray, "J T"]
+    ce: Float[np.ndarray, "J T"]
+    kl: Float[np.ndarray, "J T"]
+    agrees: Bool[np.ndarray, "J T"]
+    greedy: Bool[np.ndarray, " T"]
+
+    def sums(self) -> "TextSums":
+        """The sums over its tokens, in double precision."""
+        weight, ce, kl, agreed = (
+            values.sum(-1, dtype=np.float64) for values in (self.supervised, self.ce, self.kl, self.agrees)
+        )
+        return TextSums(weight, ce, kl, agreed, int(self.bytes.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSums:
+    """Sums over scored tokens, main head first.
+
+    Attributes:
+      weight, ce, kl, agreed: [J]; supervised tokens, nats, nats, tokens on which the head agrees with the main head.
+      bytes: of the main head's tokens.
+    """
+
+    weight: np.ndarray
+    ce: np.ndarray
+    kl: np.ndarray
+    agreed: np.ndarray
+    bytes: int
+
+    def __add__(self, other: "TextSums") -> "TextSums":
+        return TextSums(*(getattr(self, one.name) + getattr(other, one.name) for one in dataclasses.fields(self)))
+
+    @classmethod
+    def nothing(cls, heads: int) -> "TextSums":
+        """Sums over no tokens, for so many heads beside the main head."""
+        nothing = np.zeros(heads + 1)
+        return cls(nothing, nothing, nothing, nothing, 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class TextScore:
-    """Scores of a text; ``tokens`` and ``bytes`` count what the main head was scored on."""
+    """Scores of text; ``tokens`` and ``bytes`` count what the main head was scored on."""
 
     main: MainScore
     heads: tuple[HeadScore, ...]
     tokens: int
     bytes: int
 
+    @classmethod
+    def of(cls, sums: TextSums) -> "TextScore":
+        """The means of sums, over as many texts as they are of."""
 
-Scorer = Callable[[object, Batch], tuple[Array, LossSums]]
+        def mean(total: float, weight: float) -> float | None:
+            return float(total / weight) if weight else None
 
-
-def make_scorer(model: LanguageModel, objective: Objective, mesh: Mesh) -> Scorer:
-    """Returns the jitted function (parameters, [B, T] batch) -> (weights, sums)."""
-
-    def score(parameters: object, rows: Batch) -> tuple[Array, LossSums]:
-        weights = objective.count(rows.segment_ids)
-        hidden = apply(model, parameters, rows.tokens, rows.segment_ids, rows.positions)
-        unembedding = unembedding_of(parameters)
-        _, sums = objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, mesh)
-        return weights, sums
-
-    return jax.jit(within(mesh, score))
+        by_head = list(zip(*(part.tolist() for part in (sums.ce, sums.kl, sums.agreed, sums.weight)), strict=True))
+        heads = tuple(HeadScore(*(mean(total, weight) for total in totals)) for *totals, weight in by_head[1:])
+        nats, _, _, tokens = by_head[0]
+        return cls(MainScore(mean(nats, tokens), mean(nats / math.log(2), sums.bytes)), heads, int(tokens), sums.bytes)
 
 
 def windows(ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
@@ -81,79 +133,121 @@ def windows(ids: np.ndarray, length: int) -> Iterator[np.ndarray]:
         yield ids[start : start + length]
 
 
-def batches(rows: Iterable[np.ndarray], batch_size: int, length: int) -> Iterator[Batch]:
-    """Fills [B, T] batches with one window per row; what is left over is padding."""
-
-    def fill(chunk: list[np.ndarray]) -> Batch:
-        tokens, segment_ids = np.zeros((2, batch_size, length), np.int32)
-        for row, ids in enumerate(chunk):
-            tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
-        return Batch(tokens, segment_ids, np.tile(np.arange(length, dtype=np.int32), (batch_size, 1)))
-
-    pending: list[np.ndarray] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == batch_size:
-            yield fill(pending)
-            pending = []
-    if pending:
-        yield fill(pending)
-
-
-def score_documents(
-    scorer: Scorer,
-    parameters: object,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    *,
-    num_heads: int,
-    length: int,
-    batch_size: int,
-    on_batch: Callable[[], bool] = lambda: True,
-) -> TextScore | None:
-    """Scores documents, each with an end token after it.
+class Scorer:
+    """Scores texts with a model; compiled once.
 
     Args:
-      scorer: from ``make_scorer``, with ``scoring_objective``.
-      parameters, tokenizer, mesh: of the run.
-      documents: texts.
-      num_heads: K.
+      model: of the run.
+      tokenizer: of the run.
+      mesh: where the parameters lie.
       length: tokens of a window: the training length.
-      batch_size: rows per batch; a multiple of the mesh's batch axes.
-      on_batch: called after each batch; returning False ends the scoring.
+      batch_size: windows that are scored together, at least; they are shared out evenly.
 
-    Returns:
-      The score, or None if ``on_batch`` ended it.
+    Attributes:
+      tokenizer, length: as given.
     """
-    encoded_bytes = 0
 
-    def rows() -> Iterator[np.ndarray]:
-        nonlocal encoded_bytes
-        for text in documents:
-            ids, byte_lengths = tokenizer.encode_document_and_bytes(text)
-            encoded_bytes += int(byte_lengths[1:].sum())
-            yield from windows(ids, length)
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, mesh: Mesh, length: int, batch_size: int):
+        parts = parts_of(mesh, "batch")
+        self.tokenizer, self.length = tokenizer, length
+        self._batch_size = -(-batch_size // parts) * parts
+        self._sharding, self._heads = batch_sharding(mesh, leading=0), model.heads_config.num_heads
+        numbers = range(1, self._heads + 1)
 
-    sharding = batch_sharding(mesh, leading=0)
-    weights, sums = np.zeros(num_heads + 1), LossSums(*(np.zeros(num_heads + extra) for extra in (1, 0, 0)))
-    for batch in batches(rows(), batch_size, length):
-        added = jax.device_get(scorer(parameters, put_on_devices(batch, sharding)))
-        weights, sums = jax.tree.map(np.add, (weights, sums), added)
-        if not on_batch():
-            return None
-    return _summarise(weights, sums, encoded_bytes)
+        def score(parameters: Parameters, rows: Batch) -> TokenScores:
+            hidden = apply(model, parameters, rows.tokens, rows.segment_ids, rows.positions)
+            aligned = align(hidden, rows.tokens, rows.segment_ids, numbers)
+            return score_rows(aligned, unembedding_of(parameters), mesh)
+
+        self._score = jax.jit(within(mesh, score))
+
+    def score(
+        self,
+        parameters: Parameters,
+        texts: Iterable[tuple[np.ndarray, np.ndarray]],
+        on_batch: Callable[[], bool] | None = None,
+    ) -> Iterator[ScoredText | None]:
+        """Scores texts, one after the other, as they are asked for.
+
+        Args:
+          parameters: of the model, on the mesh.
+          texts: ids and UTF-8 bytes of every token, such as ``encode_document_and_bytes`` returns.
+          on_batch: called after each batch; returning False ends the scoring with a None.
+        """
+        waiting: list[_Pending] = []
+        rows: list[tuple[_Pending, np.ndarray]] = []
+
+        def flush() -> bool:
+            batch = _filled([row for _, row in rows], self._batch_size, self.length)
+            found = jax.device_get(self._score(parameters, put_on_devices(batch, self._sharding)))
+            for number, (text, row) in enumerate(rows):
+                text.add(found, number, len(row) - 1)
+            rows.clear()
+            return on_batch is None or on_batch()
+
+        def finished() -> Iterator[ScoredText]:
+            while waiting and waiting[0].windows == len(waiting[0].parts):
+                yield waiting.pop(0).scored()
+
+        for ids, byte_lengths in texts:
+            cut = list(windows(ids, self.length))
+            waiting.append(_Pending(ids, byte_lengths, len(cut)))
+            for row in cut:
+                rows.append((waiting[-1], row))
+                if len(rows) == self._batch_size and not flush():
+                    yield None
+                    return
+            yield from finished()
+        if rows and not flush():
+            yield None
+            return
+        yield from finished()
+
+    def sum_documents(
+        self, parameters: Parameters, documents: Iterable[str], on_batch: Callable[[], bool] | None = None
+    ) -> TextSums | None:
+        """Sums the scores of documents, each with an end token after it; None if ``on_batch`` ended it."""
+        encoded = map(self.tokenizer.encode_document_and_bytes, documents)
+        total = TextSums.nothing(self._heads)
+        for scored in self.score(parameters, encoded, on_batch):
+            if scored is None:
+                return None
+            total += scored.sums()
+        return total
 
 
-def _summarise(weights: np.ndarray, sums: LossSums, scored_bytes: int) -> TextScore:
-    def mean(total: float, weight: float) -> float | None:
-        return float(total / weight) if weight else None
+@dataclasses.dataclass
+class _Pending:
+    """A text of which some windows have been scored.
 
-    heads = tuple(
-        HeadScore(
-            mean(sums.ce[k], weights[k]), mean(sums.kl[k - 1], weights[k]), mean(sums.agreement[k - 1], weights[k])
-        )
-        for k in range(1, len(weights))
-    )
-    main = MainScore(mean(sums.ce[0], weights[0]), mean(sums.ce[0] / math.log(2), scored_bytes))
-    return TextScore(main, heads, int(weights[0]), scored_bytes)
+    Attributes:
+      ids, byte_lengths: of all its tokens.
+      windows: how many it has.
+      parts: the scores of those that have been scored, a token per column.
+    """
+
+    ids: np.ndarray
+    byte_lengths: np.ndarray
+    windows: int
+    parts: list[TokenScores] = dataclasses.field(default_factory=list)
+
+    def add(self, scores: TokenScores, row: int, tokens: int) -> None:
+        """Takes in what a row of a batch says of a window with so many tokens after its first."""
+        self.parts.append(jax.tree.map(lambda values: values[..., row, :tokens], scores))
+
+    def scored(self) -> ScoredText:
+        """The whole text."""
+        whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *self.parts)
+        there = whole.supervised
+        return ScoredText(
+            self.ids[1:], self.byte_lengths[1:], there, np.where(there, whole.ce, 0), np.where(there, whole.kl, 0),
+            there & whole.agrees, there[0] & whole.greedy,
+        )  # fmt: skip
+
+
+def _filled(rows: Sequence[np.ndarray], batch_size: int, length: int) -> Batch:
+    """A [B, T] batch with one window per row; what is left over is padding."""
+    tokens, segment_ids = np.zeros((2, batch_size, length), np.int32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)], segment_ids[row, : len(ids)] = ids, 1
+    return Batch(tokens, segment_ids, np.tile(np.arange(length, dtype=np.int32), (batch_size, 1)))

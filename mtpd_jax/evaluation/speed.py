@@ -4,11 +4,13 @@
     tokens per round(K)    = 1 + cumulative_1 + … + cumulative_K
     tokens per second(K)   = rows * tokens per round / seconds per round
 
-A round has to bring more tokens than it costs plain steps (``break_even``). Costs are measured, in
-``experiments/bench/decode.py``; acceptance is that of ``evaluation.acceptance``. Our choice.
+A round has to bring more tokens than it costs plain steps (``break_even``). A batch of prompts takes as many rounds as
+its longest; with a queue behind it, rows that are finished take the next prompt (``rounds_of_queue``). Costs are
+measured, in ``experiments/bench``; acceptance is that of ``evaluation.acceptance``. Our choice.
 """
 
 import dataclasses
+import heapq
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -30,10 +32,13 @@ class RoundCosts:
     draft: Mapping[int, float]
     bookkeeping: Mapping[int, float]
 
-    def seconds(self, heads: int) -> float:
-        """Seconds of a round with ``heads`` drafts; between measured sizes by linear interpolation."""
-        drafting = _interpolate({0: 0.0, **self.draft}, heads)
-        return _interpolate(self.verify, heads + 1) + drafting + _interpolate(self.bookkeeping, heads)
+    def seconds(self, drafts: int, heads: int | None = None) -> float:
+        """Seconds of a round with so many drafts, by as many heads (None: one each).
+
+        Between measured sizes by linear interpolation.
+        """
+        drafting = _interpolate({0: 0.0, **self.draft}, drafts if heads is None else heads)
+        return _interpolate(self.verify, drafts + 1) + drafting + _interpolate(self.bookkeeping, drafts)
 
     def break_even(self, heads: int) -> float:
         """Tokens per pass from which drafting pays: the cost of a round in plain steps."""
@@ -47,6 +52,24 @@ class RoundCosts:
           cumulative: cumulative acceptance of heads 1…``heads`` or more.
         """
         return self.rows * expected_tokens(heads, cumulative) / self.seconds(heads)
+
+
+def rounds_of_batches(rounds: Sequence[int], rows: int) -> int:
+    """Rounds until all prompts are finished, ``rows`` at a time, if each batch waits for its longest.
+
+    Args:
+      rounds: that each prompt takes, in the order of decoding.
+      rows: prompts decoded together.
+    """
+    return sum(max(rounds[start : start + rows]) for start in range(0, len(rounds), rows))
+
+
+def rounds_of_queue(rounds: Sequence[int], rows: int) -> int:
+    """Rounds until all prompts are finished, if a row that is finished takes the next prompt; see above."""
+    ends = [0] * min(rows, len(rounds))
+    for number in rounds:
+        heapq.heappush(ends, heapq.heappop(ends) + number)
+    return max(ends)
 
 
 def expected_tokens(heads: int, cumulative: Sequence[float]) -> float:

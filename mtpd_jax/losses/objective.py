@@ -156,11 +156,3 @@ def objective_of(config: Config, heads: tuple[int, ...], trunk: Trunk, detach_te
     alpha, beta = section.coefficients(len(heads))
     distillation = Distillation(section.top_n, section.temperature, section.kl, detach_teacher)
     return Objective(heads, alpha, beta, distillation if any(beta) else None, trunk, section.chunk_rows)
-
-
-def scoring_objective(config: Config) -> Objective:
-    """The objective of evaluation: its KL is forward, over the full vocabulary, at temperature 1, for every run."""
-    heads = tuple(range(1, config.heads.num_heads + 1))
-    ones = (1.0,) * len(heads)
-    distillation = Distillation(config.model.vocabulary_size, 1.0, "forward", True)
-    return Objective(heads, ones, ones, distillation if heads else None, chunk_rows=config.objective.chunk_rows)

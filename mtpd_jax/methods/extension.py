@@ -19,7 +19,7 @@ from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Float
 
 # What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
-_FREE = {"remat", "dtype", "attention"}
+_FREE = {"remat", "dtype", "attention", "context"}
 
 
 @dataclasses.dataclass(frozen=True)

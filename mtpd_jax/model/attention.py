@@ -174,8 +174,8 @@ def _block(blocks: tuple[int, ...], length: int) -> int:
 
 def attend_to_slots(
     query: Float[Array, "B T G R H"],
-    keys: Float[Array, "BG H S"],
-    values: Float[Array, "BG S H"],
+    keys: Float[Array, "GB H S"],
+    values: Float[Array, "GB S H"],
     pattern: Pattern,
 ) -> Float[Array, "B T G R H"]:
     """Attention of a few queries over many slots, in the layout of the cache: no slot is moved or repeated.
@@ -183,16 +183,18 @@ def attend_to_slots(
     R query heads share a key/value head.
     """
     batch, length, groups, per_group, size = query.shape
-    query_BGxRTxH = (query * size**-0.5).transpose(0, 2, 3, 1, 4).reshape(batch * groups, per_group * length, size)
-    scores_BGxRTxS = jnp.matmul(query_BGxRTxH, keys, preferred_element_type=jnp.float32)
-    scores_BxGxRxTxS = scores_BGxRTxS.reshape(batch, groups, per_group, length, -1)
+    # Scores: queries that share keys stand below each other.
+    query_GBxRTxH = (query * size**-0.5).transpose(2, 0, 3, 1, 4).reshape(groups * batch, per_group * length, size)
+    scores_GBxRTxS = jnp.matmul(query_GBxRTxH, keys, preferred_element_type=jnp.float32)
+    # What may not be seen.
+    scores_GxBxRxTxS = scores_GBxRTxS.reshape(groups, batch, per_group, length, -1)
     mask_BxTxS = pattern.dense()
-    scores_BGxRTxS = jnp.where(mask_BxTxS[:, None, None], scores_BxGxRxTxS, _HIDDEN).reshape(scores_BGxRTxS.shape)
-    weights_BGxRTxS = jnp.exp(scores_BGxRTxS - jnp.max(scores_BGxRTxS, axis=-1, keepdims=True))
-    # The sum divides the mixture, which is small, and not the weights.
-    mixed_BGxRTxH = jnp.matmul(weights_BGxRTxS.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    mixed_BGxRTxH = (mixed_BGxRTxH / jnp.sum(weights_BGxRTxS, axis=-1, keepdims=True)).astype(values.dtype)
-    return mixed_BGxRTxH.reshape(batch, groups, per_group, length, size).transpose(0, 3, 1, 2, 4)
+    scores_GBxRTxS = jnp.where(mask_BxTxS[None, :, None], scores_GxBxRxTxS, _HIDDEN).reshape(scores_GBxRTxS.shape)
+    # The mixture of values; the sum of the weights divides it, which is small, and not them.
+    weights_GBxRTxS = jnp.exp(scores_GBxRTxS - jnp.max(scores_GBxRTxS, axis=-1, keepdims=True))
+    mixed_GBxRTxH = jnp.matmul(weights_GBxRTxS.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    mixed_GBxRTxH = (mixed_GBxRTxH / jnp.sum(weights_GBxRTxS, axis=-1, keepdims=True)).astype(values.dtype)
+    return mixed_GBxRTxH.reshape(groups, batch, per_group, length, size).transpose(1, 3, 0, 2, 4)
 
 
 # Named as ``config.model.attention`` names them.

@@ -1,5 +1,6 @@
 """The language model: embedding, a scanned decoder-only backbone, and the heads on top of its final state."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -132,7 +133,8 @@ class LanguageModel(nn.Module):
 
 def build_model(config: Config, platform: Platform) -> LanguageModel:
     """Returns the model of a config, as it is computed on a platform. It holds no arrays."""
-    return LanguageModel(platform.resolve(config.model), config.heads)
+    model = dataclasses.replace(platform.resolve(config.model), context=config.context)
+    return LanguageModel(model, config.heads)
 
 
 def unembedding_of(parameters: Any) -> Float[Array, "V D"]:

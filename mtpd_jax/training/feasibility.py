@@ -4,16 +4,21 @@ All sizes are lower bounds, in whole numbers that do not overflow: what is refus
 does; what is not refused may still run out of memory.
 """
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
+from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, ModelConfig
 from mtpd_jax.fields import require
-from mtpd_jax.methods.method import Method
+from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.attention import lacking
-from mtpd_jax.sharding import parameter_parts, parts_of
+from mtpd_jax.model.layers import compute_dtype
+from mtpd_jax.sharding import copies_of, data_mesh, make_mesh, parameter_parts, parts_of
+from mtpd_jax.training.state import abstract_parameters
 
 # No device computes faster than this, in FLOP/s; where the device is known, its own peak counts.
 _ANY_DEVICE_FLOPS = 1e16
@@ -84,25 +89,55 @@ def check_attention(method: Method) -> str:
     return ""
 
 
-def check_decoding(model: ModelConfig, num_heads: int, batch_size: int, tokens: int, device: jax.Device) -> None:
+def check_decoding(model: ModelConfig, num_drafts: int, heads: int, rows: int, tokens: int, mesh: Mesh) -> None:
     """Checks that decoding can fit into memory at all.
 
     Args:
       model: that decodes.
-      num_heads: drafts per round.
-      batch_size: rows on the device.
+      num_drafts: drafts per round.
+      heads: of them, those that have a cache.
+      rows: that a copy of the model decodes together.
       tokens: of a row, prompt and continuation.
-      device: one of those that decode.
+      mesh: that decodes.
 
     Raises:
-      ValueError: it needs more memory than the device has, with both numbers.
+      ValueError: it needs more memory than a device has, with both numbers.
     """
-    window = num_heads + 1
-    cache = 2 * 2 * tokens * model.kv_heads * model.head_size * (model.layers + num_heads)
+    window = num_drafts + 1
+    cache = 2 * 2 * tokens * model.kv_heads * model.head_size * (model.layers + heads)
     logits = 4 * window * model.vocabulary_size
     scores = 4 * window * (tokens + window) * model.query_heads
-    needed = batch_size * (cache + logits + scores)
-    _require(needed, device_memory(device, 1), "decoding", "heads, batch_size or max_new_tokens")
+    needed = rows * (cache + logits + scores) // parameter_parts(mesh)
+    _require(needed, device_memory(mesh.devices.flat[0], 1), "decoding", "heads, batch_size or max_new_tokens")
+
+
+def devices_per_copy(config: Config, devices: Sequence[jax.Device]) -> int:
+    """How many devices have to share one copy of a model, to read it and decode with it: as few as it fits on.
+
+    The parameters lie there as they were stored, in float32, and once more as decoding lays them out.
+
+    Args:
+      config: of the run.
+      devices: that there are.
+
+    Raises:
+      ValueError: it does not fit on all of them, with both numbers.
+    """
+    method = method_of(config, data_mesh(list(devices[:1])))
+    costs, itemsize = method.costs(), compute_dtype(method.model.config).itemsize
+    needed = (4 + itemsize) * (costs.trained + costs.frozen)
+    limit = device_memory(devices[0], 1)
+    fitting = [number for number in _divisors(len(devices)) if needed <= limit * number]
+    for number in fitting:
+        with contextlib.suppress(ValueError):  # an axis of it that so many devices cannot share evenly
+            abstract_parameters(method_of(config, make_mesh(copies_of(number), list(devices))))
+            return number
+    _require(needed, limit * len(devices), f"reading the model on {len(devices)} devices", "model")
+    raise ValueError(f"{fitting} devices could hold the model, but cannot share config.model.kv_heads evenly")
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def check_scoring(config: Config, batch_size: int) -> None:

@@ -48,6 +48,19 @@ def _state_of(parameters: Any, method: Method, optimizer: optax.GradientTransfor
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average, frozen)
 
 
+def abstract_parameters(method: Method) -> tuple[Any, Any]:
+    """The parameters that are trained and those that are frozen (None: none are), as shapes, dtypes and shardings.
+
+    Raises:
+      ValueError: the mesh cannot share out an axis of them evenly.
+    """
+
+    def create(key: jax.Array) -> tuple[Any, Any]:
+        return method.split(method.initial_parameters(key, None))
+
+    return _abstract(jax.eval_shape(create, jax.random.key(0)), method)
+
+
 def abstract_state(method: Method, optimizer: optax.GradientTransformation) -> TrainState:
     """The state as shapes, dtypes and shardings on the method's mesh: what a checkpoint is restored into.
 
@@ -58,7 +71,11 @@ def abstract_state(method: Method, optimizer: optax.GradientTransformation) -> T
     def create(key: jax.Array) -> TrainState:
         return _state_of(method.initial_parameters(key, None), method, optimizer)
 
-    boxed = jax.eval_shape(create, jax.random.key(0))
+    return _abstract(jax.eval_shape(create, jax.random.key(0)), method)
+
+
+def _abstract(boxed: Any, method: Method) -> Any:
+    """Shapes with Linen's metadata as shapes with shardings on the method's mesh."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         nn.meta.unbox(boxed),

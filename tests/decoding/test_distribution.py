@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from mtpd_jax.decoding.speculative import make_decode
 
 from mtpd_jax.decoding import drafting, speculative
 from mtpd_jax.decoding import sampling as sampling_module
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
-from mtpd_jax.decoding.speculative import make_decode
 from tests.builders import model_of, platform, random_parameters, tiny_config
 from tests.decoding.models import all_logits, with_vocabulary
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mtpd_jax.decoding.drafting import draft
 
 from mtpd_jax.decoding import speculative
-from mtpd_jax.decoding.drafting import draft
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from tests.builders import platform

@@ -10,7 +10,7 @@ from experiments.sweep.runner import RESULTS
 from mtpd_jax.losses import terms
 from mtpd_jax.losses.divergences import forward_kl
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
-from tests.training.runs import stop_after
+from tests.runs.runs import stop_after
 
 
 def named(monkeypatch, behaviour):

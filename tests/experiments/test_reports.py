@@ -15,7 +15,7 @@ from experiments.sweep.runs import Run, decided
 from experiments.sweep.scale import SCALES
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
-from mtpd_jax.evaluation.acceptance import Interval
+from mtpd_jax.evaluation.statistics import Interval
 from tests.experiments.rows import made_up_row
 
 MODULES = {module.EXPERIMENT.name: module.EXPERIMENT for module in (distillation, ablations, looped, head_count, decay)}

@@ -12,19 +12,19 @@ import time
 
 import pytest
 
-from experiments.distillation import mtp, mtp_d
 from experiments.sweep.experiment import Experiment, arms_of, run
 from experiments.sweep.report import Report, Table, share
 from experiments.sweep.runner import Sweep, append_row, read_rows
 from experiments.sweep.runs import Run, Variant, decided
 from experiments.sweep.scale import Scale
-from experiments.sweep.statistics import mean_of
+from experiments.variants import mtp, mtp_d
 from mtpd_jax import train
 from mtpd_jax.config import CheckpointConfig, ModelConfig, OptimizerConfig
+from mtpd_jax.evaluation.statistics import mean_of
 from mtpd_jax.fields import field
 from mtpd_jax.training.state import DivergedError
 from tests.builders import tiny_config
-from tests.training.runs import stop_after
+from tests.runs.runs import stop_after
 
 ROOT = pathlib.Path(__file__).parents[2]
 

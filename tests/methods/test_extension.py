@@ -15,11 +15,11 @@ from mtpd_jax.methods.partition import cut_heads, extend_heads
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
+from mtpd_jax.runs.checkpoint import restore_parameters
+from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training.checkpoint import restore_parameters
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, initial_state
-from mtpd_jax.training.workdir import open_workdir
 from tests.builders import (
     assert_trees_close,
     gradients,
@@ -29,7 +29,7 @@ from tests.builders import (
     replace,
     tiny_config,
 )
-from tests.training.runs import assert_bitwise, lines, restored, stop_after
+from tests.runs.runs import assert_bitwise, lines, restored, stop_after
 
 
 def extension_config(heads=5, frozen=2, **overrides):

@@ -199,9 +199,9 @@ def _signal_at_start(command: str, number: signal.Signals, bench: Bench, rng: ra
 _REPEATED = {"step", "logging", "evaluation", "writing metrics", "saving"}
 
 _PARTS = {
-    "array data": "checkpoints/*/state/**/d/*",
-    "array manifests": "checkpoints/*/state/**/*manifest*",
-    "array descriptions": "checkpoints/*/state/*",
+    "array data": "checkpoints/*/*/**/d/*",
+    "array manifests": "checkpoints/*/*/**/*manifest*",
+    "array descriptions": "checkpoints/*/parameters/*",
     "a checkpoint's record": "checkpoints/*/progress/*",
     "a checkpoint's description": "checkpoints/*/*",
     "config.json": "config.json",

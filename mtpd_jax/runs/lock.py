@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import jax
 from etils import epath
 
-from mtpd_jax.training.workdir import Workdir, write_atomically
+from mtpd_jax.runs.workdir import Workdir, write_atomically
 
 # In a bucket nothing dies with its holder: a lock counts as left behind when it was not renewed for so long.
 _RENEWED_EVERY = 60.0

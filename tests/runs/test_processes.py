@@ -17,7 +17,7 @@ import pytest
 
 from mtpd_jax import train
 from tests.builders import assert_trees_close, replace, tiny_config
-from tests.training.runs import comparable, lines, restored
+from tests.runs.runs import comparable, lines, restored
 
 ROOT = pathlib.Path(__file__).parents[2]
 

@@ -9,10 +9,8 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config, differences
 from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS, method_of
-from mtpd_jax.training.checkpoint import latest_step, read_record, restore_parameters
-from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.state import abstract_state
-from mtpd_jax.training.workdir import Workdir, open_workdir
+from mtpd_jax.runs.checkpoint import latest_step, read_record, restore_parameters
+from mtpd_jax.runs.workdir import Workdir, open_workdir
 
 
 def completed(config: Config, workdir: Workdir) -> Config:
@@ -97,7 +95,7 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
     folder = source_of(config)
     source = folder.read_config()
     method = method_of(source, mesh)
-    restored = restore_parameters(folder, method, abstract_state(method, make_optimizer(source)))
+    restored = restore_parameters(folder, method)
     folder.read_tokenizer(source, restored.record["tokenizer"])
     record = {"config": source.to_dict(), "step": restored.step, "sources": trained_on(restored.record)}
     return Origin(restored.tree, record)

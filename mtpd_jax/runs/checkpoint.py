@@ -1,34 +1,37 @@
 """Checkpoints with orbax: written in the background, complete or absent, restored onto whatever mesh there is.
 
-What is read is held to digests of what was written. One that differs is passed over for the one before.
+Each field of a state is an item of its own, so that who reads a model reads its parameters and nothing else. What is
+read is held to digests of what was written. One that differs is passed over for the one before.
 """
 
 import dataclasses
-import errno
 import hashlib
 import importlib.metadata
 import json
-import os
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mtpd_jax.config import Config, differences
 from mtpd_jax.methods.method import Method
-from mtpd_jax.training.digests import digests_of
-from mtpd_jax.training.lock import Lock
-from mtpd_jax.training.processes import together
-from mtpd_jax.training.state import DivergedError, TrainState
-from mtpd_jax.training.workdir import Workdir
-from mtpd_jax.validation import check_integer
+from mtpd_jax.runs.digests import digests_of
+from mtpd_jax.runs.lock import Lock
+from mtpd_jax.runs.processes import together
+from mtpd_jax.runs.storage import is_passing, reason
+from mtpd_jax.runs.workdir import Workdir
+from mtpd_jax.training.state import DivergedError, TrainState, abstract_parameters
 
 # What stands beside every state.
 _RECORDED = {"config", "versions", "digests", "tokenizer", "data", "origin", "tokens", "seconds"}
 # What a record means that was written before there were digests, and so neither seal nor these.
 _BEFORE_DIGESTS: dict[str, Any] = {"digests": None, "tokenizer": None, "origin": None}
+# The checkpoint that is read if none is named.
+NEWEST = "newest"
+# The item that held all of them before fields of a state were items.
+_WHOLE_STATE = "state"
 _Read = TypeVar("_Read")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tokenizers", "numpy")
 
@@ -90,12 +93,14 @@ class Checkpointer:
           OSError: this one, or the one before, cannot be written.
         """
         self._lock.check()
-        digests, broken = digests_of(state)
+        fields = _fields_of(state)
+        digests, broken = digests_of(fields)
         if broken is not None:
             raise DivergedError(f"step {step}: {broken} is not finite any more; {self.kept()}")
         record = {"config": config.to_dict(), "versions": package_versions(), "digests": digests, **progress}
         sealed = {"sha256": _seal(record), **record}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(sealed))
+        arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in fields.items()}
+        items = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(sealed))
         try:
             self._manager.save(step, args=items, force=True)
         except Exception as error:
@@ -127,7 +132,7 @@ class Restored:
     """A checkpoint that was read.
 
     Attributes:
-      tree: what was asked for: a ``TrainState``, or the parameters of the whole model.
+      tree: what was asked for: a ``TrainState``, the parameters of the whole model, or fields of a state by name.
       record: what was stored beside it: ``progress`` of ``save``, config, package versions and digests.
       step: optimizer steps done.
       damaged: newer ones that could not be used, and why.
@@ -158,6 +163,21 @@ def latest_step(workdir: Workdir) -> int | None:
     return next(iter(steps_of(workdir)), None)
 
 
+def chosen_step(checkpoint: int | str) -> int | None:
+    """The step of a checkpoint that is named by it, or None for the newest.
+
+    Raises:
+      ValueError: it is neither.
+    """
+    if checkpoint == NEWEST:
+        return None
+    if isinstance(checkpoint, str) and checkpoint.isascii() and checkpoint.isdigit():
+        return int(checkpoint)
+    if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
+        raise ValueError(f"--checkpoint={checkpoint}: expected {NEWEST}, or the step of a checkpoint")
+    return checkpoint
+
+
 def check_chosen(workdir: Workdir, step: int | None) -> None:
     """Checks that a checkpoint that was asked for is there; None is the newest, if there is any.
 
@@ -166,7 +186,6 @@ def check_chosen(workdir: Workdir, step: int | None) -> None:
     """
     if step is None:
         return
-    check_integer("checkpoint", step)
     steps = sorted(steps_of(workdir))
     if step not in steps:
         there = f"has {', '.join(map(str, steps))}" if steps else "holds no complete checkpoint"
@@ -184,25 +203,33 @@ def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: 
     Raises:
       ValueError: there is none, none that can be read, or config.json is not that of the run any more.
     """
-    wanted = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-    return _read_tree(workdir, config, wanted, lambda state: state, step)
+    restored = _read_fields(workdir, config, _fields_of(abstract), step)
+    done = jax.device_put(np.int32(restored.step), abstract.step.sharding)
+    state = TrainState(**{"average": None, "frozen": None, "step": done, **restored.tree})
+    return dataclasses.replace(restored, tree=state)
 
 
-def restore_parameters(workdir: Workdir, method: Method, abstract: TrainState, step: int | None = None) -> Restored:
+def restore_parameters(workdir: Workdir, method: Method, step: int | None = None) -> Restored:
     """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
 
     Args:
       workdir, method: of the run.
-      abstract, step: see ``restore_state``, also for errors.
+      step: see ``restore_state``, also for errors.
 
     Returns:
-      With the parameters of the whole model.
+      With the parameters of the whole model, which lie on the method's mesh by the rules.
     """
-    name = "parameters" if abstract.average is None else "average"
-    parts = {name: getattr(abstract, name), "frozen": abstract.frozen}
-    restore_args = ocp.checkpoint_utils.construct_restore_args(parts)
-    wanted = ocp.args.PyTreeRestore(parts, restore_args, partial_restore=True)
-    return _read_tree(workdir, method.config, wanted, lambda parts: method.merge(parts[name], parts["frozen"]), step)
+    trained, frozen = abstract_parameters(method)
+    name = "parameters" if method.config.optimizer.ema_decay is None else "average"
+    wanted = {name: trained} if frozen is None else {name: trained, "frozen": frozen}
+    restored = _read_fields(workdir, method.config, wanted, step)
+    return dataclasses.replace(restored, tree=method.merge(restored.tree[name], restored.tree.get("frozen")))
+
+
+def _fields_of(state: TrainState) -> dict[str, Any]:
+    """What is stored of a state, or of shapes of one, by name; its step is that of the checkpoint."""
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: tree for name, tree in fields.items() if name != "step" and tree is not None}
 
 
 def read_record(workdir: Workdir) -> dict[str, Any]:
@@ -214,16 +241,16 @@ def read_record(workdir: Workdir) -> dict[str, Any]:
     return _newest_whole(workdir, None, lambda step: _record(workdir, step))[0]
 
 
-def _read_tree(
-    workdir: Workdir, config: Config, wanted: Any, tree: Callable[[Any], Any], chosen: int | None
-) -> Restored:
-    def files(step: int) -> tuple[Any, dict[str, Any]]:
+def _read_fields(workdir: Workdir, config: Config, wanted: dict[str, Any], chosen: int | None) -> Restored:
+    """Reads fields of a state, given as shapes by name, from the newest checkpoint that is whole, or the chosen one."""
+
+    def files(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         # The record first: another config is better named than by the shapes that do not fit.
         record = _record(workdir, step)
         _check_config(workdir, config, record)
-        return _restore(workdir, step, ocp.args.Composite(state=wanted))["state"], record
+        return _restore_fields(workdir, step, wanted), record
 
-    def read(step: int) -> tuple[Any, dict[str, Any]]:
+    def read(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         # A file may be damaged that one process reads and others do not; digests are of all of it, in all of them.
         parts, record = together(lambda: files(step), DamagedError)
         digests, broken = digests_of(parts)
@@ -236,7 +263,18 @@ def _read_tree(
         return parts, record
 
     (parts, record), step, damaged = _newest_whole(workdir, chosen, read)
-    return Restored(tree(parts), record, step, damaged)
+    return Restored(parts, record, step, damaged)
+
+
+def _restore_fields(workdir: Workdir, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    def arguments(tree: Any, **options: Any) -> ocp.args.PyTreeRestore:
+        return ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree), **options)
+
+    if (workdir.checkpoints / str(step) / _WHOLE_STATE).exists():
+        whole = ocp.args.Composite(**{_WHOLE_STATE: arguments(wanted, partial_restore=True)})
+        return _restore(workdir, step, whole)[_WHOLE_STATE]
+    items = {name: arguments(tree) for name, tree in wanted.items()}
+    return dict(_restore(workdir, step, ocp.args.Composite(**items)).items())
 
 
 def _newest_whole(
@@ -317,42 +355,6 @@ def _restore(workdir: Workdir, step: int, items: ocp.args.Composite) -> Any:
     except Exception as error:  # orbax and tensorstore raise many kinds for a damaged or foreign checkpoint
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # of the device, not of the files
-        if _passing(error):
+        if is_passing(error):
             raise OSError(f"{workdir.checkpoints / str(step)}: cannot be read now ({reason(error)})") from error
         raise DamagedError(f"not readable: {reason(error)}") from error
-
-
-# What says nothing of a file's contents: it may be read later, or by somebody else.
-_PASSING = {
-    errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.EBUSY,
-    errno.ETIMEDOUT, errno.ESTALE, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET,
-}  # fmt: skip
-_PASSING_WORDS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "Too many open files")
-
-
-def _passing(error: BaseException) -> bool:
-    """Whether an error is of the system that reads, and not of what is read."""
-    text, number = _whole_text(error), _error_number(error)
-    return number in _PASSING or any(word in text for word in _PASSING_WORDS)
-
-
-def _whole_text(error: BaseException) -> str:
-    """The words of an error and of those that led to it."""
-    words, cause = [], error
-    while cause is not None and len(words) < 10:
-        words.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(" ".join(words).split())
-
-
-def _error_number(error: BaseException) -> int | None:
-    number = re.search(r"os_error_code='(\d+)'|\[Errno (\d+)\]", _whole_text(error))
-    if number:
-        return int(number[1] or number[2])
-    return error.errno if isinstance(error, OSError) else None
-
-
-def reason(error: BaseException) -> str:
-    """Why something could not be read or written, in a few words: what the operating system said, if it spoke."""
-    number = _error_number(error)
-    return os.strerror(number) if number else " ".join(str(error).split())[:160] or type(error).__name__

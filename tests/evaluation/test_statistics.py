@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments.sweep.statistics import Counts, difference, mean_of
+from mtpd_jax.evaluation.statistics import Counts, difference, mean_of
 
 SEEDS, TEXTS = 3, 20
 

@@ -10,10 +10,10 @@ import textwrap
 import pytest
 
 from mtpd_jax import train
-from mtpd_jax.training import lock as lock_module
-from mtpd_jax.training.lock import take_lock
-from mtpd_jax.training.metrics import MetricsLog
-from mtpd_jax.training.workdir import Workdir, open_workdir
+from mtpd_jax.runs import lock as lock_module
+from mtpd_jax.runs.lock import take_lock
+from mtpd_jax.runs.metrics import MetricsLog
+from mtpd_jax.runs.workdir import Workdir, open_workdir
 from tests.builders import tiny_config
 
 
@@ -53,8 +53,8 @@ def test_one_that_was_broken_is_noticed_by_its_holder_and_left_to_the_new_one(pl
 def test_it_dies_with_its_holder(tmp_path):
     program = """
         import sys, time
-        from mtpd_jax.training.lock import take_lock
-        from mtpd_jax.training.workdir import open_workdir
+        from mtpd_jax.runs.lock import take_lock
+        from mtpd_jax.runs.workdir import open_workdir
         lock = take_lock(open_workdir(sys.argv[1]))
         print("taken", flush=True)
         time.sleep(600)

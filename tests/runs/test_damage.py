@@ -15,13 +15,13 @@ import pytest
 from mtpd_jax import evaluate, generate, train
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training import checkpoint as checkpoint_module
-from mtpd_jax.training import digests as digests_module
-from mtpd_jax.training.digests import digests_of
-from mtpd_jax.training.restore import open_run
+from mtpd_jax.runs import checkpoint as checkpoint_module
+from mtpd_jax.runs import digests as digests_module
+from mtpd_jax.runs.digests import digests_of
+from mtpd_jax.runs.opening import open_run
 from mtpd_jax.training.state import DivergedError
 from tests.builders import replace, tiny_config
-from tests.training.runs import comparable, lines, restored
+from tests.runs.runs import comparable, lines, restored
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import rich.console
 
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.training import interrupt
-from mtpd_jax.training import progress as progress_module
-from mtpd_jax.training.interrupt import StopRequest
+from mtpd_jax.runs import interruption
+from mtpd_jax.runs import progress as progress_module
+from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.progress import Progress
+from mtpd_jax.runs.progress import Progress
 from mtpd_jax.training.state import initial_state
-from mtpd_jax.training.workdir import open_workdir, write_atomically
+from mtpd_jax.runs.workdir import open_workdir, write_atomically
 from tests.builders import method_on, replace, tiny_config
 
 
@@ -35,7 +35,7 @@ def test_a_second_interrupt_is_heeded_at_once_and_the_old_handlers_come_back():
 def test_patience_goes_by_the_pace_of_a_run(monkeypatch):
     """A run whose steps take minutes is not ended in the middle of one."""
     clock = [0.0]
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: clock[0])
     stop = StopRequest()
     for seconds, patience in ((1, 60), (100, 200), (2, 200), (31, 200), (150, 300)):
         clock[0] += seconds

@@ -18,8 +18,8 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from mtpd_jax.methods.method import Method
-from mtpd_jax.training.lock import Lock
-from mtpd_jax.training.workdir import Workdir, write_atomically
+from mtpd_jax.runs.lock import Lock
+from mtpd_jax.runs.workdir import Workdir, write_atomically
 
 # Made when the module is imported, which type checkers do not do.
 Event, SessionLog = event_pb2.Event, event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessIssue]

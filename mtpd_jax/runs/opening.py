@@ -1,4 +1,4 @@
-"""Opening a trained run for reading: what evaluation and generation begin with."""
+"""Reading a trained run: its config, tokenizer and parameters, which is what evaluation and generation begin with."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -12,13 +12,14 @@ from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.methods.method import method_of
 from mtpd_jax.model.backbone import LanguageModel
-from mtpd_jax.sharding import data_mesh
-from mtpd_jax.training.checkpoint import restore_parameters
-from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.origin import trained_on
-from mtpd_jax.training.progress import say
-from mtpd_jax.training.state import abstract_state
-from mtpd_jax.training.workdir import open_workdir
+from mtpd_jax.runs.checkpoint import NEWEST, chosen_step, restore_parameters
+from mtpd_jax.runs.origin import trained_on
+from mtpd_jax.runs.progress import say
+from mtpd_jax.runs.workdir import open_workdir
+from mtpd_jax.shapes import Parameters
+from mtpd_jax.sharding import copies_of, make_mesh
+from mtpd_jax.training.feasibility import devices_per_copy
+from mtpd_jax.validation import check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class TrainedRun:
 
     Attributes:
       config, tokenizer, model: of the run.
-      parameters: the averaged ones if the run keeps an average; a whole copy on every device.
-      mesh: all devices along ``data``, whatever mesh the run was trained on.
+      parameters: the averaged ones if the run keeps an average.
+      mesh: where they lie, whatever mesh the run was trained on; see ``load_run``.
       step: optimizer steps done.
       sources: the documents that it was trained on (see ``sources.identity``); if it extends another run, that one's
         after its own.
@@ -37,7 +38,7 @@ class TrainedRun:
     config: Config
     tokenizer: Tokenizer
     model: LanguageModel
-    parameters: Any
+    parameters: Parameters
     mesh: Mesh
     step: int
     sources: tuple[dict[str, Any], ...]
@@ -62,22 +63,30 @@ class TrainedRun:
         return split(source, data.validation_fraction, validation=True)
 
 
-def open_run(workdir: str, checkpoint: int | None = None) -> TrainedRun:
-    """Loads a run's config, tokenizer and parameters.
+def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: int | None = None) -> TrainedRun:
+    """Loads a run's config, tokenizer and parameters; the optimizer's state is not read.
 
     A damaged checkpoint is passed over for the one before, and a line on standard error says so.
 
     Args:
       workdir: of the run.
-      checkpoint: its step; None: the newest that is whole.
+      checkpoint: its step, or "newest": the newest that is whole.
+      devices_per_model: devices that share one copy of the model, split by the rules (``ShardingRules``); as many
+        copies as there is room for share the work. None: as few as the model fits on.
 
     Raises:
-      ValueError: there is no run in the folder, no checkpoint that can be read, or the run's files were changed.
+      ValueError: there is no run in the folder, no checkpoint that can be read, or the run's files were changed; the
+        devices cannot share the model so.
     """
-    folder = open_workdir(workdir)
+    folder, step = open_workdir(workdir), chosen_step(checkpoint)
     config = folder.read_config()
-    method = method_of(config, data_mesh())
-    restored = restore_parameters(folder, method, abstract_state(method, make_optimizer(config)), checkpoint)
+    if devices_per_model is None:
+        devices_per_model = devices_per_copy(config, jax.devices())
+    check_integer("devices_per_model", devices_per_model)
+    if devices_per_model < 1 or jax.device_count() % devices_per_model:
+        raise ValueError(f"devices_per_model = {devices_per_model}: expected a divisor of {jax.device_count()} devices")
+    method = method_of(config, make_mesh(copies_of(devices_per_model)))
+    restored = restore_parameters(folder, method, step)
     tokenizer = folder.read_tokenizer(config, restored.record["tokenizer"])
     if note := restored.note(folder):
         say(note)

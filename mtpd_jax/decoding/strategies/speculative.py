@@ -1,0 +1,119 @@
+"""Self-speculative decoding: K tokens are drafted, one pass of the backbone verifies them, nothing is lost.
+
+One round, with n confirmed tokens t_0…t_{n-1}, of which the backbone has read all but the last:
+
+    draft    whoever drafts (``decoding.drafters``) proposes t_n, t_{n+1}, …; of the heads, head 1 reads at position n-2
+             h^0 and t_{n-1}, head 2 reads h^1 and the draft of head 1, …
+    verify   the backbone reads t_{n-1} and the K drafts in one pass, and says for each what it would have written
+    accept   the longest run of drafts that it agrees with, and one token of its own after them
+
+Nothing is rolled back. A pass writes its keys and values at its tokens' positions, and so overwrites those of
+rejected drafts before anything can attend to them; for the heads' caches see ``drafters.heads``. With K = 0 this is
+plain decoding, one token per pass.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+
+from mtpd_jax.decoding.drafters.drafter import Drafts, drafter_of
+from mtpd_jax.decoding.network import DecodingParameters, Network
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.rows import Rows, read
+from mtpd_jax.decoding.sampling import accept_drafts, count_leading, fold, probabilities
+from mtpd_jax.decoding.stops import Stops
+from mtpd_jax.decoding.strategies.strategy import Strategy
+from mtpd_jax.model.cache import Caches
+from mtpd_jax.shapes import Array, Hidden, Int
+from mtpd_jax.sharding import WHOLE
+
+# Numbers folded into a row's key, to keep its draws apart: drafts use 1…K.
+_VERIFY = 0
+
+
+@struct.dataclass
+class SpeculativeState:
+    """What goes from round to round.
+
+    Attributes:
+      cache: the backbone's, holding positions up to n-2.
+      drafter: what the drafter keeps.
+    """
+
+    cache: Caches
+    drafter: Any
+
+
+class Speculative(Strategy, name="speculative"):
+    """Draft, verify, accept. Greedy text is plain decoding's up to rounding; sampled text has its distribution."""
+
+    lossless = True
+
+    def __init__(self, network: Network, options: Options):
+        super().__init__(network, options)
+        self.drafter = drafter_of(network, options)
+
+    def start(self, batch: int, slots: int) -> SpeculativeState:
+        return SpeculativeState(self.network.empty_cache(batch, slots), self.drafter.start(batch, slots))
+
+    def read(
+        self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, first: Int[Array, " B"], count: int
+    ) -> tuple[Hidden, SpeculativeState]:
+        hidden, cache = self.network.extend(parameters, read(rows.tokens, first, count), first, state.cache)
+        drafter = self.drafter.read(parameters, state.drafter, rows, first, hidden)
+        return hidden, SpeculativeState(cache, drafter)
+
+    def round(
+        self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
+    ) -> tuple[Rows, SpeculativeState]:
+        drafts, drafter = self.drafter.draft(parameters, rows, state.drafter, keys)
+        candidates, accepted, cache, hidden = self.verify(parameters, rows, state.cache, drafts, keys)
+        after = accept(rows, drafts, candidates, accepted, stops)
+        return after, SpeculativeState(cache, self.drafter.confirm(drafter, rows, after, hidden))
+
+    def verify(
+        self, parameters: DecodingParameters, rows: Rows, cache: Caches, drafts: Drafts, keys: Array
+    ) -> tuple[Int[Array, "B J"], Int[Array, " B"], Caches, Hidden]:
+        """One pass of the backbone over the last confirmed token and the drafts.
+
+        Returns:
+          The candidates (the drafts, with the main head's own token in the place after the last accepted one), how many
+          drafts are accepted, the backbone's cache, and h^0 of the pass, [B, K+1, D].
+        """
+        options, num_drafts, first = self.options, self.options.num_drafts, rows.length - 1
+        inputs = jnp.concatenate([read(rows.tokens, first, 1), drafts.tokens], axis=1)
+        padded = jnp.pad(inputs, ((0, 0), (0, options.width - num_drafts - 1)))
+        hidden, cache = self.network.extend(parameters, padded, first, cache)
+        logits = self.network.logits(parameters, hidden)[:, : num_drafts + 1]
+        # How many drafts stand, and the main head's own token after them.
+        if options.sampling.greedy:
+            choices = WHOLE.argmax(logits)
+            made = jnp.arange(num_drafts)[None, :] < drafts.count[:, None]
+            accepted = count_leading((drafts.tokens == choices[:, :-1]) & made)
+            own = jnp.take_along_axis(choices, accepted[:, None], axis=1)[:, 0]
+        else:
+            target, keys = probabilities(logits, options.sampling), fold(keys, _VERIFY)
+            accepted, own = accept_drafts(keys, drafts.tokens, drafts.count, drafts.probabilities, target)
+        places = jnp.arange(num_drafts + 1)[None, :]
+        candidates = jnp.where(places == accepted[:, None], own[:, None], jnp.pad(drafts.tokens, ((0, 0), (0, 1))))
+        return candidates, accepted, cache, hidden[:, : num_drafts + 1]
+
+
+def accept(rows: Rows, drafts: Drafts, candidates: Int[Array, "B J"], accepted: Int[Array, " B"], stops: Stops) -> Rows:
+    """Appends what was accepted, and counts it."""
+    # Draft k was tried if those before it stand, none of them ended the text, and there was room for it.
+    k = jnp.arange(candidates.shape[1] - 1)[None, :]
+    ends, _ = stops.find(candidates[:, :-1], rows.matched)
+    ended_before = jnp.cumsum(ends, axis=1) - ends > 0
+    room = jnp.minimum(drafts.count, rows.limit - rows.length)[:, None]
+    tried = (k <= accepted[:, None]) & (k < room) & ~ended_before & ~rows.finished[:, None]
+    counted = dataclasses.replace(
+        rows,
+        passes=rows.passes + ~rows.finished,
+        tried=rows.tried + tried,
+        accepted=rows.accepted + (tried & (k < accepted[:, None])),
+    )
+    proposers = jnp.pad(jnp.where(k < accepted[:, None], drafts.proposers, 0), ((0, 0), (0, 1)))
+    return counted.append(candidates, accepted + 1, proposers, stops)

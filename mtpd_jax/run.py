@@ -1,0 +1,180 @@
+"""A trained run, open: what a notebook needs in one line."""
+
+import functools
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from mtpd_jax.config import Config
+from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.evaluation.generation import Generation, check_prompts, generate
+from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
+from mtpd_jax.evaluation.scoring import ScoredText, Scorer
+from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.opening import TrainedRun, load_run
+from mtpd_jax.shapes import Parameters
+from mtpd_jax.training.feasibility import check_scoring
+from mtpd_jax.validation import check_flag, check_integer
+
+
+class Run:
+    """A run that is open. What it compiles it keeps, so that a second call is fast; see ``open_run``."""
+
+    def __init__(self, trained: TrainedRun):
+        self.trained = trained
+        self._scorers: dict[int, Scorer] = {}
+
+    @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.trained.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return self.trained.tokenizer
+
+    @property
+    def parameters(self) -> Parameters:
+        """The model's parameters; the averaged ones if the run keeps an average."""
+        return self.trained.parameters
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices, and how they share parameters and rows."""
+        return self.trained.mesh
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.trained.step
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        """Decodes token ids."""
+        trained = self.trained
+        return Decoder(trained.model, trained.parameters, [trained.tokenizer.end_id], trained.mesh)
+
+    def scorer(self, batch_size: int) -> Scorer:
+        """Scores token ids, so many windows at a time.
+
+        Raises:
+          ValueError: a batch needs more memory than there is.
+        """
+        check_integer("batch_size", batch_size)
+        check_scoring(self.config, batch_size)
+        if batch_size not in self._scorers:
+            trained, length = self.trained, self.config.training.sequence_length
+            self._scorers[batch_size] = Scorer(trained.model, trained.tokenizer, trained.mesh, length, batch_size)
+        return self._scorers[batch_size]
+
+    def options(
+        self,
+        heads: int | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        min_confidence: float = 0.0,
+        bit_exact: bool = False,
+        drafter: str = "heads",
+        strategy: str = "speculative",
+    ) -> Options:
+        """How to decode; for the arguments see ``generate``.
+
+        Raises:
+          ValueError: an option is out of range.
+        """
+        check_flag("bit_exact", bit_exact)
+        heads = self.config.heads.num_heads if heads is None else heads
+        sampling = GREEDY if sampling is None else sampling
+        options = Options(heads, max_new_tokens, sampling, min_confidence, drafter=drafter, strategy=strategy)
+        options.validate()
+        return options.sharing_width(heads) if bit_exact else options
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        heads: int | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        min_confidence: float = 0.0,
+        bit_exact: bool = False,
+        drafter: str = "heads",
+        strategy: str = "speculative",
+        stop: Sequence[str] = (),
+        batch_size: int = 1,
+        compare: bool = False,
+    ) -> list[Generation]:
+        """Continues prompts.
+
+        Args:
+          prompts: texts, none of them empty.
+          heads: drafts per round; 0 for plain decoding, None for as many as the model has heads; more loop them.
+          max_new_tokens: per prompt.
+          sampling: None is greedy.
+          seed: of sampling; prompt number n draws from the key (seed, n), whatever the batch.
+          min_confidence: see ``Options``.
+          bit_exact: run plain and speculative passes at one width, see ``Options.pass_width``.
+          drafter: who drafts: the model's heads, prompt lookup, or the better of both; see ``decoding.drafters``.
+          strategy: see ``decoding.strategies``.
+          stop: strings that end a text, which is cut before them.
+          batch_size: prompts that are decoded together.
+          compare: decode plainly, too.
+
+        Raises:
+          ValueError: bad prompt or option.
+        """
+        check_prompts(prompts)
+        check_flag("compare", compare)
+        check_stop(stop)
+        check_integer("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size = {batch_size}: expected at least one")
+        options = self.options(heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy)
+        return generate(
+            self.decoder, self.tokenizer, prompts, options,
+            stop=stop, batch_size=batch_size, seed=seed, compare=compare,
+        )  # fmt: skip
+
+    def score(self, texts: Sequence[str], batch_size: int = 1) -> list[ScoredText]:
+        """Scores texts, teacher-forced, token by token: each is a document, with an end token after it.
+
+        ``TextScore.of(sum((text.sums() for text in scored), TextSums.nothing(heads)))`` is the mean over all.
+
+        Args:
+          texts: documents.
+          batch_size: windows that are scored together, at least.
+
+        Raises:
+          ValueError: something is no text, or a batch needs more memory than there is.
+        """
+        check_prompts(texts)
+        encoded = map(self.tokenizer.encode_document_and_bytes, texts)
+        return [scored for scored in self.scorer(batch_size).score(self.parameters, encoded) if scored is not None]
+
+    def loglikelihoods(
+        self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int = 1
+    ) -> list[LogLikelihood]:
+        """Log-likelihoods of continuations, each after the context at the same place; see ``evaluation.likelihood``."""
+        for texts in (contexts, continuations):
+            check_prompts(texts)
+        return loglikelihoods(self.scorer(batch_size), self.parameters, contexts, continuations)
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Checks that stop strings are a list of texts.
+
+    Raises:
+      ValueError: naming what is none.
+    """
+    if isinstance(stop, str) or not isinstance(stop, Sequence):
+        raise ValueError(f"stop = {stop!r:.80}: expected a list of texts")
+
+
+def open_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: int | None = None) -> Run:
+    """Opens a trained run, to generate and score with; for arguments and errors see ``runs.opening.load_run``."""
+    return Run(load_run(workdir, checkpoint, devices_per_model))
