@@ -13,6 +13,7 @@
     P  rows of the loss whose softmaxes are formed together; Q groups of P rows in a chunk; M rows, all in a line
     S  keys that queries may see: slots of a cache, or the tokens of the row
     V  vocabulary
+    W  newest positions of a text, over which heads are run when they draft
 
 Bodies carry the letters as suffixes (``hidden_BxTxD``); signatures carry them in jaxtyping annotations, which the
 tests check at run time; einsum strings use the same letters in lower case.

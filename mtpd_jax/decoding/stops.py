@@ -5,6 +5,7 @@ Stop strings are looked for while the text is written. An automaton reads the by
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,12 +28,8 @@ class Stops:
     """
 
     end_ids: tuple[int, ...] = struct.field(pytree_node=False)
-    transitions: Int[Array, "A V"] | None = None
-
-    @property
-    def strings(self) -> bool:
-        """Whether there are stop strings."""
-        return self.transitions is not None
+    # Ahead-of-time compilation makes such a tree of other things than arrays.
+    transitions: Any = None
 
     def find(
         self, tokens: Int[Array, "B T"], state: Int[Array, " B"]
@@ -48,6 +45,8 @@ class Stops:
             ends |= tokens == end_id
         if self.transitions is None:
             return ends, None
+        if not tokens.shape[1]:
+            return ends, tokens
         matched, states = self.transitions.shape[0], []
         for token in jnp.moveaxis(tokens, 1, 0):  # a few
             # What comes after a match is not written.

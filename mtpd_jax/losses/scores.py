@@ -15,7 +15,7 @@ from mtpd_jax.sharding import RULES, LastAxis
 
 @struct.dataclass
 class TokenScores:
-    """Scores of rows that are aligned by target: at [j, b, t] of what row j says of token t+1.
+    """Scores of rows, or of one, that are aligned by target: at [j, b, t] of what row j says of token t+1.
 
     Attributes:
       supervised: [J, B, T]; where there is something to say; elsewhere the others hold anything.
@@ -25,11 +25,11 @@ class TokenScores:
       greedy: [B, T]; whether the main head's argmax is the text's token.
     """
 
-    supervised: Bool[AnyArray, "J B T"]
-    ce: Float[AnyArray, "J B T"]
-    kl: Float[AnyArray, "J B T"]
-    agrees: Bool[AnyArray, "J B T"]
-    greedy: Bool[AnyArray, "B T"]
+    supervised: Bool[AnyArray, "J *rows T"]
+    ce: Float[AnyArray, "J *rows T"]
+    kl: Float[AnyArray, "J *rows T"]
+    agrees: Bool[AnyArray, "J *rows T"]
+    greedy: Bool[AnyArray, "*rows T"]
 
 
 def score_rows(rows: AlignedRows, unembedding: Float[Array, "V D"], mesh: Mesh) -> TokenScores:

@@ -28,7 +28,9 @@ def small_vocabulary(kind="cascade", trained=True, num_heads=4):
 
     Training is on a noisy chain, t -> 3t + 1 modulo 7.
     """
-    config = tiny_config(heads__num_heads=num_heads, heads__kind=kind, heads__pass_normed=kind == "cascade")
+    config = tiny_config(
+        heads__num_heads=num_heads, heads__kind=kind, heads__pass_normed=kind == "cascade", model__context=CONTEXT
+    )
     config = with_vocabulary(config, 7)
     method = method_on(config)
     model = method.model

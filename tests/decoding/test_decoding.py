@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtpd_jax.decoding import drafting, speculative
+from mtpd_jax.decoding.batch import make_decode
 from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.drafters.heads import Heads
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.model.backbone import LanguageModel
+from mtpd_jax.sharding import data_mesh, replicated
 from tests.builders import model_and_parameters, tiny_config
 from tests.decoding.models import CONTEXT, END, PROMPTS, reference_speculation, small_vocabulary
 
 
 def decoder_of(model, parameters, end_id=END, **options):
-    return Decoder(model, parameters, end_id, CONTEXT, **options)
+    return Decoder(model, parameters, [end_id], **options)
 
 
 def texts(continuations):
@@ -158,10 +160,10 @@ def test_many_rows_are_each_decoded_as_alone():
 def test_devices_share_the_rows(options):
     """Three devices that hold the parameters decode eight prompts: the texts of one device, for a third of its work."""
     model, parameters = small_vocabulary()
-    mesh = Mesh(np.array(jax.devices()[2:5]), "copies")
-    copies = jax.device_put(parameters, NamedSharding(mesh, PartitionSpec()))
+    mesh = data_mesh(jax.devices()[2:5])
+    copies = jax.device_put(parameters, replicated(mesh))
     prompts = [*many_prompts(4), *PROMPTS]
-    one, three = decoder_of(model, parameters), decoder_of(model, copies)
+    one, three = decoder_of(model, parameters), decoder_of(model, copies, mesh=mesh)
 
     def decoded(decoder, prompts):
         found = decoder.run(prompts, options, seed=3, first_row=2)
@@ -182,8 +184,9 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
     decoder = decoder_of(model, parameters)
     network, laid_out = decoder.network(Options(2, 4))
     keys = jax.random.split(jax.random.key(0), 1)
-    loop = speculative.make_decode(network, Options(2, 4), END, 32)
-    text = loop.lower(laid_out, jnp.ones((1, 32), int), jnp.ones(1, int), keys).as_text()
+    loop = make_decode(network, Options(2, 4), 32)
+    one = jnp.ones(1, int)
+    text = loop.lower(laid_out, jnp.ones((1, 32), int), one, keys, one, Stops((END,))).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 20
     for line in products:
@@ -200,7 +203,8 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     """The logits of a place do not depend on which row of a pass it is, nor on what else is in the pass."""
-    model, parameters = model_and_parameters(tiny_config(heads__num_heads=4, model__dtype=dtype))
+    config = tiny_config(heads__num_heads=4, model__dtype=dtype, model__context=CONTEXT)
+    model, parameters = model_and_parameters(config)
     decoder = decoder_of(model, parameters)
     options = Options(4, 60).sharing_width(4)
     network, laid_out = decoder.network(options)
@@ -218,19 +222,26 @@ def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     one_by_one = read_in_steps(1)
     for step in (2, 5, 8):
         np.testing.assert_array_equal(read_in_steps(step), one_by_one)
-    plain = decoder.run(PROMPTS, dataclasses.replace(options, num_heads=0))
+    plain = decoder.run(PROMPTS, dataclasses.replace(options, num_drafts=0))
     for num_heads in (1, 4):
-        assert texts(decoder.run(PROMPTS, dataclasses.replace(options, num_heads=num_heads))) == texts(plain)
+        assert texts(decoder.run(PROMPTS, dataclasses.replace(options, num_drafts=num_heads))) == texts(plain)
 
 
-def test_always_rejected_drafts_lose_nothing(monkeypatch):
+class Six(Heads, name="six"):
+    """Drafts the last token of the vocabulary, whatever the heads say."""
+
+    def draft(self, parameters, rows, state, keys):
+        drafts, state = super().draft(parameters, rows, state, keys)
+        return drafts.replace(tokens=jnp.full_like(drafts.tokens, 6)), state
+
+
+def test_always_rejected_drafts_lose_nothing():
     """Drafts of a token that the main head never writes: every round confirms one token, and the text is the same."""
     model, parameters = small_vocabulary()
     parameters = {**parameters, "embedding": parameters["embedding"].at[6].set(0)}
     plain = decoder_of(model, parameters).run(PROMPTS[:3], Options(0, 20))
     assert not any(6 in continuation.tokens for continuation in plain)
-    monkeypatch.setattr(drafting, "choose", lambda keys, logits, _: (jnp.full(logits.shape[:1], 6), None))
-    found = decoder_of(model, parameters).run(PROMPTS[:3], Options(4, 20))
+    found = decoder_of(model, parameters).run(PROMPTS[:3], Options(4, 20, drafter="six"))
     assert texts(found) == texts(plain)
     for continuation in found:
         assert continuation.accepted == (0, 0, 0, 0)

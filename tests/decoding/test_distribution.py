@@ -13,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from mtpd_jax.decoding.speculative import make_decode
 
-from mtpd_jax.decoding import drafting, speculative
 from mtpd_jax.decoding import sampling as sampling_module
+from mtpd_jax.decoding.batch import make_decode, prefill
+from mtpd_jax.decoding.drafters import heads
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
+from mtpd_jax.decoding.stops import Stops
+from mtpd_jax.decoding.strategies import speculative
+from mtpd_jax.decoding.strategies.speculative import Speculative
 from tests.builders import model_of, platform, random_parameters, tiny_config
 from tests.decoding.models import all_logits, with_vocabulary
 
@@ -56,11 +59,12 @@ def enumerate_texts(model, parameters, sampling, new_tokens):
 def sample_texts(model, parameters, options):
     """Counts of texts over a batch of equal prompts, and the rows."""
     network = Network(model, platform(), scanned=True)
-    loop = make_decode(network, options, END, len(PROMPT))
+    loop = make_decode(network, options, len(PROMPT))
     prompts = jnp.broadcast_to(jnp.asarray(PROMPT), (SAMPLES, len(PROMPT)))
     keys = jax.random.split(jax.random.key(7), SAMPLES)
     lengths = jnp.full(SAMPLES, len(PROMPT), jnp.int32)
-    rows = jax.device_get(loop(network.parameters(parameters), prompts, lengths, keys))
+    count, stops = jnp.full(1, SAMPLES), Stops((END,))
+    rows = jax.device_get(loop(network.parameters(parameters), prompts, lengths, keys, count, stops))
     counts: dict[tuple[int, ...], int] = {}
     for row in range(SAMPLES):
         tail = tuple(int(token) for token in rows.tokens[row, len(PROMPT) : rows.length[row]])
@@ -84,6 +88,12 @@ def p_value(counts, exact):
     return scipy.stats.chisquare(observed, np.array(wanted) * (sum(observed) / sum(wanted))).pvalue
 
 
+PROPOSERS = {
+    "heads": lambda k: {*range(1, k + 1)},
+    "lookup": lambda k: {-1},
+    "both": lambda k: {-1, *range(1, k + 1)},
+}
+
 CASES = [
     Options(1, 4, Sampling(0.5)),
     Options(2, 5, Sampling(1.0)),
@@ -91,6 +101,8 @@ CASES = [
     Options(2, 5, Sampling(2.0, top_p=0.9)),
     Options(2, 5, Sampling(1.0), min_confidence=0.6),
     Options(4, 7, Sampling(2.0)),
+    Options(2, 6, Sampling(1.0), drafter="lookup"),
+    Options(2, 7, Sampling(1.0), drafter="both"),
 ]
 MORE_CASES = [
     *(Options(k, k + 3, Sampling(temperature)) for k in (1, 2, 4) for temperature in (0.5, 1.0, 2.0)),
@@ -105,7 +117,7 @@ MORE_CASES = [
 def name_of(options):
     sampling = options.sampling
     extra = [sampling.top_k, sampling.top_p, "greedy drafts" * sampling.greedy_drafts, options.min_confidence]
-    return " ".join(map(str, [options.num_heads, sampling.temperature, *filter(None, extra)]))
+    return " ".join(map(str, [options.drafter, options.num_drafts, sampling.temperature, *filter(None, extra)]))
 
 
 @pytest.mark.optimised
@@ -121,8 +133,11 @@ def test_speculation_samples_the_plain_distribution(options):
     accepted, rejected = rows.accepted.sum(), (rows.tried - rows.accepted).sum()
     assert accepted > SAMPLES / 10 and rejected > SAMPLES / 50
     assert rows.accepted[:, -1].sum() > 0 or options.adaptive  # whole blocks, and so bonus tokens
-    inside = (rows.tokens == END) & (rows.proposer > 0) & (rows.proposer < options.num_heads)
-    assert inside.sum() > 0 or options.num_heads == 1  # an end token inside a block
+    proposers = set(np.unique(rows.proposer)) - {0}
+    assert proposers == PROPOSERS[options.drafter](options.num_drafts)
+    inside = (rows.tokens == END) & (rows.proposer != 0) & (rows.proposer != options.num_drafts)
+    # An end token inside a block; but none can be copied, where there was none before.
+    assert inside.sum() > 0 or options.num_drafts == 1 or options.drafter == "lookup"
     assert p_value(counts, exact) > LEVEL
 
 
@@ -151,7 +166,7 @@ MUTANTS = [
     (speculative, "accept_drafts", accept_always),
     (speculative, "accept_drafts", no_residual),
     (speculative, "accept_drafts", bonus_from_the_row_before),
-    (drafting, "choose", draft_at_another_temperature),
+    (heads, "choose", draft_at_another_temperature),
 ]
 
 
@@ -173,12 +188,11 @@ def test_drafts_are_drawn_as_the_main_heads_tokens_are(sampling):
     laid_out = network.parameters(parameters)
     prompts, lengths = jnp.broadcast_to(jnp.asarray(PROMPT), (64, 2)), jnp.full(64, 2, jnp.int32)
     keys = jax.random.split(jax.random.key(0), 64)
-    state = speculative.prefill(network, laid_out, prompts, lengths, keys, options, END, 2)
-    drafts, _ = drafting.draft(network, laid_out, state.rows, state.heads, keys, options)
-    likeliest, _ = drafting.draft(
-        network, laid_out, state.rows, state.heads, keys,
-        dataclasses.replace(options, sampling=dataclasses.replace(sampling, greedy_drafts=True)),
-    )  # fmt: skip
+    strategy = Speculative(network, options)
+    batch = prefill(strategy, laid_out, prompts, lengths, keys, Stops((END,)), 2)
+    drafts, _ = strategy.drafter.draft(laid_out, batch.rows, batch.state.drafter, keys)
+    greedy = dataclasses.replace(options, sampling=dataclasses.replace(sampling, greedy_drafts=True))
+    likeliest, _ = heads.Heads(network, greedy).draft(laid_out, batch.rows, batch.state.drafter, keys)
     assert likeliest.probabilities is None
     np.testing.assert_array_equal(likeliest.tokens, np.asarray(likeliest.logits).argmax(-1))
     found = np.asarray(drafts.probabilities)

@@ -8,13 +8,24 @@ import pytest
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.evaluation.decoding import PADDED_PLAIN, decode_prompts, score_decoding, ways_of
-from tests.decoding.models import CONTEXT, END, PROMPTS, small_vocabulary
+from mtpd_jax.evaluation.decoding import (
+    PADDED_PLAIN,
+    compare_ways,
+    decode_prompts,
+    prompts_per_call,
+    score_ways,
+    ways_of,
+)
+from tests.decoding.models import END, PROMPTS, small_vocabulary
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return Decoder(*small_vocabulary(), END, CONTEXT)
+    return Decoder(*small_vocabulary(), [END])
+
+
+def score_decoding(decoder, prompts, ways, decoded, batch_size):
+    return score_ways(compare_ways(decoder, prompts, ways, decoded), batch_size)
 
 
 def with_seconds(continuations, seconds):
@@ -25,7 +36,7 @@ def test_speed_is_over_the_fastest_plain_decoding(decoder):
     """A fast way has a large speed-up; both plain ways are baselines, each by its name."""
     ways = ways_of(Options(0, 12).sharing_width(2), [0, 1, 2])
     assert list(ways) == [0, 1, 2, PADDED_PLAIN]
-    assert [(options.num_heads, options.width) for options in ways.values()] == [(0, 1), (1, 8), (2, 8), (0, 8)]
+    assert [(options.num_drafts, options.width) for options in ways.values()] == [(0, 1), (1, 8), (2, 8), (0, 8)]
     found = decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0)
     tokens = np.array([len(one.tokens) for one in found[0]])
     assert all([one.tokens for one in way] == [one.tokens for one in found[0]] for way in found.values())
@@ -47,16 +58,17 @@ def test_speed_is_over_the_fastest_plain_decoding(decoder):
     assert alone.speedup_over_one_head is alone.speedup_over_padded_plain is None
 
 
-def test_prompts_of_one_batch_are_one_measurement(decoder):
-    """Their time is one reading: intervals of speed are over batches, those of acceptance over prompts."""
+def test_prompts_of_one_call_are_one_measurement(decoder):
+    """Their time is one reading: intervals of speed are over calls, those of acceptance over prompts."""
     ways = ways_of(Options(0, 12), [0, 1])
     found = decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0)
-    both = {way: found[way] + found[way] for way in ways}  # two batches of four
-    timed = {0: with_seconds(both[0], [1.0] * 8), 1: with_seconds(both[1], [0.5] * 4 + [0.25] * 4)}
-    prompts = [*PROMPTS, *PROMPTS]
-    faster = score_decoding(decoder, prompts, ways, timed, batch_size=4)[1].speedup_over_plain
-    assert (faster.low, faster.high) == pytest.approx((2, 4))  # either batch may be drawn twice
-    one = score_decoding(decoder, prompts, ways, timed, batch_size=8)[1]
+    assert (prompts_per_call(1), prompts_per_call(2), prompts_per_call(4)) == (1, 8, 16)
+    repeated = {way: 4 * found[way] for way in ways}  # two calls of eight
+    timed = {0: with_seconds(repeated[0], [1.0] * 16), 1: with_seconds(repeated[1], [0.5] * 8 + [0.25] * 8)}
+    prompts = 4 * PROMPTS
+    faster = score_decoding(decoder, prompts, ways, timed, batch_size=2)[1].speedup_over_plain
+    assert (faster.low, faster.high) == pytest.approx((2, 4))  # either call may be drawn twice
+    one = score_decoding(decoder, prompts, ways, timed, batch_size=4)[1]
     assert one.speedup_over_plain.low is one.tokens_per_second.low is None and one.speedup_over_plain.mean > 2
     assert one.tokens_per_pass.low < one.tokens_per_pass.high
 
@@ -92,23 +104,44 @@ def test_sampled_text_depends_on_the_prompts_number_and_not_on_its_batch(decoder
 class Recorder:
     """Stands in for a decoder, and keeps what it was asked."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, rows):
+        self.asked, self.rows = [], rows
 
     def check(self, prompts, options, batch_size):
         assert not self.asked, "something ran before everything was checked"
 
-    def run(self, prompts, options, *, seed, first_row):
-        self.asked.append((options.num_heads, first_row, len(prompts), seed))
+    def run(self, prompts, options, *, rows, transitions, seed, first_row):
+        assert rows == self.rows and transitions is None
+        self.asked.append((options.num_drafts, first_row, len(prompts), seed))
         return [Continuation((1,), (0,), 0, (), (), 0.1)] * len(prompts)
 
 
 def test_ways_take_turns_batch_by_batch():
     """A slow minute hits all of them; and all of them decode the same prompts together."""
-    recorder, done = Recorder(), []
-    prompts = [np.array([1])] * 5
-    found = decode_prompts(
-        recorder, prompts, ways_of(Options(0, 4), [0, 2]), batch_size=2, seed=9, on_batch=done.append
-    )
-    assert recorder.asked == [(heads, start, count, 9) for start, count in ((0, 2), (2, 2), (4, 1)) for heads in (0, 2)]
-    assert done == [2, 2, 2, 2, 1, 1] and {way: len(each) for way, each in found.items()} == {0: 5, 2: 5}
+    for rows, calls in ((1, [(0, 1), (1, 1), (2, 1)]), (2, [(0, 8), (8, 8), (16, 3)])):
+        recorder, done = Recorder(rows), []
+        prompts = [np.array([1])] * sum(count for _, count in calls)
+        ways = ways_of(Options(0, 4), [0, 2])
+        found = decode_prompts(recorder, prompts, ways, batch_size=rows, seed=9, on_call=done.append)
+        assert recorder.asked == [(heads, start, count, 9) for start, count in calls for heads in (0, 2)]
+        assert done == [count for _, count in calls for _ in range(2)]
+        assert {way: len(each) for way, each in found.items()} == {0: len(prompts), 2: len(prompts)}
+
+
+def test_ways_are_named():
+    """Numbers for heads, as they are written in JSON; others by who drafts."""
+    ways = ways_of(Options(0, 4), [0, 1, 4], ["heads", "lookup", "both"])
+    assert list(ways) == [0, 1, 4, "lookup 1", "lookup 4", "both 1", "both 4"]
+    assert [(each.drafter, each.num_drafts) for each in ways.values()][3:] == [
+        ("lookup", 1), ("lookup", 4), ("both", 1), ("both", 4)
+    ]  # fmt: skip
+    assert list(ways_of(Options(0, 4), [0, 3], ["lookup"])) == [0, "lookup 3"]
+
+
+def test_scores_of_what_is_copied(decoder):
+    """Held to plain decoding as the heads are; no head agrees with anything."""
+    ways = ways_of(Options(0, 12), [0, 2], ["heads", "lookup", "both"])
+    scores = score_decoding(decoder, PROMPTS, ways, decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0), 4)
+    assert all(score.identical for score in scores.values())
+    assert [len(score.agreement) for score in scores.values()] == [0, 2, 0, 2]
+    assert scores["lookup 2"].speedup_over_one_head is None and len(scores["lookup 2"].acceptance.conditional) == 2

@@ -4,11 +4,14 @@ import dataclasses
 import math
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.sweep.arms import Arm
+from experiments.sweep.runs import Run, Variant
+from experiments.sweep.scale import SCALES
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
@@ -17,18 +20,19 @@ from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import (
     acceptance_intervals,
     acceptance_of,
-    ratio,
     tokens_per_pass,
     tokens_per_pass_without_bonus,
 )
-from mtpd_jax.evaluation.agreement import agreement_of_heads, count_agreement
+from mtpd_jax.evaluation.agreement import count_agreement
 from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
-from mtpd_jax.evaluation.scoring import batches, make_scorer, score_documents, windows
-from mtpd_jax.losses.objective import scoring_objective
+from mtpd_jax.evaluation.likelihood import loglikelihoods
+from mtpd_jax.evaluation.scoring import Scorer, TextScore, TextSums, windows
+from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.sharding import make_mesh
 from tests.builders import model_and_parameters, tiny_config
-from tests.decoding.models import CONTEXT, PROMPTS, forward, small_vocabulary
+from tests.decoding.models import PROMPTS, forward, small_vocabulary
+from tests.experiments.rows import made_up_row
 
 
 def continuation(tokens, passes, tried, accepted):
@@ -51,16 +55,17 @@ def test_intervals_hold_the_mean_and_shrink():
 
     def width(prompts):
         tried = rng.integers(20, 30, prompts)
-        found = ratio([rng.binomial(tried, 0.6).tolist()], [tried.tolist()])
+        found = mean_of(Counts.of_prompts([rng.binomial(tried, 0.6).tolist()], [tried.tolist()]))
         assert found.low < found.mean < found.high
         assert found.low < 0.6 < found.high
         return found.high - found.low
 
     assert width(400) < width(20) / 2
-    assert ratio([[3]], [[4]]) == type(ratio([[3]], [[4]]))(0.75, None, None)
-    with warnings.catch_warnings():  # of a library, about resamples in which nothing was tried
+    assert mean_of(Counts.of_prompts([[3]], [[4]])) == Interval(0.75, None, None)
+    with warnings.catch_warnings():  # about resamples in which nothing was tried: they say nothing
         warnings.simplefilter("error")
-        assert ratio([[1, 0]], [[2, 0]]) == type(ratio([[3]], [[4]]))(0.5, None, None)
+        assert mean_of(Counts.of_prompts([[1, 0]], [[2, 0]])) == Interval(0.5, 0.5, 0.5)
+        assert mean_of(Counts.of_prompts([[0, 0]], [[0, 0]])) == Interval(None, None, None)
 
 
 def test_a_head_never_tried_has_no_rate():
@@ -85,8 +90,11 @@ def test_cumulative_acceptance_is_zero_from_the_first_zero_on(tried, accepted, c
     assert acceptance_of(found).cumulative == cumulative
     for rate, expected in zip(acceptance_intervals(found).cumulative, cumulative, strict=True):
         assert (rate.mean, rate.low, rate.high) == (expected,) * 3
-    part = {"tokens": [3] * 3, "tried": [[n] * 3 for n in tried], "accepted": [[n] * 3 for n in accepted]}
-    arm = Arm("", [{"seed": 0, "decoding": {"greedy": {"3": part}}}])
+    row = made_up_row(Run(Variant("", {"heads.num_heads": 3}), 0, SCALES["cpu"]))
+    way = row.decoding["greedy"].by_heads[3]
+    changed = {"tried": [[n] * 3 for n in tried], "accepted": [[n] * 3 for n in accepted]}
+    row.decoding["greedy"].by_heads[3] = dataclasses.replace(way, **changed)
+    arm = Arm("", [row])
     swept = [arm.cumulative("greedy", 3, k).of_seeds()[0] for k in (1, 2, 3)]
     assert [None if np.isnan(value) else value for value in swept] == list(cumulative)
 
@@ -94,7 +102,7 @@ def test_cumulative_acceptance_is_zero_from_the_first_zero_on(tried, accepted, c
 def test_intervals_are_paired():
     """A ratio that every prompt has has no interval, however different the prompts are."""
     tried = np.random.default_rng(0).integers(1, 100, 30)
-    found = ratio([(tried / 2).tolist()], [tried.tolist()])
+    found = mean_of(Counts.of_prompts([(tried / 2).tolist()], [tried.tolist()]))
     assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
@@ -112,28 +120,19 @@ def test_windows_score_every_token_but_the_first_once():
         assert all(len(window) <= 8 for window in windows(ids, 8))
 
 
-def test_batches_are_padded():
-    (first, second) = batches([np.array([1, 2]), np.array([3]), np.array([4, 5, 6])], 2, 4)
-    assert first.tokens.tolist() == [[1, 2, 0, 0], [3, 0, 0, 0]]
-    assert second.segment_ids.tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]]
-
-
 @pytest.fixture(scope="module")
 def scored():
-    config = tiny_config()
+    config = tiny_config(model__context=64)
     model, parameters = model_and_parameters(config)
     tokenizer = Tokenizer.train(["a cat sat on the mat"] * 3, 300, "<|endoftext|>", 1000)
     return config, model, parameters, tokenizer
 
 
 def test_text_scores_against_numpy(scored):
-    config, model, parameters, tokenizer = scored
+    _, model, parameters, tokenizer = scored
     documents = ["the cat saß on the mat; " * 9, "a mat", ""]
-    mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
-    found = score_documents(
-        make_scorer(model, scoring_objective(config), mesh), parameters, documents, tokenizer, mesh,
-        num_heads=2, length=32, batch_size=8,
-    )  # fmt: skip
+    scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(-1, 1, 1, 1)), 32, batch_size=8)
+    found = TextScore.of(scorer.sum_documents(parameters, documents))
     nats, kl, agree, count, scored_bytes = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3), 0
     for text in documents:
         ids, byte_lengths = tokenizer.encode_document_and_bytes(text)
@@ -166,19 +165,84 @@ def test_text_scores_against_numpy(scored):
 
 
 def test_scoring_can_be_ended(scored):
-    config, model, parameters, tokenizer = scored
-    mesh = make_mesh(MeshConfig(-1, 1, 1, 1))
-    scorer = make_scorer(model, scoring_objective(config), mesh)
-    ended = score_documents(
-        scorer, parameters, ["a cat " * 200], tokenizer, mesh, num_heads=2, length=32, batch_size=8,
-        on_batch=lambda: False,
-    )  # fmt: skip
-    assert ended is None
+    _, model, parameters, tokenizer = scored
+    scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(-1, 1, 1, 1)), 32, batch_size=8)
+    assert scorer.sum_documents(parameters, ["a cat " * 200], lambda: False) is None
+    assert scorer.sum_documents(parameters, ["a cat " * 200], lambda: True) is not None
+
+
+@pytest.mark.parametrize("shape", [(-1, 1, 1, 1), (2, 2, 2, 1)])
+def test_every_token_of_a_text_is_scored_in_its_place(scored, shape):
+    """Whatever is scored beside it, wherever windows are cut, on any mesh: against one row of the training path."""
+    _, model, parameters, tokenizer = scored
+    scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(*shape)), 32, batch_size=4)
+    texts = [tokenizer.encode_document_and_bytes("the cat sat on a mat, " * count) for count in (7, 1, 0, 12, 2)]
+    found = list(scorer.score(parameters, texts))
+    assert len(found) == len(texts)
+    for (ids, sizes), text in zip(texts, found, strict=True):
+        assert text.tokens.tolist() == ids[1:].tolist() and text.bytes.tolist() == sizes[1:].tolist()
+        assert text.ce.shape == (3, len(ids) - 1) and text.greedy.shape == (len(ids) - 1,)
+        for number, window in enumerate(windows(ids, 32)):
+            row = jnp.asarray(window)[None]
+            hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(len(window))[None])
+            logits = np.einsum("jtd,vd->jtv", np.concatenate([hidden.main[None], hidden.heads])[:, 0],
+                               np.asarray(parameters["embedding"], np.float64))  # fmt: skip
+            for t in range(len(window) - 1):
+                place, choice = 31 * number + t, logits[0, t].argmax()
+                assert text.greedy[place] == (choice == window[t + 1])
+                for k in range(3):
+                    assert text.supervised[k, place] == (t >= k)
+                    if t >= k:
+                        own = logits[k, t - k]
+                        nats = np.log(np.exp(own - own[window[t + 1]]).sum())
+                        assert text.ce[k, place] == pytest.approx(nats, rel=1e-4)
+                        assert text.agrees[k, place] == (own.argmax() == choice)
+        assert not text.ce[:, :][~text.supervised].any() and not text.kl[0].any()
+    assert np.concatenate([text.kl[1:].ravel() for text in found]).max() > 0.01
+    sums = sum((text.sums() for text in found), TextSums.nothing(2))
+    assert sums.weight[0] == sum(len(ids) - 1 for ids, _ in texts) and sums.weight[2] < sums.weight[1]
+
+
+def test_loglikelihoods_against_the_training_path(scored):
+    """Sums over the continuation's own tokens, and whether greedy decoding would have written it."""
+    _, model, parameters, tokenizer = scored
+    scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1]), 32, batch_size=2)
+    decoder = Decoder(model, jax.device_put(parameters, jax.devices()[0]), [0])
+    prompt = tokenizer.encode("the cat")
+    written = decoder.run([prompt], Options(0, 4))[0].tokens
+    cases = [
+        ("the cat", " sat on"),
+        ("the cat ", "sat on"),
+        ("", "a mat"),
+        ("the mat; " * 30, "cat"),
+        ("a", " cat sat"),
+    ]
+    found = loglikelihoods(scorer, parameters, *zip(*cases, strict=True))
+    assert found[0] == found[1]  # white space between them is the continuation's
+    for (context, continuation), likelihood in zip(cases, found, strict=True):
+        ids = tokenizer.encode(context + continuation)
+        count = len(ids) - len(tokenizer.encode(context.rstrip()))
+        ids = ids if context.strip() else np.array([tokenizer.end_id, *ids])
+        row = jnp.asarray(ids[-32:])[None]
+        hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None])
+        logits = np.asarray(hidden.main[0] @ parameters["embedding"].T, np.float64)[-count - 1 : -1]
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        targets = ids[-count:]
+        assert likelihood.tokens == count
+        assert likelihood.nats == pytest.approx(log_p[np.arange(count), targets].sum(), rel=1e-4)
+        assert likelihood.greedy == bool((logits.argmax(-1) == targets).all())
+    assert not any(likelihood.greedy for likelihood in found)
+    text = np.array([*prompt, *written])
+    (scored_text,) = scorer.score(parameters, [(text, text)])
+    assert scored_text.greedy[-len(written) :].all()
+    for contexts, continuations in ((["a"], []), (["a"], [""]), (["a"], ["cat " * 99])):
+        with pytest.raises(ValueError, match="continuation"):
+            loglikelihoods(scorer, parameters, contexts, continuations)
 
 
 def test_divergence_names_place_and_margin(scored):
     _, model, parameters, _ = scored
-    decoder = Decoder(model, parameters, end_id=0, context=64)
+    decoder = Decoder(model, parameters, [0])
     prompt = np.array([5, 6, 7])
     plain = decoder.run([prompt], Options(0, 6))[0]
     assert first_divergence(decoder, [5, 6, 7], plain, plain) is None
@@ -199,10 +263,10 @@ def test_divergence_names_place_and_margin(scored):
 def test_a_tie_is_between_the_tokens_that_were_written(scored):
     """Two tokens share the largest logit. One of them for the other is a tie; an unlikely one for either is none."""
     _, model, parameters, _ = scored
-    likeliest = int(Decoder(model, parameters, 0, 64).run([np.array([5, 6, 7])], Options(0, 1))[0].tokens[0])
+    likeliest = int(Decoder(model, parameters, [0]).run([np.array([5, 6, 7])], Options(0, 1))[0].tokens[0])
     twin = 298 if likeliest != 298 else 297
     embedding = parameters["embedding"].at[twin].set(parameters["embedding"][likeliest])
-    decoder = Decoder(model, {**parameters, "embedding": embedding}, 0, 64)
+    decoder = Decoder(model, {**parameters, "embedding": embedding}, [0])
     logits = decoder.logits_at([5, 6, 7], "float32")
     assert logits[likeliest] == logits[twin] == logits.max()
     plain = continuation([likeliest], 1, (), ())
@@ -216,7 +280,7 @@ def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
     """The margin is float32's on the rounded weights; twice the distance between both dtypes' logits is a tie."""
     _, model, parameters, _ = scored
     coarse = LanguageModel(dataclasses.replace(model.config, dtype="bfloat16"), model.heads_config)
-    decoder = Decoder(coarse, parameters, end_id=0, context=64)
+    decoder = Decoder(coarse, parameters, [0])
     plain = decoder.run([np.array([5, 6, 7])], Options(0, 6))[0]
     other = continuation([299, *plain.tokens[1:]], 1, (), ())
     found = first_divergence(decoder, [5, 6, 7], plain, other)
@@ -236,7 +300,7 @@ def test_agreement_beside_acceptance(scanned):
     Of a model whose heads are right now and then: with one that never is, every way of counting gives zero.
     """
     model, parameters = small_vocabulary()
-    decoder = Decoder(model, parameters, end_id=-1, context=CONTEXT, scanned=scanned)  # every text has its full length
+    decoder = Decoder(model, parameters, [-1], scanned=scanned)  # every text has its full length
     plain = decoder.run(PROMPTS, Options(0, 40))
     agreed, counted = count_agreement(decoder, PROMPTS, plain, 6)
     logits = forward(model, parameters)
@@ -258,5 +322,3 @@ def test_agreement_beside_acceptance(scanned):
         expected = sum(choice[1, t - 2] == choice[0, t - 1] for t in places)
         assert count_agreement(decoder, PROMPTS, drawn, 1)[0][0, number] == expected
         assert expected != sum(choice[1, t - 2] == text[t] for t in places)
-    rates = agreement_of_heads(decoder, PROMPTS, plain, 6)
-    assert [rate.mean for rate in rates] == pytest.approx((agreed.sum(1) / counted.sum(1)).tolist())

@@ -11,7 +11,7 @@ from mtpd_jax.evaluation.acceptance import Acceptance
 def test_on_a_terminal_tokens_are_coloured_by_proposer():
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard")
     generation = generation_module.Generation(
-        "abc", (1, 2, 3), (0, 1, 0), 1, 2.0, 1.0, 3.0, Acceptance((1.0,), (1.0,))
+        "abc", (1, 2, 3), (0, 1, 0), 1, 2.0, 1.0, 3.0, Acceptance((1.0,), (1.0,)), lossless=True
     )  # fmt: skip
     generation_module.show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
     shown = console.file.getvalue()

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from experiments.sweep.rows import Row
 from experiments.sweep.runs import Run
 
 TEXTS = 12
@@ -10,7 +11,7 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def made_up_row(run: Run, quality: float = 0.7) -> dict:
+def made_up_row(run: Run, quality: float = 0.7) -> Row:
     """A row in which every head agrees, and is accepted, with a probability of ``quality``."""
     heads = run.config().heads.num_heads
     rng = np.random.default_rng([run.seed, heads])
@@ -25,7 +26,7 @@ def made_up_row(run: Run, quality: float = 0.7) -> dict:
                 "distinct_4grams": 0.5, "ties": 0, "different": 0}  # fmt: skip
         return part | {"tried": tried, "accepted": [counts(row[0]) for row in tried]}
 
-    return {
+    return Row.of({
         "config": run.key(), "seed": run.seed, "code": "made up", "variant": run.variant.name, "seconds": 60.0,
         "steps": 10, "tokens": 1000, "parameters": 5000, "head_parameters": 100 * heads, "training_flops": 1e9,
         "curve": [
@@ -47,4 +48,4 @@ def made_up_row(run: Run, quality: float = 0.7) -> dict:
             for mode in ("greedy", "sampled")
         },
         "environment": ENVIRONMENT,
-    }  # fmt: skip
+    })  # fmt: skip

@@ -200,7 +200,7 @@ def test_the_feed_forward_layer_is_the_configs_and_its_statistics_are_handed_on(
     assert heads is None if not num_heads else heads["tokens"].tolist() == [8 * 32] * 2
     without = plain.apply({"params": random_parameters(plain)}, rows.tokens, rows.segment_ids, rows.positions)
     assert without.statistics == (None, None)
-    decoder = Decoder(model, jax.device_put(parameters, jax.devices()[0]), 0, 64)
+    decoder = Decoder(model, jax.device_put(parameters, jax.devices()[0]), [0])
     prompts, options = [np.array([3, 1, 2], np.int32)], Options(num_heads, 8)
     written = decoder.run(prompts, options)[0].tokens
     text = list(prompts[0])

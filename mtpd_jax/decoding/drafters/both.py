@@ -82,7 +82,7 @@ class Both(Drafter, name="both"):
         heads = self._heads.confirm(state.heads, before, after, hidden)
         count = self.options.num_drafts
         confirmed = (after.length - before.length)[:, None]
-        written = jnp.where(jnp.arange(count) < confirmed, read(after.tokens, before.length, count), -2)
+        written = jnp.where(jnp.arange(count)[None] < confirmed, read(after.tokens, before.length, count), -2)
         stood = jnp.stack([count_leading(state.drafts[:, side] == written) for side in range(2)], axis=1)
         record = state.record + _NEWEST * (stood - state.record)
         return BothState(heads, state.drafts, record)

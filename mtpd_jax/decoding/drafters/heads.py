@@ -27,6 +27,8 @@ from mtpd_jax.decoding.sampling import choose, fold, probability_of
 from mtpd_jax.model.cache import Caches, KVCache
 from mtpd_jax.shapes import Array, Bool, Float, Hidden, Int
 
+Window = Float[Array, "B W D"]
+
 
 @struct.dataclass
 class HeadState:
@@ -40,7 +42,7 @@ class HeadState:
     """
 
     caches: Caches
-    window: Hidden
+    window: Window
     behind: Int[Array, " B"]
 
 
@@ -172,15 +174,15 @@ class _Round:
     """An adaptive round on its way: the next depth, its inputs, and what was drafted so far, depth by depth."""
 
     depth: Int[Array, ""]
-    state: Hidden
-    ahead: Int[Array, "B T"]
+    state: Window
+    ahead: Int[Array, "B W"]
     caches: KVCache
     outputs: tuple[Array, Array, Array | None]
     confidence: Float[Array, " B"]
     count: Int[Array, " B"]
 
 
-def _moved(window: Hidden, hidden: Hidden, count: Int[Array, " B"]) -> Hidden:
+def _moved(window: Window, hidden: Hidden, count: Int[Array, " B"]) -> Window:
     """The window, [B, W, D], after ``count`` more positions, whose states ``hidden`` begins with."""
     return slice_rows(jnp.concatenate([window, hidden], axis=1), count, window.shape[1])
 
