@@ -12,7 +12,8 @@ from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.comparison import Divergence
-from mtpd_jax.runs.opening import open_run
+from mtpd_jax.evaluation.scoring import Scorer
+from mtpd_jax.run import open_run
 
 DOORS = {"train": train, "generate": generate, "evaluate": evaluate}
 
@@ -77,7 +78,7 @@ def test_evaluate_writes_what_is_documented(call, workdir, tmp_path, text_file):
         assert set(score["main"]) == {"ce", "bits_per_byte"}
         assert [set(head) for head in score["heads"]] == [{"ce", "kl", "agreement"}] * 2
     opened = open_run(str(workdir))
-    everything = [opened.tokenizer.encode_document(text) for text in opened.held_out_documents()]
+    everything = [opened.tokenizer.encode_document(text) for text in opened.trained.held_out_documents()]
     assert len(everything) > 5
     assert report["text"]["validation"]["tokens"] == sum(len(ids) - 1 for ids in everything)
     by_heads = report["decoding"][str(prompts)]["heads"]
@@ -137,7 +138,7 @@ def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatc
     real, widths = Decoder.run, []
 
     def run(self, prompts, options, **more):
-        widths.append((options.num_heads, options.width))
+        widths.append((options.num_drafts, options.width))
         return real(self, prompts, options, **more)
 
     monkeypatch.setattr(Decoder, "run", run)
@@ -333,7 +334,7 @@ def test_evaluate_answers_mistakes(call, workdir, tmp_path, monkeypatch, argumen
     (tmp_path / "FILE").write_text('{"text": "no prompt here"}\n')
     (tmp_path / "LONG").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "the cat " * 100}) + "\n")
     (tmp_path / "LATIN").write_bytes(b"one\ntwo\xe9")
-    monkeypatch.setattr(evaluate, "score_documents", lambda *_, **__: pytest.fail("scored before all was checked"))
+    monkeypatch.setattr(Scorer, "score", lambda *_: pytest.fail("scored before all was checked"))
     for name in ("FILE", "LONG", "LATIN"):
         arguments = [argument.replace(name, str(tmp_path / name)) for argument in arguments]
     assert_one_line(call("evaluate", f"--workdir={workdir}", *arguments), *words)

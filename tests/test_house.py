@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What stands further down may import what stands further up.
 ORDER = (
     "shapes", "validation", "fields", "config", "editing", "platform", "sharding", "data", "model", "losses", "methods",
-    "training", "trainer", "decoding", "evaluation", "frontdoor",
+    "training", "decoding", "runs", "evaluation", "run", "trainer", "frontdoor",
 )  # fmt: skip
 COMMANDS = ("train", "generate", "evaluate")
 LIBRARY = sorted((ROOT / "mtpd_jax").rglob("*.py"))

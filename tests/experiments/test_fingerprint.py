@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from experiments.sweep import fingerprint
+from experiments.sweep.rows import Row
 from experiments.sweep.runner import RESULTS
 from mtpd_jax.losses import terms
 from mtpd_jax.losses.divergences import forward_kl
@@ -55,8 +56,10 @@ def test_a_run_that_is_asked_to_stop_names_no_version(monkeypatch, tmp_path):
 
 def test_the_committed_rows_are_of_the_recorded_version():
     version = fingerprint.version_of(fingerprint.recorded())
-    rows = [json.loads(line) for path in RESULTS.glob("*/*.jsonl") for line in path.read_text().splitlines()]
-    assert len(rows) == 64 and {row["code"] for row in rows} == {version}
+    lines = [line for path in RESULTS.glob("*/*.jsonl") for line in path.read_text().splitlines()]
+    rows = [Row.of(json.loads(line)) for line in lines]
+    assert len(rows) == 64 and {row.code for row in rows} == {version}
+    assert [row.to_json() for row in rows] == [json.loads(line) for line in lines]  # nothing is left out
 
 
 def test_changed_mathematics_of_a_divergence_is_noticed(monkeypatch, tmp_path):

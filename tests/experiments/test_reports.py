@@ -70,7 +70,7 @@ def test_a_gain_is_that_of_the_rows(tmp_path):
     table = experiment.report(arms, CPU).tables[0]
     row = next(row for row in table.rows if row[:3] == ["4", "agreement, teacher-forced", "2"])
     counted = {
-        name: [sum(row["text"]["heads"][1]["agreed"]) / sum(row["text"]["heads"][1]["weight"]) for row in arm.rows]
+        name: [sum(row.text.heads[1].agreed) / sum(row.text.heads[1].weight) for row in arm.rows]
         for name, arm in arms.items()
     }
     expected = [after - before for before, after in zip(counted["mtp_4"], counted["mtp_d_4"], strict=True)]
@@ -85,7 +85,7 @@ def test_arms_that_cannot_be_paired_are_left_out_or_refused(tmp_path):
     arms = arms_of(apart, experiment.variants(CPU), CPU)
     assert not experiment.report(arms, CPU).tables[0].rows
     rows = rows_of(experiment)
-    rows[1]["text"]["bytes"] = [299, *rows[1]["text"]["bytes"][1:]]
+    rows[1].text.bytes[0] = 299
     with pytest.raises(ValueError, match="other texts"):
         experiment.report(arms_of(rows, experiment.variants(CPU), CPU), CPU)
 

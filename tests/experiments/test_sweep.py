@@ -14,9 +14,10 @@ import pytest
 
 from experiments.sweep.experiment import Experiment, arms_of, run
 from experiments.sweep.report import Report, Table, share
-from experiments.sweep.runner import Sweep, append_row, read_rows
+from experiments.sweep.rows import append_row, read_rows
+from experiments.sweep.runner import Sweep
 from experiments.sweep.runs import Run, Variant, decided
-from experiments.sweep.scale import Scale
+from experiments.sweep.scale import SCALES, Scale
 from experiments.variants import mtp, mtp_d
 from mtpd_jax import train
 from mtpd_jax.config import CheckpointConfig, ModelConfig, OptimizerConfig
@@ -24,6 +25,7 @@ from mtpd_jax.evaluation.statistics import mean_of
 from mtpd_jax.fields import field
 from mtpd_jax.training.state import DivergedError
 from tests.builders import tiny_config
+from tests.experiments.rows import made_up_row
 from tests.runs.runs import stop_after
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +80,7 @@ def name_code(patch, name):
 
 def untimed(path):
     """The rows without what a clock gave, and the table."""
-    rows = read_rows(path)
+    rows = [row.to_json() for row in read_rows(path)]
     for row in rows:
         del row["seconds"]
         for mode in row["decoding"].values():
@@ -102,7 +104,7 @@ def test_a_finished_sweep_trains_nothing(whole, text_file, monkeypatch):
     monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
     run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder)
     assert path.read_text() == before
-    assert [row["variant"] for row in read_rows(path)] == ["mtp_2", "mtp_d_2", "loop"]
+    assert [row.variant for row in read_rows(path)] == ["mtp_2", "mtp_d_2", "loop"]
 
 
 def test_a_stopped_sweep_ends_with_the_same_table(whole, text_file, tmp_path, monkeypatch):
@@ -149,7 +151,8 @@ def test_other_code_trains_anew(whole, text_file, monkeypatch):
 
 def test_the_newest_row_counts(text_file):
     scale = tiny_scale(text_file)
-    rows = [{"config": Run(mtp(2), 0, scale).key(), "seed": 0, "code": code} for code in ("old", "new")]
+    row = made_up_row(Run(mtp(2), 0, scale))
+    rows = [dataclasses.replace(row, code=code) for code in ("old", "new")]
     assert arms_of(rows, variants(scale), scale)["mtp_2"].rows == rows[1:]
 
 
@@ -162,24 +165,30 @@ def test_a_diverged_run_does_not_hold_up_the_others(text_file, tmp_path, monkeyp
     assert Sweep("tiny", runs, tmp_path, tmp_path).run() == [f"mtp_2, seed {seed}: step 3: loss nan" for seed in (0, 1)]
 
 
+def made_up(seed):
+    return made_up_row(Run(mtp(4), seed, SCALES["cpu"]))
+
+
 def test_processes_append_whole_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda seed: append_row(path, {"seed": seed, "text": "x" * 5000}), range(64)))
-    assert sorted(row["seed"] for row in read_rows(path)) == list(range(64))
+        list(pool.map(lambda seed: append_row(path, made_up(seed)), range(64)))
+    assert sorted(row.seed for row in read_rows(path)) == list(range(64))
 
 
 def test_an_unfinished_last_line_is_written_over(tmp_path):
     path = tmp_path / "rows.jsonl"
-    append_row(path, {"seed": 0})
+    rows = [made_up(seed) for seed in range(3)]
+    append_row(path, rows[0])
     with path.open("a") as file:
         file.write('{"seed": 1, "text')
-    assert read_rows(path) == [{"seed": 0}]
-    append_row(path, {"seed": 2})
-    assert read_rows(path) == [{"seed": 0}, {"seed": 2}]
-    path.write_text('{"seed": 0\n{"seed": 1}\n')
-    with pytest.raises(ValueError, match="not a file of JSON lines"):
-        read_rows(path)
+    assert read_rows(path) == rows[:1]
+    append_row(path, rows[2])
+    assert read_rows(path) == [rows[0], rows[2]]
+    for broken in ('{"seed": 0\n{"seed": 1}\n', '{"seed": 0}\n', "3\n"):
+        path.write_text(broken)
+        with pytest.raises(ValueError, match="not a file of rows"):
+            read_rows(path)
 
 
 def test_keys_know_what_matters(text_file):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mtpd_jax.losses.align import align, supervision_mask
-from mtpd_jax.losses.objective import scoring_objective
 from mtpd_jax.model.backbone import HiddenStates
 from tests.builders import (
     assert_trees_close,
@@ -112,9 +111,3 @@ def test_detached_trunk_trains_as_if_there_were_no_heads():
     with pytest.raises(AssertionError):
         assert_trees_close({name: joint[name] for name in trunk}, alone, 1e-2)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(detached["heads"]))
-
-
-def test_scoring_does_not_depend_on_the_objective(config):
-    other = replace(config, objective__beta=0.0, objective__kl="js", objective__temperature=3.0, objective__top_n=2)
-    assert scoring_objective(config) == scoring_objective(other)
-    assert scoring_objective(config).distillation.top_n == config.model.vocabulary_size

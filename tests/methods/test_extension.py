@@ -19,7 +19,7 @@ from mtpd_jax.runs.checkpoint import restore_parameters
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.state import abstract_state, initial_state
+from mtpd_jax.training.state import initial_state
 from tests.builders import (
     assert_trees_close,
     gradients,
@@ -67,8 +67,7 @@ def extended(longer_config, tmp_path_factory):
 def evaluated(workdir):
     config = open_workdir(str(workdir)).read_config()
     method = method_on(config, make_mesh(config.mesh))
-    abstract = abstract_state(method, make_optimizer(config))
-    return jax.device_get(restore_parameters(open_workdir(str(workdir)), method, abstract).tree)
+    return jax.device_get(restore_parameters(open_workdir(str(workdir)), method).tree)
 
 
 @pytest.mark.parametrize(("heads", "wanted"), [(1, 8), (4, 8), (3, 7)])

@@ -18,7 +18,7 @@ from mtpd_jax.sharding import make_mesh
 from mtpd_jax.runs import checkpoint as checkpoint_module
 from mtpd_jax.runs import digests as digests_module
 from mtpd_jax.runs.digests import digests_of
-from mtpd_jax.runs.opening import open_run
+from mtpd_jax.run import open_run
 from mtpd_jax.training.state import DivergedError
 from tests.builders import replace, tiny_config
 from tests.runs.runs import comparable, lines, restored
@@ -51,7 +51,7 @@ def flip(file, place, bit=0):
 
 
 def array_files(workdir, step):
-    return sorted(file for file in (workdir / "checkpoints" / str(step) / "state").rglob("*") if file.is_file())
+    return sorted(file for file in (workdir / "checkpoints" / str(step) / "parameters").rglob("*") if file.is_file())
 
 
 def change_weights(monkeypatch, change):
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, whole, copy, capsys):
     assert train.run(run_config, str(copy)).finished
     said = capsys.readouterr().err
     assert "resuming from step 4 of 8" in said and "damaged: 8 (" in said
-    assert (copy / "set_aside" / "8" / "state").is_dir()
+    assert (copy / "set_aside" / "8" / "parameters").is_dir()
     assert restored(copy, run_config)[1]["digests"] == restored(whole, run_config)[1]["digests"]
     assert comparable(copy) == comparable(whole)
 
@@ -199,7 +199,7 @@ def test_a_folder_of_checkpoints_may_lie_on_another_disk(run_config, copy, tmp_p
         for file in array_files(copy, 8):
             file.write_bytes(b"")
         assert train.run(run_config, str(copy)).finished
-        assert (copy / "set_aside" / "8" / "state").is_dir() and open_run(str(copy)).step == 8
+        assert (copy / "set_aside" / "8" / "parameters").is_dir() and open_run(str(copy)).step == 8
 
 
 def test_a_record_that_was_changed_is_no_record(copy):
@@ -232,7 +232,7 @@ def test_a_run_is_read_on_other_devices_than_it_was_trained_on(copy):
             record = {name: value for name, value in json.loads(file.read_text()).items() if name != "sha256"}
             file.write_text(json.dumps({"sha256": checkpoint_module._seal(record), **record}))
     run = open_run(str(copy))
-    assert run.config.model.attention == "splash" and run.model.config.attention == "dense"
+    assert run.config.model.attention == "splash" and run.trained.model.config.attention == "dense"
 
 
 def test_a_config_that_was_changed_is_named_and_no_checkpoint_blamed(run_config, copy):

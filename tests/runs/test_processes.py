@@ -149,7 +149,7 @@ def test_what_one_process_cannot_read_none_uses(text_file, tmp_path):
     # Not from the cache: XLA's collectives between processes on CPUs hang in programs of this mesh that come out of it.
     run_together(2, 1, config, tmp_path / "run", tmp_path, cached=False)
     expected = restored(tmp_path / "run", config)[1]["digests"]
-    files = (tmp_path / "run" / "checkpoints" / "8" / "state" / "ocdbt.process_1" / "d").iterdir()
+    files = (tmp_path / "run" / "checkpoints" / "8" / "parameters" / "ocdbt.process_1" / "d").iterdir()
     largest = max(files, key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     run_together(2, 1, config, tmp_path / "run", tmp_path, cached=False)

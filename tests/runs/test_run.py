@@ -18,8 +18,9 @@ import tokenizers
 
 from mtpd_jax import evaluate, train
 from mtpd_jax.data.sources import held_out
+from mtpd_jax.evaluation.scoring import Scorer
 from mtpd_jax.sharding import make_mesh
-from mtpd_jax.runs.opening import open_run
+from mtpd_jax.run import open_run
 from mtpd_jax.training.state import DivergedError
 from mtpd_jax.runs.workdir import Workdir
 from tests.builders import assert_trees_close, replace, tiny_config
@@ -216,7 +217,7 @@ def test_interrupted_equals_uninterrupted_on_a_mesh(run_config, tmp_path, monkey
 
 def test_a_damaged_checkpoint_is_one_clear_error(run_config, tmp_path):
     train.run(replace(run_config, training__steps=5), str(tmp_path))
-    for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*"):
+    for path in (tmp_path / "checkpoints" / "5" / "parameters").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint that can be used: step 5: not readable") as error:
@@ -247,14 +248,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(run_config, tmp_path, monkeypat
 
 def test_stopped_in_an_evaluation_it_is_done_after_resuming(run_config, tmp_path, monkeypatch, uninterrupted):
     """SIGTERM is heeded between the batches of an evaluation, not only between steps."""
-    real = train.score_documents
+    real = Scorer.sum_documents
 
-    def interrupted(*arguments, on_batch, **options):
+    def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, on_batch=on_batch, **options)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "score_documents", interrupted)
+        patch.setattr(Scorer, "sum_documents", interrupted)
         result = train.run(run_config, str(tmp_path))
     assert (result.step, result.signal) == (10, signal.SIGTERM)
     assert not any("eval/main/ce" in line for line in lines(tmp_path))
@@ -264,16 +265,16 @@ def test_stopped_in_an_evaluation_it_is_done_after_resuming(run_config, tmp_path
 
 def test_stopped_in_the_last_evaluation_a_run_is_not_finished(run_config, uninterrupted, tmp_path, monkeypatch, capsys):
     """It says so, and the same command does what is left."""
-    real, calls = train.score_documents, []
+    real, calls = Scorer.sum_documents, []
 
-    def interrupted(*arguments, on_batch, **options):
+    def interrupted(*arguments):
         calls.append(None)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, on_batch=on_batch, **options)
+        return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "score_documents", interrupted)
+        patch.setattr(Scorer, "sum_documents", interrupted)
         result = train.run(run_config, str(tmp_path))
     assert (result.step, result.finished, result.signal) == (20, False, signal.SIGTERM)
     assert "saved step 20; its evaluation was cut short: the same command does it again" in capsys.readouterr().err
@@ -291,14 +292,14 @@ def test_a_signal_that_comes_too_late_is_not_lost(run_config, tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", ["train"])
     monkeypatch.setattr(train, "run", lambda *_, **__: result)
     monkeypatch.setattr(
-        train.frontdoor, "parse_config_flags", lambda *_: train.frontdoor.TrainFlags(None, "", None, False)
+        train.frontdoor, "parse_config_flags", lambda *_: train.frontdoor.TrainFlags(None, "", "newest", False)
     )
     assert train.main() == 0
 
 
 def test_a_state_is_saved_before_it_is_evaluated(run_config, tmp_path, monkeypatch):
     """Data that end an evaluation take nothing of the run with them."""
-    monkeypatch.setattr(train, "score_documents", lambda *_, **__: (_ for _ in ()).throw(ValueError("was changed")))
+    monkeypatch.setattr(Scorer, "sum_documents", lambda *_: (_ for _ in ()).throw(ValueError("was changed")))
     with pytest.raises(ValueError, match="was changed"):
         train.run(run_config, str(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]

@@ -36,7 +36,7 @@ PHASES = {
         "compilation": "mtpd_jax.train:make_step",
         "step": "mtpd_jax.trainer:put_on_devices",
         "logging": "mtpd_jax.trainer:Trainer._log",
-        "evaluation": "mtpd_jax.train:score_documents",
+        "evaluation": "mtpd_jax.evaluation.scoring:Scorer.sum_documents",
         "writing metrics": "mtpd_jax.train:MetricsLog.write",
         "saving": "mtpd_jax.train:Checkpointer.save",
         "waiting for a save": "mtpd_jax.train:Checkpointer.wait",
@@ -50,9 +50,9 @@ PHASES = {
     },
     "evaluate": {
         "opening": "mtpd_jax.evaluate:open_run",
-        "scoring": "mtpd_jax.evaluate:score_documents",
+        "scoring": "mtpd_jax.evaluation.scoring:Scorer.score",
         "decoding": "mtpd_jax.evaluate:decode_prompts",
-        "counting": "mtpd_jax.evaluate:score_decoding",
+        "counting": "mtpd_jax.evaluate:compare_ways",
         "writing": "mtpd_jax.evaluate:write_json",
     },
 }
