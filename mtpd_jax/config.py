@@ -31,7 +31,7 @@ from mtpd_jax.fields import (
 
 # Where the cases of sections stand: they are known once these are imported. The one import that goes up, and only when
 # a config is built: who adds a method or a source of text changes nothing here.
-_CASES = ("mtpd_jax.data.sources", "mtpd_jax.methods")
+_CASES = ("mtpd_jax.data", "mtpd_jax.methods")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ class ModelConfig(Section):
 @dataclasses.dataclass(frozen=True)
 class HeadsConfig(Section):
     num_heads: int = field(4, ZERO_OR_MORE)  # K: tokens drafted beyond the main head's; 0: next-token prediction only
-    kind: Literal["cascade", "recurrent"] = field("cascade")  # K modules, or one module applied K times
+    # cascade: K modules; recurrent: one module, applied K times; see model.heads.
+    kind: str = field("cascade", given("a kind of head"))
     pass_normed: bool = field(True)  # a head hands its normed state to the next one (False: the state before its norm)
 
 

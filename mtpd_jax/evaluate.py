@@ -118,15 +118,10 @@ def run(
       heads: numbers of drafts, one by each head, to decode with; 0 (plain) and 1 always run; more than the model has
         loops them. None: 0, 1, 2, 4, … and all.
       limit: at most this many documents of the split and prompts.
-      max_new_tokens: per prompt.
       batch_size: prompts decoded together, and rows of text scored together.
-      sampling: None is greedy.
-      seed: of sampling.
-      min_confidence: see ``Options``.
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
-      strategy: see ``decoding.strategies``.
-      stop: strings that end a text.
+      max_new_tokens, sampling, seed, min_confidence, strategy, stop: see ``Run.generate``.
       checkpoint, devices_per_model: see ``open_run``.
 
     Raises:
@@ -147,16 +142,12 @@ def run(
     opened = open_run(workdir, checkpoint, devices_per_model)
     opened.scorer(batch_size)
     ways = _ways(opened, heads, drafters, options, bit_exact)
-    ids = [opened.tokenizer.encode(prompt) for prompt in prompt_texts]
-    for way in ways.values() if prompts is not None else ():
-        opened.decoder.check(ids, way, batch_size)
-    transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
+    decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, ways, batch_size, seed, stop)
     if split_name:
         documents[split_name] = list(opened.trained.held_out_documents())[:limit]
     note = held_out_note(opened.trained.sources) if split_name else ""
     scores = _score_text(opened, documents, batch_size, note) if documents else {}
-    decoding = {} if prompts is None else {prompts: _decode(opened, ids, ways, batch_size, seed, transitions)}
-    return Report(scores, decoding)
+    return Report(scores, {prompts: decoding.run(opened)} if prompts and decoding else {})
 
 
 def _check_scope(
@@ -194,15 +185,44 @@ def _score_text(opened: Run, documents: dict[str, list[str]], batch_size: int, n
     return scores
 
 
-def _decode(
-    opened: Run, prompts: list[np.ndarray], ways: Ways, batch_size: int, seed: int, transitions: np.ndarray | None
-) -> PromptReport:
-    with Progress("decoding", len(prompts) * len(ways)) as progress:
-        decoded = decode_prompts(
-            opened.decoder, prompts, ways,
-            batch_size=batch_size, seed=seed, transitions=transitions, on_call=progress.advance,
-        )  # fmt: skip
-    return PromptReport.of(score_ways(compare_ways(opened.decoder, prompts, ways, decoded), batch_size))
+@dataclasses.dataclass(frozen=True)
+class _Decoding:
+    """What is to be decoded, and how; see ``run``.
+
+    Attributes:
+      prompts: token ids.
+      ways: see ``ways_of``.
+      batch_size, seed: as given.
+      transitions: of the stop strings.
+    """
+
+    prompts: list[np.ndarray]
+    ways: Ways
+    batch_size: int
+    seed: int
+    transitions: np.ndarray | None
+
+    @classmethod
+    def of(
+        cls, opened: Run, prompts: Sequence[str], ways: Ways, batch_size: int, seed: int, stop: Sequence[str]
+    ) -> "_Decoding":
+        """Checks that all of it can be done."""
+        ids = [opened.tokenizer.encode(prompt) for prompt in prompts]
+        for options in ways.values():
+            opened.decoder.check(ids, options, batch_size)
+        transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
+        return cls(ids, ways, batch_size, seed, transitions)
+
+    def run(self, opened: Run) -> PromptReport:
+        """Decodes and scores."""
+        with Progress("decoding", len(self.prompts) * len(self.ways)) as progress:
+            decoded = decode_prompts(
+                opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed,
+                transitions=self.transitions, on_call=progress.advance,
+            )  # fmt: skip
+        return PromptReport.of(
+            score_ways(compare_ways(opened.decoder, self.prompts, self.ways, decoded), self.batch_size)
+        )
 
 
 def _ways(opened: Run, heads: Sequence[int] | None, drafters: Sequence[str], options: Options, bit_exact: bool) -> Ways:

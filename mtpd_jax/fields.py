@@ -47,6 +47,11 @@ def given(what: str) -> Constraint:
     return Constraint(lambda value: len(value) > 0, what, of_elements=False)
 
 
+def one_of(known: Mapping[str, Any]) -> Constraint:
+    """A name that something is registered under."""
+    return Constraint(lambda value: value in known, f"one of {', '.join(known)}")
+
+
 def field(default: Any, *constraints: Constraint, resumable: bool = False, as_before: Any = _MISSING) -> Any:
     """A field of a section.
 

@@ -173,6 +173,9 @@ def check_stop(stop: Sequence[str]) -> None:
     """
     if isinstance(stop, str) or not isinstance(stop, Sequence):
         raise ValueError(f"stop = {stop!r:.80}: expected a list of texts")
+    for string in stop:
+        if not isinstance(string, str) or not string:
+            raise ValueError(f"stop = {string!r:.80}: expected a text that is not empty")
 
 
 def open_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: int | None = None) -> Run:

@@ -16,7 +16,7 @@ MISTAKES = (
     ("train.run({**config, 'model': None}, new)", "config.model = None: expected a section"),
     ("train.run(config, 3)", "workdir = 3: expected the name of a folder"),
     ("train.run(config, '')", "workdir = '': expected the name of a folder"),
-    ("train.run(config, new, checkpoint='10')", "checkpoint = '10': expected an integer"),
+    ("train.run(config, new, checkpoint='ten')", "--checkpoint=ten: expected newest"),
     ("generate.run(run, ['a'], checkpoint=10.0)", "checkpoint = 10.0: expected an integer"),
     ("generate.run(run, ['a'], bit_exact='no')", "bit_exact = 'no': expected True or False"),
     (

@@ -77,9 +77,12 @@ def test_what_runs_where_is_asked_of_the_mesh():
 
 
 def test_imports_by_name_are_those_of_the_cases():
-    """One goes up, and only when a config is built: to where methods and sources of text stand with their sections."""
-    assert [room(path) for path in LIBRARY if "importlib.import_module" in path.read_text()] == ["config"]
-    assert config._CASES == ("mtpd_jax.data.sources", "mtpd_jax.methods")
+    """One goes up, and only when a config is built: to where methods and sources of text stand with their sections.
+
+    And the package's own names are imported when they are asked for.
+    """
+    assert [room(path) for path in LIBRARY if "importlib.import_module" in path.read_text()] == ["__init__", "config"]
+    assert config._CASES == ("mtpd_jax.data", "mtpd_jax.methods")
 
 
 def test_the_root_holds_what_it_should():
@@ -88,6 +91,6 @@ def test_the_root_holds_what_it_should():
         pytest.skip("not a checkout")
     tops = {line.split("/")[0] for line in found.stdout.splitlines()}
     assert tops <= {
-        ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "configs", "experiments", "mtpd_jax", "pyproject.toml",
-        "requirements.txt", "tests",
+        ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "configs", "docs", "experiments", "mtpd_jax",
+        "pyproject.toml", "requirements.txt", "tests",
     }  # fmt: skip

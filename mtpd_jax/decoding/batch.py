@@ -22,7 +22,7 @@ from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies.strategy import Strategy, strategy_of
 from mtpd_jax.model.cache import KVCache
 from mtpd_jax.shapes import Array, Hidden, Int
-from mtpd_jax.sharding import RULES
+from mtpd_jax.sharding import RULES, parameter_parts
 
 # (parameters, prompts [Q, T], lengths [Q], keys [Q], count [devices], stops) -> rows [Q]
 Decode = Callable[..., Rows]
@@ -202,7 +202,7 @@ def make_decode(
         return network.jit(decode)
     whole, split = PartitionSpec(), RULES.spec("batch")
     # Rows are shared by hand, for the partitioner cannot know that they have nothing to do with each other.
-    manual = set(RULES.mesh_axes("batch")) if mesh.shape["tensor"] > 1 else set(mesh.axis_names)
+    manual = set(RULES.mesh_axes("batch")) if parameter_parts(mesh) > 1 else set(mesh.axis_names)
     return network.jit(
         jax.shard_map(
             decode, mesh=mesh, in_specs=(whole, split, split, split, split, whole), out_specs=split,

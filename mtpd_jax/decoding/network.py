@@ -17,7 +17,8 @@ from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.block import Block
 from mtpd_jax.model.cache import Caches, KVCache, empty_cache, slots_of
 from mtpd_jax.model.forward import run_backbone, run_heads
-from mtpd_jax.model.heads import Head, HeadOutput
+from mtpd_jax.model.head import HeadOutput
+from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.model.layers import apply, compute_dtype, norm
 from mtpd_jax.model.views import CachedRows
 from mtpd_jax.platform import Platform
@@ -35,7 +36,7 @@ class DecodingParameters:
       blocks: the backbone's: a tuple with one tree per layer, or one tree of arrays stacked along a leading axis,
         over which the layers are scanned.
       final_norm: the backbone's.
-      heads: like ``blocks``; a recurrent head is a stack of one.
+      heads: like ``blocks``; a shared head is a stack of one.
     """
 
     # Not annotated as arrays: ahead-of-time compilation makes such trees of other things, too.
@@ -78,18 +79,19 @@ class Network:
         self.scanned = platform.scans_layers(weights, self.dtype) if scanned is None else scanned
         self.scanned_heads = self.scanned if scanned_heads is None else scanned_heads
         self._block, self._final_norm = Block(model.config), norm(model.config)
-        self._head = Head(model.config, model.heads_config.pass_normed)
+        self._kind = HEAD_KINDS[model.heads_config.kind]
+        self._head: Any = self._kind.module(model.config, model.heads_config.pass_normed)
 
     @property
     def modules(self) -> int:
         """Head modules with parameters of their own; depth j uses module (j-1) mod this (MTP-D §3.3)."""
-        return 1 if self.heads_config.kind == "recurrent" else self.heads_config.num_heads
+        return 1 if self._kind.shared else self.heads_config.num_heads
 
     def parameters(self, parameters: Parameters) -> DecodingParameters:
         """Lays the model's parameters out for decoding, matrices cast to the dtype of the products once."""
         parameters = cast_matrices(parameters, self.dtype)
         heads = parameters["heads"]["head"] if self.heads_config.num_heads else None
-        if self.heads_config.kind == "recurrent":
+        if self._kind.shared:
             heads = jax.tree.map(lambda leaf: leaf[None], heads)
         return DecodingParameters(
             embedding=parameters["embedding"],

@@ -64,11 +64,10 @@ def transitions_of(token_bytes: Sequence[bytes], strings: Sequence[str]) -> np.n
       strings: none of them empty.
 
     Raises:
-      ValueError: a string is empty or no text, or they are too long together.
+      ValueError: a string is empty, or they are too long together.
     """
-    for string in strings:
-        if not isinstance(string, str) or not string:
-            raise ValueError(f"stop = {string!r}: expected a text that is not empty")
+    if not all(strings):
+        raise ValueError("stop = '': expected a text that is not empty")
     wanted = [string.encode("utf-8", errors="surrogatepass") for string in strings]
     if sum(map(len, wanted)) > _MOST_BYTES:
         raise ValueError(f"stop: {sum(map(len, wanted))} bytes: expected at most {_MOST_BYTES} in all stop strings")

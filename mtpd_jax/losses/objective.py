@@ -1,17 +1,18 @@
 """The objective of heads beside a main head: alignment by target, weights counted first, then the fused loss."""
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, HeadsConfig, ObjectiveConfig
-from mtpd_jax.fields import POSITIVE, ZERO_OR_MORE, field, require
+from mtpd_jax.fields import POSITIVE, ZERO_OR_MORE, field, one_of, require
 from mtpd_jax.losses.align import align, supervision_mask
+from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.fused import Trunk, fused_loss
 from mtpd_jax.losses.terms import Distillation, LossSums
 from mtpd_jax.model.backbone import HiddenStates
+from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.shapes import AnyArray, Array, Float, Int, SegmentIds, Tokens
 
 PerHead = float | tuple[float, ...] | None
@@ -27,7 +28,7 @@ class HeadsObjectiveConfig(ObjectiveConfig):
     temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL
     # forward: KL(main head || head); tv: 1 - acceptance rate; lk: -log of the acceptance rate; lk_hybrid: KL while
     # little is accepted, then tv (arXiv 2602.23881).
-    kl: Literal["forward", "reverse", "js", "tv", "lk", "lk_hybrid"] = field("forward")
+    kl: str = field("forward", one_of(DIVERGENCES))
 
     def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Returns (alpha, beta), one number per head that is trained.
@@ -48,6 +49,8 @@ class HeadsObjectiveConfig(ObjectiveConfig):
         return heads.num_heads
 
     def check(self, config: Config) -> None:
+        kind = config.heads.kind
+        require(kind in HEAD_KINDS, "heads.kind", kind, f"one of {', '.join(HEAD_KINDS)}")
         number = self.trained_heads(config.heads)
         for name in ("alpha", "beta"):
             value = getattr(self, name)

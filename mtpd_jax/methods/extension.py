@@ -14,6 +14,7 @@ from mtpd_jax.methods.method import HeadsMethod, StepContext
 from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
+from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Float
@@ -38,7 +39,8 @@ class ExtensionConfig(HeadsObjectiveConfig, case="extension"):
 
     def check(self, config: Config) -> None:
         kind, number = config.heads.kind, config.heads.num_heads
-        require(kind == "cascade", "heads.kind", kind, "cascade: a recurrent head runs to any depth as it is")
+        shared = kind in HEAD_KINDS and HEAD_KINDS[kind].shared
+        require(not shared, "heads.kind", kind, "cascade: a recurrent head runs to any depth as it is")
         if self.frozen_heads is not None:
             expected = f"more than the {self.frozen_heads} heads of {self.source}, which is to be extended"
             require(number > self.frozen_heads, "heads.num_heads", number, expected)
@@ -106,8 +108,9 @@ class Extension(HeadsMethod, section=ExtensionConfig):
     def costs(self) -> costs.Costs:
         config, length = self.config, self.config.training.sequence_length
         number = config.heads.num_heads - self._frozen_heads
-        frozen = costs.trunk(config.model, length) + costs.head(config.model, length).times(self._frozen_heads)
-        trained = costs.head(config.model, length).times(number)
+        one = costs.head(config.model, config.heads, length)
+        frozen = costs.trunk(config.model, length) + one.times(self._frozen_heads)
+        trained = one.times(number)
         logits = number * costs.unembedding(config.model)  # which get no gradient by the unembedding
         flops = 2 * frozen.multiplications + 6 * trained.multiplications + 4 * logits
         return costs.Costs(trained.weights, frozen.weights, number, flops)

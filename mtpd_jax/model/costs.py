@@ -7,6 +7,7 @@ import dataclasses
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
 from mtpd_jax.model.feed_forward import FEED_FORWARDS
+from mtpd_jax.model.heads import HEAD_KINDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +37,16 @@ def block(model: ModelConfig, length: int) -> Part:
     return Part(weights, weights + 2 * length * model.query_heads * model.head_size)
 
 
-def head(model: ModelConfig, length: int) -> Part:
+def head(model: ModelConfig, config: HeadsConfig, length: int) -> Part:
     """A head, without its logits."""
-    projection = 2 * model.width**2
-    return block(model, length) + Part(projection, projection)
+    own = HEAD_KINDS[config.kind].weights(model)
+    return block(model, length) + Part(own, own)
 
 
 def heads(model: ModelConfig, config: HeadsConfig, count: int, length: int) -> Part:
-    """So many heads in a row; a recurrent head's weights are there once and used at every depth."""
-    one = head(model, length)
-    modules = min(count, 1) if config.kind == "recurrent" else count
+    """So many heads in a row; the weights of a shared one are there once and used at every depth."""
+    one = head(model, config, length)
+    modules = min(count, 1) if HEAD_KINDS[config.kind].shared else count
     return Part(modules * one.weights, count * one.multiplications)
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.model.heads import HeadOutput
+from mtpd_jax.model.head import HeadOutput
 from mtpd_jax.model.layers import compute_dtype, constrain_activation
 from mtpd_jax.model.views import View
 from mtpd_jax.shapes import Array, Float, Hidden, Int

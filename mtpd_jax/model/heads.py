@@ -1,75 +1,46 @@
-"""The multi-token-prediction heads: a cascade in which each head refines the state of the one before.
+"""The kinds of heads, and K of them in a row."""
 
-Head k reads, at position i, the embedding of token t_{i+k} and the state h^{k-1}_i, and predicts t_{i+k+1}:
-
-    h^0_i ──► head 1 ──► h^1_i ──► head 2 ──► h^2_i ──► …
-                 ▲                    ▲
-            Emb(t_{i+1})         Emb(t_{i+2})
-
-DeepSeek-V3 (arXiv 2412.19437 §2.2), with the concatenation order [embedding, hidden] of its released checkpoints.
-"""
+import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
-import jax.numpy as jnp
-from flax import struct
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
-from mtpd_jax.model.block import Block, BlockOutput, scanned
-from mtpd_jax.model.layers import compute_dtype, constrain_activation, norm, partitioned
+from mtpd_jax.model.block import scanned
+from mtpd_jax.model.head import Head, HeadOutput
 from mtpd_jax.model.views import View
 from mtpd_jax.shapes import Array, Float, Hidden
 
 
-@struct.dataclass
-class HeadOutput:
-    """What a head returns beside the state for the next one.
+@dataclasses.dataclass(frozen=True)
+class HeadKind:
+    """A kind of head, for ``heads.kind``.
 
     Attributes:
-      normed: [B, T, D], with a leading axis for several heads; what the shared unembedding makes the head's logits of.
-      block: of the head's block.
+      module: one head; called as ``Head`` is, with a ``Block`` of the backbone's kind in it, whose cache it returns.
+      shared: whether there is one module, which is applied at every depth.
+      weights: of its matrices, beside those of its block.
     """
 
-    normed: Float[Array, "*K B T D"]
-    block: BlockOutput
+    module: type[nn.Module]
+    shared: bool
+    weights: Callable[[ModelConfig], int]
 
 
-class Head(nn.Module):
-    """One head: fuse the next token's embedding into the state, run one block, normalise."""
+def _projection(model: ModelConfig) -> int:
+    return 2 * model.width**2
 
-    config: ModelConfig
-    pass_normed: bool
 
-    @nn.compact
-    def __call__(self, state: Hidden, embedded: Hidden, view: View) -> tuple[Hidden, HeadOutput]:
-        """Runs the head on T positions per row.
-
-        Args:
-          state: [B, T, D]; for the first head the backbone's hidden state after its final norm, for head k what
-            head k-1 returned as its state.
-          embedded: [B, T, D]; for head k at position i, Emb(t_{i+k}).
-          view: as for ``Block``. Head k at position i uses RoPE position i.
-        """
-        config = self.config
-        both_BxTx2D = jnp.concatenate(
-            [norm(config, "embedding_norm")(embedded), norm(config, "hidden_norm")(state)], axis=-1
-        )
-        x = nn.Dense(
-            config.width,
-            use_bias=False,
-            dtype=compute_dtype(config),
-            kernel_init=partitioned(nn.initializers.lecun_normal(), "width", None),
-            name="projection",
-        )(both_BxTx2D)
-        x = constrain_activation(x)
-        x, output = Block(config, name="block")(x, view)
-        normed = norm(config, "output_norm")(x)
-        return (normed if self.pass_normed else x), HeadOutput(normed, output)
+HEAD_KINDS = {
+    "cascade": HeadKind(Head, shared=False, weights=_projection),
+    "recurrent": HeadKind(Head, shared=True, weights=_projection),
+}
 
 
 class Heads(nn.Module):
     """K heads one after the other.
 
-    Parameters of a cascade are stacked along a leading axis of K; those of a recurrent head have no such axis.
+    Parameters of several modules are stacked along a leading axis of K; those of a shared one have no such axis.
     """
 
     config: ModelConfig
@@ -78,8 +49,9 @@ class Heads(nn.Module):
     @nn.compact
     def __call__(self, state: Hidden, embedded: Float[Array, "K B T D"], view: View) -> tuple[Hidden, HeadOutput]:
         """Returns the state for a head K+1, and the heads' outputs, stacked."""
-        recurrent = {"variable_axes": {}, "variable_broadcast": "params", "split_rngs": {"params": False}}
+        shared = {"variable_axes": {}, "variable_broadcast": "params", "split_rngs": {"params": False}}
         stacked = {"metadata_params": {nn.PARTITION_NAME: "heads"}}
-        options = recurrent if self.heads.kind == "recurrent" else stacked
-        head = scanned(Head, self.config, self.heads.num_heads, (0, nn.broadcast), **options)
+        kind = HEAD_KINDS[self.heads.kind]
+        options = shared if kind.shared else stacked
+        head = scanned(kind.module, self.config, self.heads.num_heads, (0, nn.broadcast), **options)
         return head(self.config, self.heads.pass_normed, name="head")(state, embedded, view)

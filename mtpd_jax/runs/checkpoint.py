@@ -23,6 +23,7 @@ from mtpd_jax.runs.processes import together
 from mtpd_jax.runs.storage import is_passing, reason
 from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.training.state import DivergedError, TrainState, abstract_parameters
+from mtpd_jax.validation import check_integer
 
 # What stands beside every state.
 _RECORDED = {"config", "versions", "digests", "tokenizer", "data", "origin", "tokens", "seconds"}
@@ -171,10 +172,11 @@ def chosen_step(checkpoint: int | str) -> int | None:
     """
     if checkpoint == NEWEST:
         return None
-    if isinstance(checkpoint, str) and checkpoint.isascii() and checkpoint.isdigit():
+    if isinstance(checkpoint, str):
+        if not (checkpoint.isascii() and checkpoint.isdigit()):
+            raise ValueError(f"--checkpoint={checkpoint}: expected {NEWEST}, or the step of a checkpoint")
         return int(checkpoint)
-    if isinstance(checkpoint, bool) or not isinstance(checkpoint, int):
-        raise ValueError(f"--checkpoint={checkpoint}: expected {NEWEST}, or the step of a checkpoint")
+    check_integer("checkpoint", checkpoint)
     return checkpoint
 
 

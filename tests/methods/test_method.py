@@ -1,11 +1,4 @@
-"""What a training method is: one file and a line that names it; the step's key; what is random in a step."""
-
-import json
-import pathlib
-import shutil
-import subprocess
-import sys
-import textwrap
+"""What a training method is: the step's key; what is random in a step."""
 
 import jax
 import jax.numpy as jnp
@@ -17,55 +10,6 @@ from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
 from tests.builders import method_on, packed_batch, step_context, tiny_config, with_micro_batches
-
-ROOT = pathlib.Path(__file__).parents[2]
-PATCH = pathlib.Path(__file__).with_name("toy.patch")
-
-
-def test_a_new_method_is_a_file_and_a_line(text_file, tmp_path):
-    """The patch, applied to a copy: the toy trains, resumes to the same bits, is checked, scored and extended."""
-    changed = [line for line in PATCH.read_text().splitlines() if line.startswith("+++ ")]
-    added = PATCH.read_text().split("--- /dev/null")[0].count("\n+") - 1
-    assert changed == ["+++ b/mtpd_jax/methods/__init__.py", "+++ b/mtpd_jax/methods/thinned.py"] and added == 1
-    for folder in ("mtpd_jax", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(["patch", "-p1", "--fuzz=0", f"--input={PATCH}"], cwd=tmp_path, check=True, capture_output=True)
-    program = """
-        import json, shutil, sys
-        from mtpd_jax import evaluate, train
-        from mtpd_jax.config import Config
-        tree = json.loads(sys.argv[1])
-        tree["objective"] = {"mode": "thinned", "share": 0.5, "top_n": 20}
-        assert train.run(tree, "whole").finished
-        shutil.copytree("whole", "again")
-        train.run(tree, "again", checkpoint=5)
-        runs = [open(f"{name}/metrics.jsonl").read().splitlines() for name in ("whole", "again")]
-        runs = [[{**json.loads(line), "tokens_per_second": 0} for line in lines] for lines in runs]
-        assert runs[0] == runs[1]
-        print(json.dumps(runs[0]))
-        evaluate.run("whole", split_name="validation", batch_size=8)
-        longer = {**tree, "heads": {"num_heads": 3}, "objective": {"mode": "extension", "source": "whole"}}
-        assert train.run(longer, "longer").finished
-        for objective in ({"mode": "thinned", "share": 0.1}, {"mode": "thinned", "source": "whole"}):
-            try:
-                Config.build({**tree, "objective": objective})
-            except ValueError as error:
-                print(error)
-    """
-    tree = tiny_config(
-        data__source="text", data__paths=(text_file,), training__steps=10, training__micro_batches=2, mesh__data=1,
-        checkpoint__every_steps=5, training__batch_size=8, logging__every_steps=1,
-    ).to_dict()  # fmt: skip
-    found = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), json.dumps(tree)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    metrics, too_little, foreign = found.stdout.splitlines()
-    # Two of four rows of each half of a batch of full rows; which ones changes from step to step.
-    supervised = [line["main/supervised"] for line in json.loads(metrics)]
-    assert max(supervised) <= 4 * 31 and len(set(supervised)) > 1
-    assert too_little.startswith("config.objective.share = 0.1: expected at least one row")
-    assert "objective.source" in foreign and "only 'extension' reads it" in foreign
 
 
 def steps_seen(config, number=3):

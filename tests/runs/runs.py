@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from mtpd_jax import train
-from mtpd_jax.sharding import make_mesh
 from mtpd_jax.runs.checkpoint import restore_state
 from mtpd_jax.runs.interruption import StopRequest
+from mtpd_jax.runs.workdir import open_workdir
+from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state
-from mtpd_jax.runs.workdir import open_workdir
 from tests.builders import method_on, replace
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -14,11 +14,11 @@ import pytest
 
 from mtpd_jax import evaluate, generate, train
 from mtpd_jax.config import MeshConfig
-from mtpd_jax.sharding import make_mesh
+from mtpd_jax.run import open_run
 from mtpd_jax.runs import checkpoint as checkpoint_module
 from mtpd_jax.runs import digests as digests_module
 from mtpd_jax.runs.digests import digests_of
-from mtpd_jax.run import open_run
+from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.state import DivergedError
 from tests.builders import replace, tiny_config
 from tests.runs.runs import comparable, lines, restored

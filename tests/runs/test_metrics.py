@@ -11,11 +11,11 @@ from mtpd_jax import train
 from mtpd_jax import trainer as trainer_module
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.platform import PEAK_FLOPS
-from mtpd_jax.sharding import make_mesh
 from mtpd_jax.runs import metrics as metrics_module
 from mtpd_jax.runs.lock import take_lock
 from mtpd_jax.runs.metrics import MetricsLog
 from mtpd_jax.runs.workdir import open_workdir
+from mtpd_jax.sharding import make_mesh
 from tests.builders import method_on, replace, tiny_config
 from tests.runs.runs import lines, restored
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import rich.console
 
-from mtpd_jax.sharding import make_mesh
 from mtpd_jax.runs import interruption
 from mtpd_jax.runs import progress as progress_module
 from mtpd_jax.runs.interruption import StopRequest
-from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.runs.progress import Progress
-from mtpd_jax.training.state import initial_state
 from mtpd_jax.runs.workdir import open_workdir, write_atomically
+from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training.optimizer import make_optimizer
+from mtpd_jax.training.state import initial_state
 from tests.builders import method_on, replace, tiny_config
 
 

@@ -19,10 +19,10 @@ import tokenizers
 from mtpd_jax import evaluate, train
 from mtpd_jax.data.sources import held_out
 from mtpd_jax.evaluation.scoring import Scorer
-from mtpd_jax.sharding import make_mesh
 from mtpd_jax.run import open_run
-from mtpd_jax.training.state import DivergedError
 from mtpd_jax.runs.workdir import Workdir
+from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training.state import DivergedError
 from tests.builders import assert_trees_close, replace, tiny_config
 from tests.runs.runs import (
     ROOT,

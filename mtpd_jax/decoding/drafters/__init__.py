@@ -1,6 +1,8 @@
-"""Who drafts: a file each, and a line here, which registers it."""
+"""Who drafts. A new drafter is a file in this folder and a line here."""
 
-from mtpd_jax.decoding.drafters import both, heads, lookup
+from mtpd_jax.decoding.drafters import both as _both  # noqa: F401
+from mtpd_jax.decoding.drafters import heads as _heads  # noqa: F401
+from mtpd_jax.decoding.drafters import lookup as _lookup  # noqa: F401
 from mtpd_jax.decoding.drafters.drafter import DRAFTERS
 
-__all__ = ["DRAFTERS", "both", "heads", "lookup"]
+__all__ = ["DRAFTERS"]

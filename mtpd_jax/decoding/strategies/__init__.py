@@ -1,6 +1,6 @@
-"""How rounds go: a file each, and a line here, which registers it."""
+"""How rounds go. A new strategy is a file in this folder and a line here."""
 
-from mtpd_jax.decoding.strategies import speculative
+from mtpd_jax.decoding.strategies import speculative as _speculative  # noqa: F401
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 
-__all__ = ["STRATEGIES", "speculative"]
+__all__ = ["STRATEGIES"]
