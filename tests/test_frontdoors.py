@@ -377,7 +377,7 @@ def test_decoding_flags(call, workdir, tmp_path, flags):
     found = json.loads(path.read_text())
     assert status == 0 and len(found["acceptance"]["conditional"]) == int(flags[0][-1])
     assert found["identical"] is (None if "--temperature=0.8" in flags else True)
-    assert f"head {flags[0][-1]}: accepted, cumulative" in output
+    assert f"draft {flags[0][-1]}: accepted, cumulative" in output
 
 
 def test_a_divergence_that_is_no_tie_is_a_failure(call, workdir, monkeypatch):

@@ -11,8 +11,10 @@ from experiments.sweep import experiment as command_line
 from experiments.sweep.arms import Arm
 from experiments.sweep.experiment import arms_of, run
 from experiments.sweep.report import per_seed, points, share, verdict
+from experiments.sweep.rows import ModeCounts, WayCounts
 from experiments.sweep.runs import Run, decided
 from experiments.sweep.scale import SCALES
+from experiments.variants import mtp_d
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.evaluation.statistics import Interval
@@ -35,7 +37,7 @@ def rows_of(experiment, seeds=(0, 1), names=None, quality=0.7):
 def write_rows(folder, name, rows):
     path = folder / "cpu" / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
     return path
 
 
@@ -101,13 +103,11 @@ def test_verdicts():
 
 def test_figures_of_an_arm():
     """Counts by hand: acceptance, its product, tokens without the one from prefill, and speed."""
-    part = {
-        "0": {"tokens": [5, 7], "seconds": [1.0, 1.0]},
-        "2": {"tokens": [5, 7], "seconds": [0.5, 0.5], "passes": [2, 3], "tried": [[2, 3], [1, 2]],
-              "accepted": [[1, 2], [1, 0]]},
-        "agreed": [[3, 4]], "counted": [[4, 6]],
-    }  # fmt: skip
-    arm = Arm("made up", [{"seed": 0, "decoding": {"greedy": part}}])
+    plain = WayCounts([5, 7], [4, 6], [1.0, 1.0], [], [], 0.5)
+    drafted = WayCounts([5, 7], [2, 3], [0.5, 0.5], [[2, 3], [1, 2]], [[1, 2], [1, 0]], 0.5)
+    row = made_up_row(Run(mtp_d(4), 0, CPU))
+    row.decoding["greedy"] = ModeCounts([[3, 4]], [[4, 6]], {0: plain, 2: drafted})
+    arm = Arm("made up", [row])
     assert arm.conditional("greedy", 2, 1).of_seeds() == pytest.approx(3 / 5)
     assert arm.conditional_of("greedy", 2, [1, 2]).of_seeds() == pytest.approx(4 / 8)
     assert arm.cumulative("greedy", 2, 2).of_seeds() == pytest.approx(3 / 5 * 1 / 3)

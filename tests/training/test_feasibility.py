@@ -117,11 +117,11 @@ def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
 
 
 def test_decoding_and_scoring_that_fit_nowhere_are_refused():
-    model, device = tiny_config().model, jax.devices()[0]
-    check_decoding(model, 4, 64, 1024, device)
-    for heads, batch, tokens in ((10**6, 1, 64), (2, 10**9, 64), (2, 1, 10**12)):
+    model, mesh = tiny_config().model, make_mesh(MeshConfig(1, 1, 1, 1))
+    check_decoding(model, 4, 4, 64, 1024, mesh)
+    for drafts, rows, tokens in ((10**6, 1, 64), (2, 10**9, 64), (2, 1, 10**12)):
         with pytest.raises(ValueError, match="decoding needs more than"):
-            check_decoding(model, heads, batch, tokens, device)
+            check_decoding(model, drafts, drafts, rows, tokens, mesh)
     check_scoring(tiny_config(), 64)
     with pytest.raises(ValueError, match="a batch of text needs more than"):
         check_scoring(tiny_config(), 10**9)
