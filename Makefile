@@ -13,11 +13,11 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
 test: $(INSTALLED) .cache/libtpu
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(INSTALLED) .cache/libtpu
-	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
-	OPTIMISED=1 $(BIN)/python -m pytest -n 2 -m optimised
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
+	OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m optimised
 
 # One-line faults, each against the tests beside it; prints those that no test notices. Forty minutes on two cores.
 mutants: $(INSTALLED) .cache/libtpu

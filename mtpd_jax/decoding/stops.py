@@ -15,6 +15,7 @@ from mtpd_jax.shapes import Array, Bool, Int
 
 # Stop strings together; the table has a row of V entries for each byte. Our choice.
 _MOST_BYTES = 1024
+_SMALLEST_TABLE = 16
 
 
 @struct.dataclass
@@ -80,7 +81,10 @@ def transitions_of(token_bytes: Sequence[bytes], strings: Sequence[str]) -> np.n
     states = np.repeat(np.arange(len(by_byte) - 1)[:, None], len(token_bytes), axis=1)
     for place in range(padded.shape[1]):
         states = np.where(place < lengths, by_byte[states, padded[:, place]], states)
-    return states.astype(np.int32)
+    # Few different sizes of tables are ever compiled for.
+    matched, size = len(states), max(_SMALLEST_TABLE, 1 << (len(states) - 1).bit_length())
+    states[states == matched] = size
+    return np.pad(states, ((0, size - matched), (0, 0)), constant_values=size).astype(np.int32)
 
 
 def _automaton(wanted: Sequence[bytes]) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Speculative decoding against plain decoding, and both against a reference without caches."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +64,7 @@ def test_greedy_text_is_plain_decodings(batch_size, trained):
     decoder, prompts = decoder_of(model, parameters, scanned=True), many_prompts(203)
 
     def run(options):
-        starts = range(0, len(prompts), batch_size)
-        return list(itertools.chain(*(decoder.run(prompts[i : i + batch_size], options) for i in starts)))
+        return decoder.run(prompts, options, rows=batch_size)
 
     plain = run(Options(0, 20))
     for continuation in plain:

@@ -44,7 +44,7 @@ def test_what_is_written_does_not_depend_on_the_queue(options):
     decoder, prompts = Decoder(*small_vocabulary(), [END]), prompts_of(23)
     alone = [decoder.run([prompt], options, seed=4, first_row=row)[0] for row, prompt in enumerate(prompts)]
     assert len({len(one.tokens) for one in alone}) > 5
-    for rows in (4, 9):
+    for rows in (4, 9) if options == Options(3, 20) else (4,):  # written to the caches one by one, or together
         assert untimed(decoder.run(prompts, options, rows=rows, seed=4)) == untimed(alone)
 
 
@@ -63,9 +63,8 @@ def test_devices_have_queues_of_their_own():
     mesh = data_mesh(jax.devices()[1:4])
     three = Decoder(model, jax.device_put(parameters, replicated(mesh)), [END], mesh)
     one, options = Decoder(model, parameters, [END]), Options(2, 20, Sampling(1.0))
-    for count in (23, 7):
-        prompts = prompts_of(count)
-        assert untimed(three.run(prompts, options, rows=6, seed=1)) == untimed(one.run(prompts, options, seed=1))
+    prompts = prompts_of(23)
+    assert untimed(three.run(prompts, options, rows=6, seed=1)) == untimed(one.run(prompts, options, seed=1))
 
 
 def counted_rounds(decoder, prompts, options, rows, monkeypatch):

@@ -93,7 +93,7 @@ def test_sampled_text_depends_on_the_prompts_number_and_not_on_its_batch(decoder
 
     together = texts(4)
     assert all(len(set(found)) > 2 for found in together.values())
-    assert texts(1) == texts(3) == together
+    assert texts(1) == texts(2) == together
     assert texts(4, seed=1)[0] != together[0]
     scores = score_decoding(
         decoder, prompts, ways, decode_prompts(decoder, prompts, ways, batch_size=2, seed=0), batch_size=2

@@ -134,6 +134,7 @@ def test_text_scores_against_numpy(scored):
     scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(-1, 1, 1, 1)), 32, batch_size=8)
     found = TextScore.of(scorer.sum_documents(parameters, documents))
     nats, kl, agree, count, scored_bytes = np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3), 0
+    logits_of = forward(model, parameters)
     for text in documents:
         ids, byte_lengths = tokenizer.encode_document_and_bytes(text)
         pieces = [len(tokenizer.decode([token]).encode()) for token in ids[:-1]]
@@ -143,10 +144,7 @@ def test_text_scores_against_numpy(scored):
         else:
             scored_bytes += len(text.encode()) - pieces[0]
         for window in windows(ids, 32):
-            row = jnp.asarray(window)[None]
-            hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(len(window))[None])
-            states = np.concatenate([hidden.main[None], hidden.heads])[:, 0].astype(np.float64)
-            logits = states @ np.asarray(parameters["embedding"], np.float64).T
+            logits = logits_of(window).astype(np.float64)
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             for k in range(3):
                 for i in range(len(window) - 1 - k):
@@ -177,16 +175,13 @@ def test_every_token_of_a_text_is_scored_in_its_place(scored, shape):
     _, model, parameters, tokenizer = scored
     scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(*shape)), 32, batch_size=4)
     texts = [tokenizer.encode_document_and_bytes("the cat sat on a mat, " * count) for count in (7, 1, 0, 12, 2)]
-    found = list(scorer.score(parameters, texts))
+    found, logits_of = list(scorer.score(parameters, texts)), forward(model, parameters)
     assert len(found) == len(texts)
     for (ids, sizes), text in zip(texts, found, strict=True):
         assert text.tokens.tolist() == ids[1:].tolist() and text.bytes.tolist() == sizes[1:].tolist()
         assert text.ce.shape == (3, len(ids) - 1) and text.greedy.shape == (len(ids) - 1,)
         for number, window in enumerate(windows(ids, 32)):
-            row = jnp.asarray(window)[None]
-            hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(len(window))[None])
-            logits = np.einsum("jtd,vd->jtv", np.concatenate([hidden.main[None], hidden.heads])[:, 0],
-                               np.asarray(parameters["embedding"], np.float64))  # fmt: skip
+            logits = logits_of(window).astype(np.float64)
             for t in range(len(window) - 1):
                 place, choice = 31 * number + t, logits[0, t].argmax()
                 assert text.greedy[place] == (choice == window[t + 1])
@@ -217,15 +212,13 @@ def test_loglikelihoods_against_the_training_path(scored):
         ("the mat; " * 30, "cat"),
         ("a", " cat sat"),
     ]
-    found = loglikelihoods(scorer, parameters, *zip(*cases, strict=True))
+    found, logits_of = loglikelihoods(scorer, parameters, *zip(*cases, strict=True)), forward(model, parameters)
     assert found[0] == found[1]  # white space between them is the continuation's
     for (context, continuation), likelihood in zip(cases, found, strict=True):
         ids = tokenizer.encode(context + continuation)
         count = len(ids) - len(tokenizer.encode(context.rstrip()))
         ids = ids if context.strip() else np.array([tokenizer.end_id, *ids])
-        row = jnp.asarray(ids[-32:])[None]
-        hidden = model.apply({"params": parameters}, row, jnp.ones_like(row), jnp.arange(row.shape[1])[None])
-        logits = np.asarray(hidden.main[0] @ parameters["embedding"].T, np.float64)[-count - 1 : -1]
+        logits = logits_of(ids[-32:]).astype(np.float64)[0, -count - 1 : -1]
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         targets = ids[-count:]
         assert likelihood.tokens == count

@@ -138,9 +138,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_read(run_config, wh
     poison = lambda leaf: leaf.at[(0,) * leaf.ndim].set(jnp.nan)  # noqa: E731
     with monkeypatch.context() as patch:
         change_weights(patch, poison)
-        with pytest.raises(
-            DivergedError, match=r"step 4: \S+/\S+ is not finite any more; there is no checkpoint"
-        ):
+        with pytest.raises(DivergedError, match=r"step 4: \S+/\S+ is not finite any more; there is no checkpoint"):
             train.run(run_config, str(tmp_path / "run"))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     real = digests_module._on_host
