@@ -153,6 +153,7 @@ class Run:
           ValueError: something is no text, or a batch needs more memory than there is.
         """
         check_prompts(texts)
+        # Encoded as they are asked for.
         encoded = map(self.tokenizer.encode_document_and_bytes, texts)
         return [scored for scored in self.scorer(batch_size).score(self.parameters, encoded) if scored is not None]
 

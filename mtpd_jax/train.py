@@ -42,6 +42,7 @@ from mtpd_jax.runs.origin import Origin, all_sources, beginning, completed, held
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
+from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Evaluate, Trainer
 from mtpd_jax.training.feasibility import check_attention, check_training
@@ -96,6 +97,7 @@ def run(
       DivergedError: the loss is not finite any more.
       OSError: something cannot be read or written.
     """
+    # Everything that can be wrong is looked at before anything is created.
     config, folder, chosen = Config.of(config), open_workdir(workdir), chosen_step(checkpoint)
     config = completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
@@ -104,11 +106,13 @@ def run(
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [check_training(method), check_attention(method)]
+    # What is read: shapes, data, the run to start from.
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
     origin = beginning(config, folder, mesh)
     given = _given_tokenizer(config, folder)
     with contextlib.ExitStack() as stack:
+        # From here on the run exists.
         lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
         tokenizer = _checked(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
@@ -116,6 +120,7 @@ def run(
         start = _restored(config, folder, abstract, chosen, data)
         start = start or _fresh(method, folder, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
+        # What the loop writes to.
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
         _record_config(config, folder, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
@@ -124,6 +129,7 @@ def run(
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
+        # The loop.
         step = make_step(method, optimizer, state_shardings(abstract))
         about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
         trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
@@ -289,7 +295,7 @@ def _evaluator(method: Method, source: Source, tokenizer: Tokenizer) -> Evaluate
         return None
     scorer = Scorer(method.model, tokenizer, method.mesh, config.training.sequence_length, rows)
 
-    def evaluate(parameters: Any, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
+    def evaluate(parameters: Parameters, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
         held_out = split(source, config.data.validation_fraction, validation=True)
         documents = itertools.islice(held_out, config.evaluation.documents)
         sums = scorer.sum_documents(parameters, documents, keep_going)

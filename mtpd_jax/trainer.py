@@ -16,6 +16,7 @@ from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.metrics import MetricsLog, utilisation
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
+from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.optimizer import learning_rate_schedule
 from mtpd_jax.training.state import DivergedError, TrainState
@@ -23,7 +24,7 @@ from mtpd_jax.training.step import StepResult
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
 # (parameters, keep going?) -> metrics without prefix, or None if it was told to stop.
-Evaluate = Callable[[Any, Callable[[], bool]], Mapping[str, float | None] | None]
+Evaluate = Callable[[Parameters, Callable[[], bool]], Mapping[str, float | None] | None]
 
 
 @dataclasses.dataclass
@@ -105,6 +106,7 @@ class Trainer:
         if self._evaluation_due(done) and first_decides(not self._metrics.has(done, "eval/main/ce")):
             self._run_evaluation(state, done)
         while done < last and not self._stop.asked():
+            # One step, whose result is read while the next one runs.
             batch = put_on_devices(next(self._data), self._sharding)
             state, result = self._step(state, batch)
             done += 1
@@ -163,6 +165,7 @@ class Trainer:
         if result is None:
             return
         rate = self._meter.read()
+        # Sums and weights become means here, once.
         means = {name: term.mean() for name, term in self._method.terms(result.sums, result.weights).items()}
         values: dict[str, float | None] = {
             "tokens": self._tokens,

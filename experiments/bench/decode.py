@@ -290,9 +290,14 @@ def trained_run(flags: argparse.Namespace) -> tuple[Run | None, list[str]]:
     prompts = read_prompts(flags.prompts)
     if max(flags.batches) > len(prompts):
         raise ValueError(f"--batches={max(flags.batches)}: expected at most the {len(prompts)} prompts of --prompts")
-    trained, mesh = load_run(flags.workdir), data_mesh(jax.devices()[:1])
+    return on_one_device(flags.workdir), prompts
+
+
+def on_one_device(workdir: str) -> Run:
+    """Opens a run on one device."""
+    trained, mesh = load_run(workdir), data_mesh(jax.devices()[:1])
     parameters = jax.device_put(trained.parameters, mesh.devices.flat[0])
-    return Run(dataclasses.replace(trained, parameters=parameters, mesh=mesh)), prompts
+    return Run(dataclasses.replace(trained, parameters=parameters, mesh=mesh))
 
 
 def main(arguments: list[str]) -> int:

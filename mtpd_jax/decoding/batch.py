@@ -69,6 +69,7 @@ def prefill(
       chunk: tokens; T is a multiple of it.
     """
     (batch, padded), options, network = prompts.shape, strategy.options, strategy.network
+    # Room for what may be written, and for what a last round writes past it.
     slots = slots_for(padded, options)
     rows = Rows.start(prompts, lengths, options.num_drafts, options.max_new_tokens, slots)
 
@@ -78,6 +79,7 @@ def prefill(
         last = slice_rows(jnp.concatenate([last, hidden], axis=1), jnp.clip(lengths - begin, 0, chunk), 1)
         return (state, last), None
 
+    # Chunk by chunk; the state of each prompt's last token is kept for its first continuation.
     start = strategy.start(batch, slots), jnp.zeros((batch, 1, network.config.width), network.dtype)
     if padded == chunk:
         (state, last), _ = read_chunk(start, jnp.zeros((), jnp.int32))
@@ -143,6 +145,7 @@ def decode_queue(
       The texts of the whole queue, in its order.
     """
     batch = prefill(strategy, parameters, prompts[:rows], lengths[:rows], keys[:rows], stops, chunk)
+    # Rows for which there is no prompt have nothing to do.
     there = jnp.arange(rows) < count
     batch = dataclasses.replace(batch, rows=dataclasses.replace(batch.rows, finished=batch.rows.finished | ~there))
 
@@ -161,9 +164,11 @@ def decode_queue(
         def enough(finished: Array) -> Array:
             return jnp.where(number < count[0], jnp.any(finished), jnp.all(finished))
 
+        # Until a row is free: all texts are put away, and that row's again when it is finished.
         batch = run_until(queue.batch, enough)
         row = jnp.argmax(batch.rows.finished)
         finished = _put_away(queue.finished, queue.number, batch.rows)
+        # The next prompt, read as a batch of its own, takes its place.
         prompt, length, key = (jax.lax.dynamic_slice_in_dim(part, number, 1) for part in (prompts, lengths, keys))
         alone = prefill(strategy, parameters, prompt, length, key, stops, chunk)
         return _Queue(put_row(batch, row, alone), queue.number.at[row].set(number), finished)

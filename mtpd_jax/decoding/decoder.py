@@ -120,9 +120,11 @@ class Decoder:
         rows = min(len(prompts), rows or len(prompts))
         rows_per_copy = -(-rows // self._copies)
         copies = -(-rows // rows_per_copy)
+        # Each copy has its own part of the prompts, and each prompt its own key.
         queue = _Queue.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
         numbers = np.arange(first_row, first_row + len(queue.place), dtype=np.uint32)[queue.place]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
+        # What the program is given, where its devices have it.
         network, parameters = self.network(options)
         mesh = _of_copies(self._mesh, copies)
         split = NamedSharding(mesh, RULES.spec("batch"))
@@ -132,10 +134,12 @@ class Decoder:
             *jax.device_put((queue.prompts, queue.lengths, keys, queue.counts), split),
             jax.device_put(stops, NamedSharding(mesh, PartitionSpec())),
         )
+        # Compiled before the clock starts.
         decode = self._program(network, arguments, options, rows_per_copy, mesh)
         start = time.perf_counter()
         written: Rows = jax.device_get(jax.block_until_ready(decode(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
+        # In the order of the prompts again.
         places = [int(place) for place in np.argsort(queue.place)[: len(prompts)]]
         return [_continuation(written, place, int(queue.lengths[place]), seconds) for place in places]
 
@@ -265,6 +269,7 @@ class _Queue:
     def of(cls, prompts: Sequence[np.ndarray], copies: int, rows: int, padded: int) -> "_Queue":
         """Shares prompts out, ``rows`` at a time in each part; few different sizes are ever compiled."""
         number = len(prompts)
+        # Even parts, of a size that is a power of two times the rows.
         own = -(-number // copies)
         room = rows * (1 << (-(-own // rows) - 1).bit_length())
         counts = np.clip(number - own * np.arange(copies), 0, own).astype(np.int32)

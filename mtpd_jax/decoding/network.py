@@ -89,8 +89,10 @@ class Network:
 
     def parameters(self, parameters: Parameters) -> DecodingParameters:
         """Lays the model's parameters out for decoding, matrices cast to the dtype of the products once."""
+        # Once, and not in every pass.
         parameters = cast_matrices(parameters, self.dtype)
         heads = parameters["heads"]["head"] if self.heads_config.num_heads else None
+        # A shared head has no axis for its modules; decoding indexes one.
         if self._kind.shared:
             heads = jax.tree.map(lambda leaf: leaf[None], heads)
         return DecodingParameters(
@@ -118,6 +120,7 @@ class Network:
         self, parameters: DecodingParameters, tokens: Int[Array, "B T"], start: Int[Array, " B"], cache: Caches
     ) -> tuple[Hidden, Caches]:
         """Runs the backbone over T consecutive tokens per row, from position ``start`` on: h^0 and the new cache."""
+        # What the tokens see is the same for all layers but for the cache.
         slots = slots_of(cache[0] if isinstance(cache, tuple) else cache)
         view = CachedRows.of(start, tokens.shape[1], slots, self.config)
 
@@ -155,6 +158,7 @@ class Network:
         Returns:
           The state for the next depth, the normed state, and the new cache.
         """
+        # The heads' slots are shifted, for their windows may begin before position 0.
         view = CachedRows.of(first, ahead.shape[1], slots_of(cache), self.config, margin)
 
         def head(state: Hidden, embedded: Hidden, view: CachedRows) -> tuple[Hidden, HeadOutput]:
@@ -201,6 +205,7 @@ def over_layers(
     """
     if not count:
         return carry, caches, None
+    # A stack: one body, whose index is an array.
     if not isinstance(caches, tuple):
 
         def step(state: tuple[Any, KVCache], index: Array) -> tuple[tuple[Any, KVCache], Any]:
@@ -209,6 +214,7 @@ def over_layers(
 
         (carry, caches), outputs = jax.lax.scan(step, (carry, caches), jnp.arange(count))
         return carry, caches, outputs
+    # A tuple: a body per layer, written out.
     new_caches, outputs = [], []
     for index, cache in enumerate(caches):
         carry, cache, output = body(index, carry, cache)

@@ -90,6 +90,7 @@ class Rows:
 
 def write(buffer: Int[Array, "B S"], values: Int[Array, "B T"], start: Int[Array, " B"]) -> Int[Array, "B S"]:
     """Writes T values into each row, from that row's own place on."""
+    # A gather and a choice instead of a scatter, which CPUs do one by one.
     places = jnp.arange(buffer.shape[1])[None, :] - start[:, None]
     inside = (places >= 0) & (places < values.shape[1])
     return jnp.where(inside, jnp.take_along_axis(values, jnp.clip(places, 0, values.shape[1] - 1), axis=1), buffer)

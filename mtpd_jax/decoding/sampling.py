@@ -132,14 +132,17 @@ def accept_drafts(
       target: [B, K+1, V]; p, after the confirmed text and 0…K drafts.
     """
     num_drafts = drafts.shape[1]
+    # What target and draft distributions gave each draft.
     p_of_draft = jnp.take_along_axis(target[:, :-1], drafts[:, :, None], axis=-1)[..., 0]
     if draft_probabilities is None:
         q_of_draft = jnp.ones_like(p_of_draft)
     else:
         q_of_draft = jnp.take_along_axis(draft_probabilities, drafts[:, :, None], axis=-1)[..., 0]
+    # Each draft stands or falls by a draw of its own; after the first that falls none stands.
     uniform_BxK = jax.vmap(lambda key: jax.random.uniform(key, (num_drafts,)))(fold(keys, 0))
     made_BxK = jnp.arange(num_drafts)[None, :] < count[:, None]
     accepted = count_leading((uniform_BxK * q_of_draft < p_of_draft) & made_BxK)
+    # The token after them: from what p has more of than q.
     p = jnp.take_along_axis(target, accepted[:, None, None], axis=1)[:, 0]
     # After the last draft nothing was proposed: q is zero there, and what is left over of p is p itself.
     at = jnp.minimum(accepted, num_drafts - 1)[:, None]

@@ -27,6 +27,7 @@ def choices_of_all_heads(
     """
     batch, length = tokens.shape
     start = jnp.zeros(batch, jnp.int32)
+    # The main head reads the text, and then each head the text itself and the state of the one before.
     main, _ = network.extend(parameters, tokens, start, network.empty_cache(batch, length))
 
     def run_head(depth: Any, state: Hidden, cache: KVCache) -> tuple[Hidden, KVCache, Array]:
@@ -64,6 +65,7 @@ def count_agreement(
         padded[0, : len(text)] = text
         chosen = np.asarray(jax.device_get(choices(parameters, padded)))[:, 0]
         for depth in range(1, depths + 1):
+            # Tokens that a draft could have stood for, and that the head could look far enough back for.
             targets = np.arange(max(len(prompt), depth) + 1, len(text))
             agreed[depth - 1, number] = np.sum(chosen[depth, targets - 1 - depth] == chosen[0, targets - 1])
             counted[depth - 1, number] = len(targets)

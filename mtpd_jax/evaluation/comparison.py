@@ -37,10 +37,12 @@ def first_divergence(
     """Finds where a continuation leaves the plain one, or None if they are the same."""
     if plain.tokens == other.tokens:
         return None
+    # Where they part, and what each wrote there.
     shorter = min(len(plain.tokens), len(other.tokens))
     index = next((i for i in range(shorter) if plain.tokens[i] != other.tokens[i]), shorter)
     written = [continuation.tokens[index] for continuation in (plain, other) if index < shorter]
     text = [*prompt, *plain.tokens[:index]]
+    # The logits there, exactly and as decoding rounds them.
     exact, rounded = (decoder.logits_at(text, dtype) for dtype in ("float32", decoder.dtype))
     second, first = np.sort(exact)[-2:]
     margin, rounding = float(first - second), float(np.abs(exact - rounded).max())

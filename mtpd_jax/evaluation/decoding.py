@@ -151,6 +151,7 @@ def compare_ways(
 
     Greedy text has to be padded plain decoding's if that is among the ways, else plain decoding's.
     """
+    # What all ways are held to: plain decoding, and the heads' teacher-forced choices on its text.
     plain = decoded[0]
     most = max(map(heads_that_draft, ways.values()))
     agreed, counted = count_agreement(decoder, prompts, plain, most)
@@ -172,6 +173,7 @@ def score_ways(compared: Mapping[int | str, Decoded], batch_size: int) -> dict[i
 
 
 def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: int) -> DecodingScore:
+    # Time is of calls, and everything else of prompts.
     continuations, greedy = found.continuations, found.options.sampling.greedy
     rates = zip(found.agreed, found.counted, strict=True)
     speed = _tokens_and_seconds(found, batch_size)

@@ -105,6 +105,7 @@ def generate(
     check_prompts(prompts)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     decoder.check(encoded, options, batch_size)
+    # What is looked for while writing.
     transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
     found = []
     for start in range(0, len(encoded), batch_size):
@@ -113,6 +114,7 @@ def generate(
         def run(options: Options, ids: list[np.ndarray] = ids, start: int = start) -> list[Continuation]:
             return decoder.run(ids, options, transitions=transitions, seed=seed, first_row=start)
 
+        # The text, and the baselines that were asked for, on the same prompts in turn.
         written = run(options)
         plain = run(options.fastest_plain) if compare else [None] * len(ids)
         padded = run(options.with_drafts(0)) if compare and options.pass_width is not None else [None] * len(ids)
@@ -145,6 +147,7 @@ def _generation(
     )
     if plain is None:
         return generation
+    # Greedy text has to be that of plain decoding at the same width of a pass.
     greedy, beside, rate = options.sampling.greedy, PlainRun.of(plain), generation.tokens_per_second
     beside_padded, same = None if padded is None else PlainRun.of(padded), padded or plain
     return dataclasses.replace(

@@ -62,6 +62,7 @@ def loglikelihoods(
 
 def _together(scorer: Scorer, context: str, continuation: str) -> tuple[np.ndarray, int]:
     """The ids of both, and how many of them are the continuation's."""
+    # Where the context's own tokens end.
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
     before, whole = (scorer.tokenizer.encode(text) for text in (stripped, stripped + continuation))

@@ -118,6 +118,7 @@ class TextScore:
         def mean(total: float, weight: float) -> float | None:
             return float(total / weight) if weight else None
 
+        # Head by head: totals, and the tokens that they are of.
         by_head = list(zip(*(part.tolist() for part in (sums.ce, sums.kl, sums.agreed, sums.weight)), strict=True))
         heads = tuple(HeadScore(*(mean(total, weight) for total in totals)) for *totals, weight in by_head[1:])
         nats, _, _, tokens = by_head[0]
@@ -155,6 +156,7 @@ class Scorer:
         numbers = range(1, self._heads + 1)
 
         def score(parameters: Parameters, rows: Batch) -> TokenScores:
+            # All heads' states, side by side at the token that they predict.
             hidden = apply(model, parameters, rows.tokens, rows.segment_ids, rows.positions)
             aligned = align(hidden, rows.tokens, rows.segment_ids, numbers)
             return score_rows(aligned, unembedding_of(parameters), mesh)
@@ -178,6 +180,7 @@ class Scorer:
         rows: list[tuple[_Pending, np.ndarray]] = []
 
         def flush() -> bool:
+            # One batch through the device, and back to the texts that its rows are of.
             batch = _filled([row for _, row in rows], self._batch_size, self.length)
             found = jax.device_get(self._score(parameters, put_on_devices(batch, self._sharding)))
             for number, (text, row) in enumerate(rows):
@@ -190,6 +193,7 @@ class Scorer:
                 yield waiting.pop(0).scored()
 
         for ids, byte_lengths in texts:
+            # A text's windows may come to lie in several batches.
             cut = list(windows(ids, self.length))
             waiting.append(_Pending(ids, byte_lengths, len(cut)))
             for row in cut:
@@ -237,6 +241,7 @@ class _Pending:
 
     def scored(self) -> ScoredText:
         """The whole text."""
+        # Windows overlap in a token that is no target of the second: targets follow each other without a gap.
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *self.parts)
         there = whole.supervised
         return ScoredText(

@@ -81,6 +81,7 @@ def reverse_kl(sides: Comparison, vocabulary: LastAxis) -> Result:
 def jensen_shannon(sides: Comparison, vocabulary: LastAxis) -> Result:
     """The mean of both sides' KL to their mixture."""
     p, q = sides.p, sides.q
+    # The mixture of both, in the log domain.
     log_mean = jnp.logaddexp(sides.log_p, sides.log_q) - jnp.log(2.0)
     of_p = 0.5 * p * (sides.log_p - log_mean)
     of_q = 0.5 * q * (sides.log_q - log_mean)
@@ -92,6 +93,7 @@ def total_variation(sides: Comparison, vocabulary: LastAxis) -> Result:
     """1 - sum min(p, q): the share of drafts that rejection sampling turns down (Leviathan et al., 2023, §3.2)."""
     p, q = sides.p, sides.q
     value = 0.5 * vocabulary.sum(jnp.abs(p - q))
+    # The derivative of sum min(p, q): of whichever is smaller.
     smaller_q, smaller_p = jnp.where(q < p, q, 0), jnp.where(q < p, 0, p)
     by_q = q * vocabulary.sum(smaller_q)[..., None] - smaller_q
     by_p = p * vocabulary.sum(smaller_p)[..., None] - smaller_p
@@ -105,6 +107,7 @@ def negative_log_acceptance(sides: Comparison, vocabulary: LastAxis) -> Result:
     """
     log_p, log_q = sides.log_p, sides.log_q
     log_smaller = sides.keep(jnp.minimum(log_p, log_q), NOTHING)
+    # log sum exp of the smaller of both.
     reference = vocabulary.max(log_smaller)
     log_acceptance = reference + jnp.log(vocabulary.sum(jnp.exp(log_smaller - reference[..., None])))
     share = jnp.exp(log_smaller - log_acceptance[..., None])

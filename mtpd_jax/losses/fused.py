@@ -213,9 +213,11 @@ class _Chunks:
 
     def one_chunk(self, start: Array, carry: Any) -> Any:
         """Adds the chunk of rows from ``start`` on."""
+        # Logits of all heads, in groups of rows that a cache holds.
         sums, by_hidden, by_matrix, gradient = carry
         hidden_QxJxPxD = self._in_groups(self.hidden, start)
         logits = jnp.einsum("qjpd,vd->qjpv", hidden_QxJxPxD, self.matrix, preferred_element_type=jnp.float32)
+        # Group by group: the sums, and the gradient by the logits while they are there.
         targets, mask = self._in_groups(self.targets[None], start)[:, 0], self._in_groups(self.mask, start)
         rows_of_groups = logits, logits[:, :1], targets, mask
 
@@ -225,6 +227,7 @@ class _Chunks:
         sums, gradient = jax.lax.fori_loop(0, hidden_QxJxPxD.shape[0], one_group, (sums, gradient))
         if self.with_gradients:
             by_hidden = jax.lax.dynamic_update_slice_in_dim(by_hidden, self._by_hidden(gradient), start, 1)
+        # The unembedding's gradient: of all heads, or of the main head alone.
         if self.with_gradients and not self.frozen:
             counted = slice(0, 1) if self.problem.trunk == "detached" else slice(None)
             block = self.tiling.vocabulary_block
@@ -272,6 +275,7 @@ def _over_chunks(
     kl_scale: Array,
 ) -> tuple[Array, LossSums, tuple[Array, Array | None] | None]:
     """The chunks of one device's rows, one after the other: total, sums, gradients by hidden states and unembedding."""
+    # All rows in a line, filled up to whole chunks.
     heads, width, rows = hidden.shape[0], hidden.shape[-1], targets.size
     tiling = choose_tiling(rows, heads, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
     padding = -rows % tiling.chunk_rows
@@ -288,6 +292,7 @@ def _over_chunks(
         return chunks.one_chunk(order[index] * tiling.chunk_rows, carry)
 
     sums, by_hidden, by_matrix, _ = jax.lax.fori_loop(0, jnp.sum(supervised), step, chunks.start())
+    # What the sums come to, and gradients without what was filled up.
     total = jnp.dot(sums.ce, ce_scale) + jnp.dot(sums.kl, kl_scale)
     if by_hidden is None:
         return total, sums, None

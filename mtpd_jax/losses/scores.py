@@ -40,6 +40,7 @@ def score_rows(rows: AlignedRows, unembedding: Float[Array, "V D"], mesh: Mesh) 
       unembedding: [V, D]; products run in the dtype of the hidden states, sums in float32.
       mesh: that the program is for; every device scores its own rows over its own part of V.
     """
+    # Each device scores its own rows over its own part of the vocabulary.
     vocabulary = LastAxis.of("vocabulary", mesh, platform_of(mesh).on_cpu)
     arrays = rows.hidden, unembedding.astype(rows.hidden.dtype), rows.targets
 
@@ -59,6 +60,7 @@ def _in_chunks(hidden: Array, matrix: Array, targets: Array, vocabulary: LastAxi
     """One device's rows, [J, B, T, D] and [B, T]: cross entropy, KL and agreement, [J, B, T], and greedy, [B, T]."""
     (heads, *shape, width), tokens = hidden.shape, matrix.shape[0]
     number = targets.size
+    # Chunks of equal size, as the loss has them; the last is filled up.
     tiling = choose_tiling(number, heads, tokens, width, None, vocabulary.on_cpu)
     chunks = -(-number // tiling.chunk_rows)
     padding = chunks * tiling.chunk_rows - number
@@ -70,12 +72,14 @@ def _in_chunks(hidden: Array, matrix: Array, targets: Array, vocabulary: LastAxi
 
     def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, ...]:
         hidden_JxPxD, targets_P = chunk
+        # The only place where logits exist.
         logits_JxPxV = jnp.einsum("jpd,vd->jpv", hidden_JxPxD, matrix, preferred_element_type=jnp.float32)
         found = row_terms(logits_JxPxV, logits_JxPxV[:1], targets_P, everything, vocabulary)
         kl = jnp.zeros_like(found.ce) if found.divergence is None else found.divergence[0]
         return found.ce, kl, found.agrees, (found.likeliest == targets_P)[None]
 
     found = jax.lax.map(one_chunk, (hidden_CxJxPxD, targets_CxP))
+    # Chunks in line again, without what was filled up.
     in_line = [jnp.moveaxis(values, 0, 1).reshape(values.shape[1], -1)[:, :number] for values in found]
     ce, kl, agrees, greedy = (values.reshape(-1, *shape) for values in in_line)
     return ce, kl, agrees, greedy[0]

@@ -17,7 +17,7 @@ from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
-from mtpd_jax.shapes import Array, Float
+from mtpd_jax.shapes import Array, Float, Parameters
 
 # What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
 _FREE = {"remat", "dtype", "attention", "context"}
@@ -83,20 +83,27 @@ class Extension(HeadsMethod, section=ExtensionConfig):
         require(number > 0, "objective.source", where, "a run that has heads")
         return dataclasses.replace(config, objective=dataclasses.replace(config.objective, frozen_heads=number))
 
-    def initial_parameters(self, key: Array, source: Any) -> Any:
+    def initial_parameters(self, key: Array, source: Parameters | None) -> Parameters:
         if source is None:
             return super().initial_parameters(key, None)
         return extend_heads(source, self.config.heads.num_heads)
 
-    def split(self, parameters: Any) -> tuple[Any, Any]:
+    def split(self, parameters: Parameters) -> tuple[Parameters, Parameters | None]:
         return cut_heads(parameters, self._frozen_heads)
 
-    def merge(self, trained: Any, frozen: Any) -> Any:
+    def merge(self, trained: Parameters, frozen: Parameters | None) -> Parameters:
+        assert frozen is not None  # see ``split``
         return join_heads(trained, frozen)
 
     def loss(
-        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], context: StepContext
+        self,
+        trained: Parameters,
+        frozen: Parameters | None,
+        rows: Batch,
+        weights: Float[Array, " J"],
+        context: StepContext,
     ) -> tuple[Float[Array, ""], LossSums]:
+        assert frozen is not None  # see ``split``
         # Differentiated by ``trained``, the first part has no backward pass at all: nothing in it depends on that.
         inputs = rows.tokens, rows.segment_ids, rows.positions
         view = PackedRows.of(rows.segment_ids, rows.positions, self.model.config)
@@ -109,6 +116,7 @@ class Extension(HeadsMethod, section=ExtensionConfig):
         config, length = self.config, self.config.training.sequence_length
         number = config.heads.num_heads - self._frozen_heads
         one = costs.head(config.model, config.heads, length)
+        # Frozen weights are used forward; trained ones backward, too, by weight and by input.
         frozen = costs.trunk(config.model, length) + one.times(self._frozen_heads)
         trained = one.times(number)
         logits = number * costs.unembedding(config.model)  # which get no gradient by the unembedding

@@ -1,7 +1,6 @@
 """Joint training (MTP-D §3.2): backbone and heads together, with a top-N KL from the main head to the heads."""
 
 import dataclasses
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -14,7 +13,7 @@ from mtpd_jax.methods.method import HeadsMethod, StepContext
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.model.layers import apply
-from mtpd_jax.shapes import Array, Float
+from mtpd_jax.shapes import Array, Float, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,12 @@ class Joint(HeadsMethod, section=JointConfig):
         return objective_of(self.config, heads, trunk, self._detach_teacher)
 
     def loss(
-        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], context: StepContext
+        self,
+        trained: Parameters,
+        frozen: Parameters | None,
+        rows: Batch,
+        weights: Float[Array, " J"],
+        context: StepContext,
     ) -> tuple[Float[Array, ""], LossSums]:
         inputs = rows.tokens, rows.segment_ids, rows.positions
         hidden = apply(self.model, trained, *inputs, detach_trunk=self._detached)

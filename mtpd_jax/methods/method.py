@@ -16,7 +16,7 @@ from mtpd_jax.losses.terms import LossSums, zero_sums
 from mtpd_jax.model.backbone import HiddenStates, LanguageModel, build_model
 from mtpd_jax.model.costs import Costs
 from mtpd_jax.platform import Platform, platform_of
-from mtpd_jax.shapes import Array, Float, Int
+from mtpd_jax.shapes import Array, Float, Int, Parameters
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -72,7 +72,7 @@ class Method(abc.ABC):
         """
         return config
 
-    def initial_parameters(self, key: Array, source: Any) -> Any:
+    def initial_parameters(self, key: Array, source: Parameters | None) -> Parameters:
         """Parameters of the whole model before the first step, with Linen's metadata or without.
 
         Args:
@@ -84,11 +84,11 @@ class Method(abc.ABC):
         model = LanguageModel(dataclasses.replace(self.model.config, attention="dense"), self.model.heads_config)
         return model.init(key, dummy, dummy, dummy)["params"]
 
-    def split(self, parameters: Any) -> tuple[Any, Any]:
+    def split(self, parameters: Parameters) -> tuple[Parameters, Parameters | None]:
         """Cuts the whole model's parameters into those that are trained and those that are frozen (None: none are)."""
         return parameters, None
 
-    def merge(self, trained: Any, frozen: Any) -> Any:
+    def merge(self, trained: Parameters, frozen: Parameters | None) -> Parameters:
         """Puts the whole model's parameters together again."""
         return trained
 
@@ -105,7 +105,12 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def loss(
-        self, trained: Any, frozen: Any, rows: Batch, weights: Float[Array, " J"], context: StepContext
+        self,
+        trained: Parameters,
+        frozen: Parameters | None,
+        rows: Batch,
+        weights: Float[Array, " J"],
+        context: StepContext,
     ) -> tuple[Float[Array, ""], Any]:
         """The share of these rows in the step's loss, differentiable by ``trained``, and the sums that are reported.
 

@@ -3,25 +3,25 @@
 Freezing is a partition of the parameters: what is trained has gradients and optimizer state, what is frozen neither.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+from mtpd_jax.shapes import Parameters
 
-def cut_heads(parameters: Any, number: int) -> tuple[Any, Any]:
+
+def cut_heads(parameters: Parameters, number: int) -> tuple[Parameters, Parameters]:
     """Cuts parameters into the heads after the first ``number``, and all the rest."""
     above = jax.tree.map(lambda stacked: stacked[number:], parameters["heads"])
     below = jax.tree.map(lambda stacked: stacked[:number], parameters["heads"])
     return {"heads": above}, {**parameters, "heads": below}
 
 
-def join_heads(above: Any, below: Any) -> Any:
+def join_heads(above: Parameters, below: Parameters) -> Parameters:
     """Puts together what ``cut_heads`` returned."""
     return {**below, "heads": jax.tree.map(lambda *parts: jnp.concatenate(parts), below["heads"], above["heads"])}
 
 
-def extend_heads(parameters: Any, num_heads: int) -> Any:
+def extend_heads(parameters: Parameters, num_heads: int) -> Parameters:
     """Parameters of a model with ``num_heads`` heads, new head j a copy of head ((j-1) mod m)+1 (MTP-D §3.3).
 
     Args:

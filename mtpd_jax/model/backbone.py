@@ -16,7 +16,7 @@ from mtpd_jax.model.layers import norm, partitioned
 from mtpd_jax.model.shift import shift
 from mtpd_jax.model.views import PackedRows, View
 from mtpd_jax.platform import Platform
-from mtpd_jax.shapes import Array, Float, HeadsHidden, Hidden, Int, Positions, SegmentIds, Tokens
+from mtpd_jax.shapes import Array, Float, HeadsHidden, Hidden, Int, Parameters, Positions, SegmentIds, Tokens
 
 
 @struct.dataclass
@@ -68,6 +68,7 @@ class LanguageModel(nn.Module):
 
     def setup(self) -> None:
         config = self.config
+        # One matrix, or two: what tokens go in by, and what logits come out by.
         shape = (config.vocabulary_size, config.width)
         initializer = partitioned(nn.initializers.normal(config.width**-0.5), "vocabulary", "width")
         self.embedding = self.param("embedding", initializer, shape, jnp.float32)
@@ -94,8 +95,10 @@ class LanguageModel(nn.Module):
           detach_trunk: cut the gradient from the heads into backbone and embedding.
         """
         view = PackedRows.of(segment_ids, positions, self.config) if view is None else view
+        # h^0 of all positions.
         blocks, final_norm = self.backbone.blocks, self.backbone.final_norm
         main, outputs = run_backbone(self.config, self.embedding, blocks, final_norm, tokens, view)
+        # The heads read it, head 1 first.
         below = HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main, (outputs.statistics, None))
         return self.further_heads(below, 1, tokens, segment_ids, view=view, detach=detach_trunk)
 
@@ -124,6 +127,7 @@ class LanguageModel(nn.Module):
         number = self.heads_config.num_heads
         if not number:
             return below
+        # What each head looks ahead to, and then all of them in one scan.
         ahead_KxBxT = tokens_ahead(tokens, segment_ids, first, first + number - 1)
         carried, output = run_heads(
             self.config, self.embedding, self.heads, below.carried, ahead_KxBxT, view, detach=detach
@@ -137,7 +141,7 @@ def build_model(config: Config, platform: Platform) -> LanguageModel:
     return LanguageModel(model, config.heads)
 
 
-def unembedding_of(parameters: Any) -> Float[Array, "V D"]:
+def unembedding_of(parameters: Parameters) -> Float[Array, "V D"]:
     """The unembedding matrix; with tied weights, the embedding."""
     return parameters.get("unembedding", parameters["embedding"])
 

@@ -85,6 +85,7 @@ def _write(slots: Array, block: Array | None, start: Int[Array, " B"], new: Arra
     def write_row(slots: Array, new: Array, start: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(slots, new, start, axis)
 
+    # Many rows: one scatter, over a block that is taken out of its stack and put back.
     whole = slots if block is None else jax.lax.dynamic_index_in_dim(slots, block, keepdims=False)
     whole = jax.vmap(write_row)(whole, new.reshape(-1, *new.shape[2:]), jnp.tile(start, groups))
     return whole if block is None else jax.lax.dynamic_update_index_in_dim(slots, whole, block, 0)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.shapes import Array, Float, Hidden
+from mtpd_jax.shapes import Array, Float, Hidden, Parameters
 from mtpd_jax.sharding import constrain
 
 
@@ -16,7 +16,7 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
-def apply(module: nn.Module, parameters: Any, *inputs: Any, **options: Any) -> Any:
+def apply(module: nn.Module, parameters: Parameters, *inputs: Any, **options: Any) -> Any:
     """Runs a Linen module as a pure function. Nothing here has mutable collections, so outputs are all it returns."""
     return module.apply({"params": parameters}, *inputs, **options)
 

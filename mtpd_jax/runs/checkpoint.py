@@ -94,6 +94,7 @@ class Checkpointer:
           OSError: this one, or the one before, cannot be written.
         """
         self._lock.check()
+        # Digests are of what lies in memory, so that no storage can change it unseen.
         fields = _fields_of(state)
         digests, broken = digests_of(fields)
         if broken is not None:
@@ -221,6 +222,7 @@ def restore_parameters(workdir: Workdir, method: Method, step: int | None = None
     Returns:
       With the parameters of the whole model, which lie on the method's mesh by the rules.
     """
+    # Shapes and shardings from the model alone: what an optimizer keeps is never asked for.
     trained, frozen = abstract_parameters(method)
     name = "parameters" if method.config.optimizer.ema_decay is None else "average"
     wanted = {name: trained} if frozen is None else {name: trained, "frozen": frozen}

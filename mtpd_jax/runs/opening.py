@@ -85,8 +85,10 @@ def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: in
     check_integer("devices_per_model", devices_per_model)
     if devices_per_model < 1 or jax.device_count() % devices_per_model:
         raise ValueError(f"devices_per_model = {devices_per_model}: expected a divisor of {jax.device_count()} devices")
+    # The run's own method says what its parameters are; where they lie is for here to say.
     method = method_of(config, make_mesh(copies_of(devices_per_model)))
     restored = restore_parameters(folder, method, step)
+    # What goes with them, held to what was recorded.
     tokenizer = folder.read_tokenizer(config, restored.record["tokenizer"])
     if note := restored.note(folder):
         say(note)

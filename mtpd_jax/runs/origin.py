@@ -11,6 +11,7 @@ from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS, method_of
 from mtpd_jax.runs.checkpoint import latest_step, read_record, restore_parameters
 from mtpd_jax.runs.workdir import Workdir, open_workdir
+from mtpd_jax.shapes import Parameters
 
 
 def completed(config: Config, workdir: Workdir) -> Config:
@@ -80,7 +81,7 @@ class Origin:
         ``sources``, which documents that run and those before it were trained on (see ``sources.identity``).
     """
 
-    parameters: Any
+    parameters: Parameters
     record: dict[str, Any]
 
 

@@ -125,6 +125,7 @@ def devices_per_copy(config: Config, devices: Sequence[jax.Device]) -> int:
     """
     method = method_of(config, data_mesh(list(devices[:1])))
     costs, itemsize = method.costs(), compute_dtype(method.model.config).itemsize
+    # As stored, and as laid out; caches come on top, and are checked when it is known what is decoded.
     needed = (4 + itemsize) * (costs.trained + costs.frozen)
     limit = device_memory(devices[0], 1)
     fitting = [number for number in _divisors(len(devices)) if needed <= limit * number]

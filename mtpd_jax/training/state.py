@@ -9,7 +9,7 @@ import optax
 from flax import struct
 
 from mtpd_jax.methods.method import Method
-from mtpd_jax.shapes import Array, Int
+from mtpd_jax.shapes import Array, Int, Parameters
 from mtpd_jax.sharding import shardings_of, within
 
 
@@ -30,32 +30,33 @@ class TrainState:
     """
 
     step: Int[Array, ""]
-    parameters: Any
+    parameters: Parameters
     optimizer: optax.OptState
-    average: Any
-    frozen: Any
+    average: Parameters | None
+    frozen: Parameters | None
 
     @property
-    def evaluated(self) -> Any:
+    def evaluated(self) -> Parameters:
         """The trained parameters as evaluation and decoding use them: the average if there is one."""
         return self.parameters if self.average is None else self.average
 
 
-def _state_of(parameters: Any, method: Method, optimizer: optax.GradientTransformation) -> TrainState:
+def _state_of(parameters: Parameters, method: Method, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step, from the whole model's parameters."""
+    # The optimizer knows of what is trained, and of nothing else.
     trained, frozen = method.split(parameters)
     average = None if method.config.optimizer.ema_decay is None else trained
     return TrainState(jnp.zeros((), jnp.int32), trained, optimizer.init(trained), average, frozen)
 
 
-def abstract_parameters(method: Method) -> tuple[Any, Any]:
+def abstract_parameters(method: Method) -> tuple[Parameters, Parameters | None]:
     """The parameters that are trained and those that are frozen (None: none are), as shapes, dtypes and shardings.
 
     Raises:
       ValueError: the mesh cannot share out an axis of them evenly.
     """
 
-    def create(key: jax.Array) -> tuple[Any, Any]:
+    def create(key: jax.Array) -> tuple[Parameters, Parameters | None]:
         return method.split(method.initial_parameters(key, None))
 
     return _abstract(jax.eval_shape(create, jax.random.key(0)), method)
@@ -88,7 +89,9 @@ def state_shardings(abstract: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def initial_state(method: Method, optimizer: optax.GradientTransformation, source: Any = None) -> TrainState:
+def initial_state(
+    method: Method, optimizer: optax.GradientTransformation, source: Parameters | None = None
+) -> TrainState:
     """Creates the state on the method's mesh; no device ever holds more than its own share of it.
 
     Args:
@@ -96,9 +99,10 @@ def initial_state(method: Method, optimizer: optax.GradientTransformation, sourc
       source: parameters of the run that it starts from, if there is one.
     """
 
-    def create(key: jax.Array, source: Any) -> TrainState:
+    def create(key: jax.Array, source: Parameters | None) -> TrainState:
         return _state_of(nn.meta.unbox(method.initial_parameters(key, source)), method, optimizer)
 
+    # Shapes first: they say where each array lies, and jit then makes it there.
     shardings = state_shardings(abstract_state(method, optimizer))
     seed = jax.random.key(method.config.training.seed)
     return jax.jit(within(method.mesh, create), out_shardings=shardings)(seed, source)

@@ -11,7 +11,7 @@ from flax import struct
 
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.methods.method import Method, StepContext
-from mtpd_jax.shapes import Array, Float, Int
+from mtpd_jax.shapes import Array, Float, Int, Parameters
 from mtpd_jax.sharding import batch_sharding, replicated, within
 from mtpd_jax.training.state import TrainState
 
@@ -35,7 +35,7 @@ class StepResult:
 
 
 def gradients_of_batch(
-    method: Method, trained: Any, frozen: Any, batch: Batch, step: Int[Array, ""]
+    method: Method, trained: Parameters, frozen: Parameters | None, batch: Batch, step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Any, Float[Array, " J"], Any]:
     """Loss, sums, weights and gradients, by the trained parameters, of a whole [micro-batch, B, T] batch."""
     key = jax.random.fold_in(jax.random.key(method.config.training.seed), step)
@@ -44,10 +44,11 @@ def gradients_of_batch(
     def count(rows: Batch, rows_key: Array) -> Float[Array, " J"]:
         return method.count(rows, StepContext(step, key, rows_key))
 
+    # What each term is a mean over, in the whole step: before any loss.
     weights = jnp.sum(jax.vmap(count)(batch, keys), axis=0)
 
     def of_rows(rows: Batch, rows_key: Array) -> tuple[tuple[Array, Any], Any]:
-        def loss(trained: Any) -> tuple[Array, Any]:
+        def loss(trained: Parameters) -> tuple[Array, Any]:
             return method.loss(trained, frozen, rows, weights, StepContext(step, key, rows_key))
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
@@ -55,6 +56,7 @@ def gradients_of_batch(
     def add_rows(total: Any, rows_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, of_rows(*rows_and_key)), None
 
+    # Micro-batches one after the other; their gradients add up, for the weights are the step's.
     if batch.tokens.shape[0] == 1:
         (loss, sums), gradients = of_rows(jax.tree.map(lambda part: part[0], batch), keys[0])
     else:
@@ -89,11 +91,14 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
         loss, sums, weights, gradients = gradients_of_batch(method, state.parameters, state.frozen, batch, state.step)
+        # The update, of the trained parameters only.
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        average = state.average
+        parameters: Any = optax.apply_updates(state.parameters, updates)
+        # The average follows what was just updated.
+        average: Any = state.average
         if decay is not None:
             average = optax.incremental_update(parameters, average, newest_share(decay, state.step + 1))
+        # What the host is told.
         tokens = jnp.sum(batch.segment_ids != 0)
         result = StepResult(loss, sums, weights, optax.global_norm(gradients), tokens)
         return TrainState(state.step + 1, parameters, optimizer_state, average, state.frozen), result

@@ -59,10 +59,12 @@ class Both(Drafter, name="both"):
     def draft(
         self, parameters: DecodingParameters, rows: Rows, state: BothState, keys: Array
     ) -> tuple[Drafts, BothState]:
+        # Both draft, whoever is verified.
         of_heads, heads = self._heads.draft(parameters, rows, state.heads, keys)
         copied, found = look_up(rows.tokens, rows.length, self.options.num_drafts)
         copies_B = found & (state.record[:, 1] >= state.record[:, 0])
         copies_Bx1 = copies_B[:, None]
+        # What is copied is certain; what heads drew is not.
         probabilities = of_heads.probabilities
         if probabilities is not None:
             certain = jax.nn.one_hot(copied, probabilities.shape[-1])
@@ -81,6 +83,7 @@ class Both(Drafter, name="both"):
     def confirm(self, state: BothState, before: Rows, after: Rows, hidden: Hidden) -> BothState:
         heads = self._heads.confirm(state.heads, before, after, hidden)
         count = self.options.num_drafts
+        # How far each draft agrees with what was written.
         confirmed = (after.length - before.length)[:, None]
         written = jnp.where(jnp.arange(count)[None] < confirmed, read(after.tokens, before.length, count), -2)
         stood = jnp.stack([count_leading(state.drafts[:, side] == written) for side in range(2)], axis=1)

@@ -90,6 +90,7 @@ class Heads(Drafter, name="heads"):
             return self._draft_while_confident(parameters, rows, state, keys)
         ahead = read(rows.tokens, rows.length - self.window, self.window)
         depths = self.options.num_drafts
+        # Depth after depth: each head over the whole window, its draft from the last position.
         _, caches, outputs = over_layers(
             self._one_depth(parameters, rows, keys), (state.window, ahead), state.caches, depths
         )
@@ -141,6 +142,7 @@ class Heads(Drafter, name="heads"):
 
         def step(now: _Round) -> _Round:
             (state, ahead), caches, output = one_depth(now.depth, (now.state, now.ahead), now.caches.use(now.depth))
+            # Rows that are not confident any more come along, and keep what they have.
             wanted = (now.depth == 0) | (now.confidence >= options.min_confidence)
             confidence = now.confidence * probability_of(*output)
             return _Round(

@@ -83,6 +83,7 @@ class Speculative(Strategy, name="speculative"):
           drafts are accepted, the backbone's cache, and h^0 of the pass, [B, K+1, D].
         """
         options, num_drafts, first = self.options, self.options.num_drafts, rows.length - 1
+        # One pass over the last confirmed token and the drafts, padded if passes share a width.
         inputs = jnp.concatenate([read(rows.tokens, first, 1), drafts.tokens], axis=1)
         padded = jnp.pad(inputs, ((0, 0), (0, options.width - num_drafts - 1)))
         hidden, cache = self.network.extend(parameters, padded, first, cache)
@@ -96,6 +97,7 @@ class Speculative(Strategy, name="speculative"):
         else:
             target, keys = probabilities(logits, options.sampling), fold(keys, _VERIFY)
             accepted, own = accept_drafts(keys, drafts.tokens, drafts.count, drafts.probabilities, target)
+        # The drafts, with its own token in the place of the first that fell.
         places = jnp.arange(num_drafts + 1)[None, :]
         candidates = jnp.where(places == accepted[:, None], own[:, None], jnp.pad(drafts.tokens, ((0, 0), (0, 1))))
         return candidates, accepted, cache, hidden[:, : num_drafts + 1]
@@ -115,5 +117,6 @@ def accept(rows: Rows, drafts: Drafts, candidates: Int[Array, "B J"], accepted: 
         tried=rows.tried + tried,
         accepted=rows.accepted + (tried & (k < accepted[:, None])),
     )
+    # The main head's own token is nobody's draft.
     proposers = jnp.pad(jnp.where(k < accepted[:, None], drafts.proposers, 0), ((0, 0), (0, 1)))
     return counted.append(candidates, accepted + 1, proposers, stops)
