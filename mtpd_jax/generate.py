@@ -69,7 +69,7 @@ def main() -> int:
     show(rich.console.Console(highlight=False), text, generation, opened.tokenizer.decode)
     if flags.json:
         write_json(flags.json, dataclasses.asdict(generation))
-    return int(generation.divergence is not None and not generation.divergence.tie)
+    return int(generation.failed)
 
 
 if __name__ == "__main__":

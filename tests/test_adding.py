@@ -97,6 +97,9 @@ PROGRAMS = {
         opened = mtpd_jax.open_run(run)
         (found,) = opened.generate(["the cat"], max_new_tokens=13, heads=3, strategy="trusting")
         assert not found.lossless and found.passes == 3 and found.proposers == (0, *(1, 2, 3, 0) * 3)
+        report = evaluate.run(run, prompts="prompts.jsonl", heads=[3], strategy="trusting", max_new_tokens=8)
+        for part in report.decoding.values():
+            assert not part.heads["3"].identical and not part.heads["3"].lossless and not part.failed
         """,
     "An experiment": """
         import pathlib

@@ -83,7 +83,8 @@ class Decoder:
         self._context, self._scanned, self._chunk = model.config.context, scanned, chunk
         if mesh is None:
             mesh = data_mesh(list(jax.tree.leaves(parameters)[0].devices()))
-        self._mesh, self._copies = mesh, parts_of(mesh, "batch")
+        self._mesh = _of_this_process(mesh)
+        self._copies = parts_of(self._mesh, "batch")
         self._compiled: dict[Any, Any] = {}
         self._laid_out: dict[Any, tuple[Network, DecodingParameters]] = {}
 
@@ -121,7 +122,7 @@ class Decoder:
         rows_per_copy = -(-rows // self._copies)
         copies = -(-rows // rows_per_copy)
         # Each copy has its own part of the prompts, and each prompt its own key.
-        queue = _Queue.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
+        queue = _Shares.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
         numbers = np.arange(first_row, first_row + len(queue.place), dtype=np.uint32)[queue.place]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
         # What the program is given, where its devices have it.
@@ -251,7 +252,7 @@ def check_drafter(options: Options, heads: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Queue:
+class _Shares:
     """Prompts as they are shared out: each copy of the model has its part, padded to whole batches.
 
     Attributes:
@@ -266,7 +267,7 @@ class _Queue:
     place: np.ndarray
 
     @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], copies: int, rows: int, padded: int) -> "_Queue":
+    def of(cls, prompts: Sequence[np.ndarray], copies: int, rows: int, padded: int) -> "_Shares":
         """Shares prompts out, ``rows`` at a time in each part; few different sizes are ever compiled."""
         number = len(prompts)
         # Even parts, of a size that is a power of two times the rows.
@@ -288,10 +289,28 @@ class _Queue:
 
 def _of_copies(mesh: Mesh, copies: int) -> Mesh:
     """The part of a mesh that holds so many copies of the model."""
-    if copies == parts_of(mesh, "batch"):
-        return mesh
-    devices = mesh.devices.reshape(parts_of(mesh, "batch"), 1, *mesh.devices.shape[2:])[:copies]
-    return Mesh(devices, mesh.axis_names, axis_types=mesh.axis_types)
+    return mesh if copies == parts_of(mesh, "batch") else _with(mesh, list(_by_copy(mesh)[:copies]))
+
+
+def _of_this_process(mesh: Mesh) -> Mesh:
+    """The copies of the model that lie on this process' own devices: each process decodes by itself.
+
+    Raises:
+      ValueError: none does as a whole.
+    """
+    own = [copy for copy in _by_copy(mesh) if all(one.process_index == jax.process_index() for one in copy.flat)]
+    if not own:
+        raise ValueError("no process holds a whole copy of the model: decoding needs one, so take a smaller model")
+    return mesh if len(own) == parts_of(mesh, "batch") else _with(mesh, own)
+
+
+def _by_copy(mesh: Mesh) -> np.ndarray:
+    """The devices of a mesh, those that hold one copy of the model after the other."""
+    return mesh.devices.reshape(parts_of(mesh, "batch"), 1, *mesh.devices.shape[2:])
+
+
+def _with(mesh: Mesh, copies: list[np.ndarray]) -> Mesh:
+    return Mesh(np.stack(copies), mesh.axis_names, axis_types=mesh.axis_types)
 
 
 def _on(mesh: Mesh, parameters: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.acceptance import (
     Acceptance,
     acceptance_intervals,
@@ -66,6 +67,7 @@ class DecodingScore:
       divergences: of the prompts that are not identical: where, and whether rounding explains it.
       distinct_4grams: share of distinct 4-grams in the output; repetitive text is easy to draft.
       prompts: how many.
+      lossless: whether the strategy promises plain decoding's text, or its distribution.
     """
 
     tokens_per_pass: Interval
@@ -80,11 +82,12 @@ class DecodingScore:
     divergences: tuple[Divergence, ...]
     distinct_4grams: float | None
     prompts: int
+    lossless: bool
 
     @property
     def failed(self) -> bool:
-        """Whether greedy text differs from plain decoding's by more than rounding explains."""
-        return any(not divergence.tie for divergence in self.divergences)
+        """Whether greedy text that should be plain decoding's differs from it by more than rounding explains."""
+        return self.lossless and any(not divergence.tie for divergence in self.divergences)
 
 
 def decode_prompts(
@@ -199,6 +202,7 @@ def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: in
         divergences=tuple(divergence for divergence in found.divergences if divergence is not None),
         distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
         prompts=len(continuations),
+        lossless=STRATEGIES[found.options.strategy].lossless,
     )
 
 

@@ -17,6 +17,7 @@ from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
+from mtpd_jax.evaluation.decoding import prompts_per_call
 from mtpd_jax.evaluation.report import percent
 
 # Main head first; then the heads, in turn; and what was copied.
@@ -75,6 +76,11 @@ class Generation:
     identical: bool | None = None
     divergence: Divergence | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether greedy text that should be plain decoding's differs from it by more than rounding explains."""
+        return self.lossless and self.divergence is not None and not self.divergence.tie
+
 
 def generate(
     decoder: Decoder,
@@ -108,11 +114,11 @@ def generate(
     # What is looked for while writing.
     transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
     found = []
-    for start in range(0, len(encoded), batch_size):
-        ids = encoded[start : start + batch_size]
+    for start in range(0, len(encoded), prompts_per_call(batch_size)):
+        ids = encoded[start : start + prompts_per_call(batch_size)]
 
         def run(options: Options, ids: list[np.ndarray] = ids, start: int = start) -> list[Continuation]:
-            return decoder.run(ids, options, transitions=transitions, seed=seed, first_row=start)
+            return decoder.run(ids, options, rows=batch_size, transitions=transitions, seed=seed, first_row=start)
 
         # The text, and the baselines that were asked for, on the same prompts in turn.
         written = run(options)
