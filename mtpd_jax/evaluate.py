@@ -136,7 +136,6 @@ def run(
     sampling = GREEDY if sampling is None else sampling
     options = Options(0, max_new_tokens, sampling, min_confidence, strategy=strategy)
     options.validate()
-    # What there is to measure.
     documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
     prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
     # All is checked before anything is measured.

@@ -106,7 +106,6 @@ def run(
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [check_training(method), check_attention(method)]
-    # What is read: shapes, data, the run to start from.
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
     origin = beginning(config, folder, mesh)
@@ -120,7 +119,6 @@ def run(
         start = _restored(config, folder, abstract, chosen, data)
         start = start or _fresh(method, folder, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
-        # What the loop writes to.
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
         _record_config(config, folder, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
@@ -129,7 +127,6 @@ def run(
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
-        # The loop.
         step = make_step(method, optimizer, state_shardings(abstract))
         about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
         trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)

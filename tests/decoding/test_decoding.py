@@ -29,7 +29,7 @@ def texts(continuations):
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["cascade", "recurrent"])
-@pytest.mark.parametrize(("num_heads", "scanned"), [(1, False), (2, True), (4, False), (4, True)])
+@pytest.mark.parametrize(("num_heads", "scanned"), [(1, True), (4, False), (4, True)])
 def test_everything_against_a_reference_without_caches(num_heads, kind, scanned):
     """Tokens, who proposed them, passes, and how often each head was tried and accepted; a batch of four lengths."""
     model, parameters = small_vocabulary(kind)
@@ -72,7 +72,7 @@ def test_greedy_text_is_plain_decodings(batch_size, trained):
         assert END not in continuation.tokens[:-1]
         assert continuation.passes == len(continuation.tokens) - 1
     endings = set()
-    for num_heads, confidence in [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (8, 0.0), (16, 0.0), (4, 0.5), (8, 0.9)]:
+    for num_heads, confidence in [(1, 0.0), (3, 0.0), (4, 0.0), (16, 0.0), (4, 0.5), (8, 0.9)]:
         found = run(Options(num_heads, 20, min_confidence=confidence))
         assert texts(found) == texts(plain), (num_heads, confidence)
         for continuation in found:
@@ -167,12 +167,12 @@ def test_devices_share_the_rows(options):
         found = decoder.run(prompts, options, seed=3, first_row=2)
         return [dataclasses.replace(continuation, seconds=0.0) for continuation in found]
 
-    for count in (8, 4, 1):  # three, two and one row a device: the last time, two devices have none
+    for count in (8, 1):  # three rows a device, and one row: then two devices have none
         assert decoded(three, prompts[:count]) == decoded(one, prompts[:count])
     work = [[program.cost_analysis()["flops"] for program in decoder._compiled.values()] for decoder in (one, three)]
     assert work[1][0] < 0.45 * work[0][0] and work[1][-1] == pytest.approx(work[0][-1])
     used = [set(program.input_shardings[0][1].device_set) for program in three._compiled.values()]
-    assert [len(devices) for devices in used] == [3, 2, 1] and set().union(*used) == set(mesh.devices.flat)
+    assert [len(devices) for devices in used] == [3, 1] and set().union(*used) == set(mesh.devices.flat)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])

@@ -53,7 +53,8 @@ def check(logits, targets, mask, distillation, tolerance=3e-6, **options):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("top_n", "temperature"), [(1, 1.0), (7, 1.0), (7, 0.5), (7, 2.5), (V, 2.5), (1000, 1.0)])
 def test_against_float64(kind, top_n, temperature):
-    for detach in (True, False):
+    # Whether the teacher is detached changes its own gradient alone, over part of the vocabulary and over all of it.
+    for detach in (True, False) if temperature == 2.5 else (True,):
         check(*problem(), Distillation(top_n, temperature, kind, detach))
 
 
@@ -65,7 +66,7 @@ def test_what_is_compiled_for_accelerators(kind):
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(KINDS),
-    st.sampled_from([1, 5, V]),
+    st.sampled_from([1, 7, 1000]),
     st.integers(0, 1000),
     st.sampled_from([0.01, 1.0, 30.0, 1e4]),
     st.booleans(),

@@ -84,7 +84,7 @@ def test_devices_that_share_a_model_write_and_score_the_same(workdir):
         whole, half = (jax.tree.leaves(trained.parameters[name])[0] for trained in (copies, split))
         assert whole.addressable_shards[0].data.size in (whole.size, 2 * half.addressable_shards[0].data.size)
     prompts = [one.tokenizer.encode(text)[: 3 + number] for number, text in enumerate(texts_of(one, 9))]
-    for options in (Options(2, 12), Options(2, 12, Sampling(1.0)), Options(2, 12, drafter="both")):
+    for options in (Options(2, 12), Options(2, 12, Sampling(1.0), drafter="both")):
         found = [untimed(run.decoder.run(prompts, options, rows=8, seed=3)) for run in runs]
         assert found[0] == found[1] == found[2]
     scored = [run.score(texts_of(one), batch_size=8) for run in runs]
