@@ -73,10 +73,12 @@ def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> Non
         section: Any = tree.get(name, ml_collections.ConfigDict())
         if not isinstance(section, ml_collections.ConfigDict):
             continue  # and is refused when it is built
+        # The case that is asked for, or is there, or is the default.
         case: Any = chosen.get(name, section.get(declared.tag or "", declared.default_case))
         if declared.tag and (not isinstance(case, str) or case not in declared.cases):
             raise ValueError(f"config.{name}.{declared.tag} = {case!r}: expected one of {', '.join(declared.cases)}")
         cls = declared.cases[case] if declared.tag else declared
+        # What belongs to other cases goes, unless somebody has changed it.
         foreign = {key: value for other in declared.cases.values() for key, value in defaults_of(other).items()}
         with section.unlocked():
             for key, default in foreign.items():

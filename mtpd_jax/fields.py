@@ -161,10 +161,12 @@ def read_section(declared: type[Section], tree: Any, path: str, stored: bool) ->
       ValueError: a field is unknown, missing or of the wrong type.
     """
     cls = _class_of(declared, tree, path, stored)
+    # Fields that this case has not say nothing, or are refused.
     hints = {one.name: typing.get_type_hints(cls)[one.name] for one in dataclasses.fields(cls)}
     for name, value in tree.items():
         if name not in hints and name != cls.tag:
             _check_foreign(declared, cls, name, value, path, stored)
+    # Fields that it has: given, or what they meant before they were there, or their defaults.
     values = {}
     for one in dataclasses.fields(cls):
         if one.name in tree:

@@ -48,6 +48,7 @@ class ShardingRules:
         Raises:
           ValueError: two of them would be split over the same axis of the mesh.
         """
+        # An array can be split over an axis of the mesh once.
         taken: dict[str, str | None] = {}
         for axis in axes:
             for mesh_axis in self.mesh_axes(axis):
@@ -74,6 +75,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     Raises:
       ValueError: the axes' sizes do not multiply to the number of devices.
     """
+    # The axis of -1 takes what the others leave.
     devices = jax.devices() if devices is None else devices
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)

@@ -1,8 +1,8 @@
 """Many prompts of unequal length, a few at a time: batches that wait for their longest, or rows that are refilled.
 
-``python -m experiments.bench.throughput --workdir=DIR`` decodes prompts of 8 to 96 tokens out of a run's held-out
-documents, both ways in turn, and puts beside it what the speed model says: prefill as measured, and the rounds that
-the prompts' passes come to (``evaluation/speed.py``), each at what a round costs.
+``python -m experiments.bench.throughput --workdir=DIR --prompts=FILE`` decodes prompts cut to 8 to 96 tokens, both ways
+in turn, and puts beside it what the speed model says: prefill as measured, and the rounds that the prompts' passes come
+to (``evaluation/speed.py``), each at what a round costs.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from mtpd_jax import frontdoor
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, rounds_of_batches, rounds_of_queue
 from mtpd_jax.run import Run
@@ -33,21 +34,18 @@ _SHORTEST, _LONGEST = 8, 96
 _ROUNDS: dict[str, Callable[[Sequence[int], int], int]] = {"batches": rounds_of_batches, "refilled": rounds_of_queue}
 
 
-def unequal_prompts(opened: Run, count: int) -> list[np.ndarray]:
-    """Beginnings of held-out documents, of lengths drawn from a seed.
+def unequal_prompts(opened: Run, path: str, count: int) -> list[np.ndarray]:
+    """The beginnings of the first prompts of a file that are long enough, of lengths drawn from a seed.
 
     Raises:
-      ValueError: the run holds out too few documents.
+      ValueError: there are too few.
     """
+    texts = [opened.tokenizer.encode(text) for text in read_prompts(path)]
+    whole = [ids for ids in texts if len(ids) >= _LONGEST][:count]
+    if len(whole) < count:
+        raise ValueError(f"--prompts={path}: {len(whole)} prompts of at least {_LONGEST} tokens; expected {count}")
     lengths = np.random.default_rng(0).integers(_SHORTEST, _LONGEST + 1, count)
-    prompts: list[np.ndarray] = []
-    for text in opened.trained.held_out_documents():
-        ids = opened.tokenizer.encode(text)
-        if len(prompts) < count and len(ids) >= _LONGEST:
-            prompts.append(ids[: lengths[len(prompts)]])
-    if len(prompts) < count:
-        raise ValueError(f"--prompts={count}: the run holds out {len(prompts)} documents of at least {_LONGEST} tokens")
-    return prompts
+    return [ids[:length] for ids, length in zip(whole, lengths, strict=True)]
 
 
 def decode(decoder: Decoder, prompts: Sequence[np.ndarray], options: Options, batch: int, way: str) -> Any:
@@ -128,7 +126,8 @@ def main(arguments: list[str]) -> int:
     """Parses flags, measures, prints the table, and writes JSON."""
     parser = frontdoor.Parser(prog="python -m experiments.bench.throughput", description=__doc__)
     parser.add_argument("--workdir", required=True, help="a trained run")
-    parser.add_argument("--prompts", type=int, default=256, help="how many (default: 256)")
+    parser.add_argument("--prompts", required=True, help='JSON lines with a field "prompt"')
+    parser.add_argument("--number", type=int, default=256, help="of prompts (default: 256)")
     parser.add_argument("--batch", type=int, default=16, help="decoded together (default: 16)")
     parser.add_argument("--heads", type=frontdoor.integers, default=[2, 4], help="beside none (default: 2,4)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="per prompt (default: 128)")
@@ -136,12 +135,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="rounds of measuring (default: 3)")
     parser.add_argument("--json", help="write the rows here")
     flags = parser.parse_args(arguments)
-    for name in ("prompts", "batch", "repeats"):
+    for name in ("number", "batch", "repeats"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)}: expected at least one")
     frontdoor.check_json_path(flags.json)
     opened = on_one_device(flags.workdir)
-    prompts = unequal_prompts(opened, flags.prompts)
+    prompts = unequal_prompts(opened, flags.prompts, flags.number)
     # Room for the longest prompt, as it is padded, beside what the costs are measured with.
     flags.layout, flags.new_tokens = "chosen", 64 + flags.max_new_tokens
     flags.widths = [1, *(heads + 1 for heads in flags.heads)]

@@ -98,11 +98,13 @@ def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.Iter
         # grain drops what is None: the documents of the other side.
         return None if held_out(text, config.data.validation_fraction) else {"tokens": tokenizer.encode_document(text)}
 
+    # Documents, shuffled anew every epoch; packed into rows; rows shuffled among neighbours; batches.
     tokenized = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat().map(tokenize)
     rows = experimental.ConcatThenSplitIterDataset(
         tokenized.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)),
         length_struct={"tokens": training.sequence_length},
     )
+    # A long document fills many rows in a run.
     if window:
         rows = experimental.WindowShuffleIterDataset(rows, window_size=window, seed=training.seed)
     batches = rows.batch(training.batch_size, drop_remainder=True).map(to_batch)

@@ -119,6 +119,7 @@ class Tokenizer:
         # Offsets count characters; their ends are made to partition the text, whatever the tokenizer strips.
         ends = np.array([end for _, end in encoding.offsets], np.int64)
         ends[-1:] = len(text)
+        # From characters to bytes.
         character_bytes = [len(character.encode("utf-8", errors="replace")) for character in text]
         bytes_before = np.concatenate([[0], np.cumsum(character_bytes, dtype=np.int64)])
         lengths = np.diff(bytes_before[np.maximum.accumulate(ends)], prepend=0)

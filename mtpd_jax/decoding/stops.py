@@ -41,6 +41,7 @@ class Stops:
           tokens: [B, T]; what would be written next.
           state: [B]; before them.
         """
+        # End tokens by themselves; strings by what the text would end with.
         ends = jnp.zeros(tokens.shape, bool)
         for end_id in self.end_ids:
             ends |= tokens == end_id
@@ -69,6 +70,7 @@ def transitions_of(token_bytes: Sequence[bytes], strings: Sequence[str]) -> np.n
     """
     if not all(strings):
         raise ValueError("stop = '': expected a text that is not empty")
+    # The automaton of bytes, then what whole tokens do to its states.
     wanted = [string.encode("utf-8", errors="surrogatepass") for string in strings]
     if sum(map(len, wanted)) > _MOST_BYTES:
         raise ValueError(f"stop: {sum(map(len, wanted))} bytes: expected at most {_MOST_BYTES} in all stop strings")

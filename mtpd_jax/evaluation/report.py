@@ -72,6 +72,7 @@ def decoding_table(
     second = "x K=1" if padded_plain is None else "x padded"
     for column in ("heads", "accepted %", "cumulative", "tokens/pass", "tok/s", "x plain", second, "same"):
         table.add_column(column, justify="right", no_wrap=True)
+    # Plain decoding first, then heads, then who else drafts.
     rows = list(by_heads.items())
     if padded_plain is not None:
         rows.insert(1, ("0 padded", padded_plain))

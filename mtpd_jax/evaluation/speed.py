@@ -66,6 +66,7 @@ def rounds_of_batches(rounds: Sequence[int], rows: int) -> int:
 
 def rounds_of_queue(rounds: Sequence[int], rows: int) -> int:
     """Rounds until all prompts are finished, if a row that is finished takes the next prompt; see above."""
+    # The row that is free first takes the next prompt.
     ends = [0] * min(rows, len(rounds))
     for number in rounds:
         heapq.heappush(ends, heapq.heappop(ends) + number)

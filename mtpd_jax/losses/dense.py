@@ -28,6 +28,7 @@ def dense_divergence(
     if distillation.detach_teacher:
         teacher = jax.lax.stop_gradient(teacher)
     n = min(distillation.top_n, teacher.shape[-1])
+    # Which entries are compared.
     if selection == "top_k":
         chosen, indices = jax.lax.top_k(teacher, n)
         heads = jnp.take_along_axis(heads, jnp.broadcast_to(indices, (*heads.shape[:-1], n)), axis=-1)
@@ -47,6 +48,7 @@ def _divergence(teacher: Array, heads: Array, distillation: Distillation) -> Arr
     log_p, log_q = (
         jnp.maximum(jax.nn.log_softmax(jnp.maximum(logits / temperature, -1e30)), -1e30) for logits in (teacher, heads)
     )
+    # The divergences, as they are defined; gradients are autodiff's.
     acceptance = jnp.sum(jnp.minimum(p, q), axis=-1)
     forward = jnp.sum(p * (log_p - log_q), axis=-1)
     if kind == "forward":
@@ -96,6 +98,7 @@ def dense_loss(
     selection: str = "sort",
 ) -> Float[Array, ""]:
     """The total of ``fused_loss``, with K+1 full logit tensors in memory."""
+    # All logits at once.
     rows_JxMxD = hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
     precision = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("jmd,vd->jmv", rows_JxMxD, unembedding.astype(hidden.dtype), preferred_element_type=precision)

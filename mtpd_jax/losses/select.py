@@ -68,12 +68,14 @@ def _pivots(bracket: _Bracket, n: int, size: int, offsets: tuple[float, ...]) ->
     def log_odds(count: Array | int) -> Array:
         return jnp.log((count + 0.5) / (size - count + 0.5))
 
+    # How far the bracket reaches, in log odds of the rank.
     extent = log_odds(bracket.at_low) - log_odds(bracket.at_high)
     # The log odds of a rank are nearly linear in the logit; within a bracket, ranks scatter as in a binomial draw.
     variance = (bracket.at_low - n) * (n - bracket.at_high) / (bracket.at_low - bracket.at_high)
     scatter = jnp.sqrt(jnp.maximum(variance, 0)) * (1 / (n + 0.5) + 1 / (size - n + 0.5))
     uncertainty = scatter + _CURVATURE * extent**2
     expected = log_odds(bracket.at_low) - log_odds(n)
+    # Places around the expected one, by the values at the ends; and the middle, which always halves what is left.
     start, end = value_of_key(bracket.low), value_of_key(bracket.high)
     places = [jnp.clip((expected - offset * uncertainty) / extent, 0, 1) for offset in offsets]
     guesses = [ordered_key(start + (end - start) * place) for place in places]

@@ -54,9 +54,11 @@ class Attention(nn.Module):
             inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + config.norm_epsilon)
             both_BxTxGxRxH = (wide * inverse * scale_RxH[None, None, None]).astype(both_BxTxGxRxH.dtype)
         both_BxTxGxRxH = view.rotation.apply(both_BxTxGxRxH)
+        # What they see is the view's affair, and so is a cache.
         query_BxTxGxRxH, key_BxTxGxH = both_BxTxGxRxH[:, :, :, :-1], both_BxTxGxRxH[:, :, :, -1]
         mixed_BxTxGxRxH, cache = view.attend(query_BxTxGxRxH, key_BxTxGxH, value_BxTxGxH)
         mixed_BxTxNxH = mixed_BxTxGxRxH.reshape(*x.shape[:2], config.query_heads, config.head_size)
+        # All heads together, back to the width.
         out = nn.DenseGeneral(
             config.width,
             axis=(-2, -1),
@@ -89,6 +91,7 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             mixed, cache = Attention(config, name="attention")(norm(config, "attention_norm")(x), view)
             x = constrain_activation(x + mixed)
+        # Then the feed-forward layer, whatever the config says it is.
         with jax.named_scope("mlp"):
             feed_forward = FEED_FORWARDS[config.feed_forward](config, name="mlp")
             added, statistics = feed_forward(norm(config, "mlp_norm")(x))

@@ -42,6 +42,7 @@ class Rotation:
     @classmethod
     def of(cls, positions: Positions, config: ModelConfig) -> "Rotation":
         """The pair (i, i + H/2) at a position turns by position * theta^(-2i/H) (RoFormer, arXiv 2104.09864)."""
+        # One angle per pair and position.
         half = config.head_size // 2
         frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angles_BxTxh = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
@@ -49,6 +50,7 @@ class Rotation:
 
     def apply(self, x: Float[Array, "B T *heads H"]) -> Float[Array, "B T *heads H"]:
         """Turns every query or key."""
+        # Both halves of a pair at once: (a, b) -> (a cos - b sin, b cos + a sin).
         cos, sin = (jnp.expand_dims(part, range(2, x.ndim)) for part in (self.cos, self.sin))
         halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
         sign = jnp.array([[-1.0], [1.0]])

@@ -27,6 +27,7 @@ def completed(config: Config, workdir: Workdir) -> Config:
         return config
     if latest_step(workdir) is None:
         return _complete(config, source_of(config).read_config())
+    # The run has begun: what it began from is on record, and may be gone.
     origin, begun = read_record(workdir)["origin"], workdir.read_config()
     if begun.objective.source_run is None:
         return config  # and is refused, as any other config
@@ -95,6 +96,7 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
         return None
     folder = source_of(config)
     source = folder.read_config()
+    # As it is evaluated: the average, if it keeps one.
     method = method_of(source, mesh)
     restored = restore_parameters(folder, method)
     folder.read_tokenizer(source, restored.record["tokenizer"])

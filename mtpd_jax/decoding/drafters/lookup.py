@@ -22,6 +22,7 @@ class PromptLookup(Drafter, name="lookup"):
     """Copies out of the row's own text, prompt and continuation."""
 
     def draft(self, parameters: DecodingParameters, rows: Rows, state: Any, keys: Array) -> tuple[Drafts, Any]:
+        # Certain drafts: accepted with the probability that the main head gives them.
         tokens, found = look_up(rows.tokens, rows.length, self.options.num_drafts)
         count = jnp.where(found, self.options.num_drafts, 0)
         return Drafts(tokens, count, jnp.full(tokens.shape, COPIED)), state
