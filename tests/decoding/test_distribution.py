@@ -170,7 +170,12 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "mutant"), MUTANTS, ids=[mutant[2].__name__ for mutant in MUTANTS])
+# They show that the test can fail, and not that the code is right: one of them does so every time.
+@pytest.mark.parametrize(
+    ("module", "name", "mutant"),
+    [MUTANTS[1], *(pytest.param(*mutant, marks=pytest.mark.slow) for mutant in (MUTANTS[0], *MUTANTS[2:]))],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_a_wrong_rule_is_noticed(monkeypatch, module, name, mutant):
     model, parameters = tiny_model()
     monkeypatch.setattr(module, name, mutant)
