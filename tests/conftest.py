@@ -1,5 +1,6 @@
 """Set up before anything imports JAX: eight simulated devices, a shared compilation cache, shape checks at run time."""
 
+import gc
 import os
 import pathlib
 
@@ -28,6 +29,8 @@ import pytest  # noqa: E402
 from mtpd_jax import platform  # noqa: E402
 from tests.builders import tiny_config  # noqa: E402
 
+# Tracing makes many small objects, and the collector would look through all of them again and again.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Decoding scans its layers: such programs compile in half the time. Tests of both layouts name the one that they mean.
 platform._CACHED_BYTES = 0

@@ -155,6 +155,7 @@ def test_many_rows_are_each_decoded_as_alone():
     [Options(2, 20, Sampling(1.0)), pytest.param(Options(3, 20, min_confidence=0.5), marks=pytest.mark.slow)],
     ids=["sampled", "adaptive"],
 )
+@pytest.mark.slow
 def test_devices_share_the_rows(options):
     """Three devices that hold the parameters decode eight prompts: the texts of one device, for a third of its work."""
     model, parameters = small_vocabulary()
@@ -198,7 +199,7 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     """The logits of a place do not depend on which row of a pass it is, nor on what else is in the pass."""
     config = tiny_config(heads__num_heads=4, model__dtype=dtype, model__context=CONTEXT)

@@ -40,6 +40,7 @@ def score(**fields):
         divergences=(),
         distinct_4grams=0.5,
         prompts=10,
+        lossless=True,
     )
     return dataclasses.replace(found, **fields)
 
