@@ -7,7 +7,7 @@ than a tie exits with status 1.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import rich.console
 from mtpd_jax import frontdoor
 from mtpd_jax.data.files import json_field, read_text
 from mtpd_jax.data.sources import expand
+from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.decoding.stops import transitions_of
@@ -29,7 +30,7 @@ from mtpd_jax.evaluation.decoding import (
     ways_of,
 )
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
-from mtpd_jax.evaluation.scoring import TextScore, TextSums
+from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.checkpoint import NEWEST
 from mtpd_jax.runs.origin import held_out_note
@@ -52,16 +53,13 @@ class PromptReport:
     others: dict[str, dict[str, DecodingScore]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, scores: Mapping[int | str, DecodingScore]) -> "PromptReport":
-        """From scores by the names of their ways (see ``ways_of``)."""
-        heads: dict[str, DecodingScore] = {}
+    def of(cls, scores: Mapping[int | str, DecodingScore], ways: Ways) -> "PromptReport":
+        """From scores by the names of their ways."""
+        heads = {str(name): score for name, score in scores.items() if isinstance(name, int)}
         others: dict[str, dict[str, DecodingScore]] = {}
         for name, score in scores.items():
-            if isinstance(name, int):
-                heads[str(name)] = score
-            elif name != PADDED_PLAIN:
-                drafter, number = name.split()
-                others.setdefault(drafter, {})[number] = score
+            if not isinstance(name, int) and name != PADDED_PLAIN:
+                others.setdefault(ways[name].drafter, {})[str(ways[name].num_drafts)] = score
         return cls(heads, scores.get(PADDED_PLAIN), others)
 
     @property
@@ -173,12 +171,15 @@ def _score_text(opened: Run, documents: dict[str, list[str]], batch_size: int, n
     with Progress("scoring", sum(map(len, documents.values()))) as progress:
         if note:
             progress.say(note)
-        for name, texts in documents.items():
-            sums = TextSums.nothing(opened.config.heads.num_heads)
-            for scored in scorer.score(opened.parameters, map(opened.tokenizer.encode_document_and_bytes, texts)):
-                assert scored is not None  # only a callback that says so ends the scoring early
-                sums += scored.sums()
+
+        def counted(texts: list[str]) -> Iterator[str]:
+            for text in texts:
+                yield text
                 progress.advance()
+
+        for name, texts in documents.items():
+            sums = scorer.sum_documents(opened.parameters, counted(texts))
+            assert sums is not None  # only a callback that says so ends the scoring early
             scores[name] = TextScore.of(sums)
     if not any(score.tokens for score in scores.values()):
         raise ValueError(f"{', '.join(documents)}: no text to score")
@@ -220,9 +221,8 @@ class _Decoding:
                 opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed,
                 transitions=self.transitions, on_call=progress.advance,
             )  # fmt: skip
-        return PromptReport.of(
-            score_ways(compare_ways(opened.decoder, self.prompts, self.ways, decoded), self.batch_size)
-        )
+        compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
+        return PromptReport.of(score_ways(compared, self.batch_size), self.ways)
 
 
 def _ways(opened: Run, heads: Sequence[int] | None, drafters: Sequence[str], options: Options, bit_exact: bool) -> Ways:
@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded together (default: 1)")
     parser.add_argument(
         "--drafters", type=frontdoor.names, default=["heads"],
-        help=f"who drafts, in turn: some of {','.join(frontdoor.DRAFTER_CHOICES)} (default: heads)",
+        help=f"who drafts, in turn: some of {','.join(DRAFTERS)} (default: heads)",
     )  # fmt: skip
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the report to this file")

@@ -21,16 +21,14 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from mtpd_jax.decoding.decoder import DRAFTERS, STRATEGIES
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.editing import check_name, chosen_cases, fit_cases
 from mtpd_jax.runs.checkpoint import NEWEST
 from mtpd_jax.runs.interruption import end_on_signals, leave, say_last
 from mtpd_jax.training.state import DivergedError
 
-# Plain decoding is zero drafts, whoever makes them.
-DRAFTER_CHOICES = tuple(name for name in DRAFTERS if name != "nobody")
 _CONFIG_HELP = """  --config=FILE: a config file, such as configs/quickstart.py
   --config.section.field=value: another value for one of its fields"""
 

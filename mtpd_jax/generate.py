@@ -12,6 +12,7 @@ import rich.console
 
 from mtpd_jax import frontdoor
 from mtpd_jax.data.files import read_text
+from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.evaluation.generation import Generation, check_prompts, show
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.run import open_run
@@ -51,7 +52,7 @@ def main() -> int:
     parser.add_argument(
         "--heads", type=int, help="drafts per pass; 0 decodes plainly, more than there are loop them (default: all)"
     )
-    parser.add_argument("--drafter", default="heads", choices=frontdoor.DRAFTER_CHOICES, help="who drafts")
+    parser.add_argument("--drafter", default="heads", choices=tuple(DRAFTERS), help="who drafts")
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly, too, and compare")
     parser.add_argument("--json", help="write the figures to this file")

@@ -17,7 +17,7 @@ from mtpd_jax.runs.checkpoint import NEWEST
 from mtpd_jax.runs.opening import TrainedRun, load_run
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.training.feasibility import check_scoring
-from mtpd_jax.validation import check_flag, check_integer
+from mtpd_jax.validation import check_count, check_flag
 
 
 class Run:
@@ -64,7 +64,7 @@ class Run:
         Raises:
           ValueError: a batch needs more memory than there is.
         """
-        check_integer("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         check_scoring(self.config, batch_size)
         if batch_size not in self._scorers:
             trained, length = self.trained, self.config.training.sequence_length
@@ -131,9 +131,7 @@ class Run:
         check_prompts(prompts)
         check_flag("compare", compare)
         check_stop(stop)
-        check_integer("batch_size", batch_size)
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}: expected at least one")
+        check_count("batch_size", batch_size)
         options = self.options(heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy)
         return generate(
             self.decoder, self.tokenizer, prompts, options,
@@ -155,7 +153,7 @@ class Run:
         check_prompts(texts)
         # Encoded as they are asked for.
         encoded = map(self.tokenizer.encode_document_and_bytes, texts)
-        return [scored for scored in self.scorer(batch_size).score(self.parameters, encoded) if scored is not None]
+        return list(self.scorer(batch_size).score(self.parameters, encoded))
 
     def loglikelihoods(
         self, contexts: Sequence[str], continuations: Sequence[str], batch_size: int = 1

@@ -84,7 +84,7 @@ def _score(opened: Run, texts: Sequence[np.ndarray]) -> TextCounts:
     """Every head on every text, teacher-forced."""
     scorer = Scorer(opened.trained.model, opened.tokenizer, opened.mesh, len(texts[0]), batch_size=1)
     scored = scorer.score(opened.parameters, ((text, np.zeros_like(text)) for text in texts))
-    found = [text.sums() for text in scored if text is not None]
+    found = [text.sums() for text in scored]
     weights, ce, kl, agreed = (
         np.array([getattr(sums, name) for sums in found]) for name in ("weight", "ce", "kl", "agreed")
     )

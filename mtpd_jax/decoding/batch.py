@@ -43,11 +43,6 @@ class Batch:
     keys: Array
 
 
-def slots_for(padded: int, options: Options) -> int:
-    """Positions that a row may come to whose prompt is padded to so many tokens: a round may write past the limit."""
-    return padded + options.max_new_tokens + options.width
-
-
 def prefill(
     strategy: Strategy,
     parameters: DecodingParameters,
@@ -70,7 +65,7 @@ def prefill(
     """
     (batch, padded), options, network = prompts.shape, strategy.options, strategy.network
     # Room for what may be written, and for what a last round writes past it.
-    slots = slots_for(padded, options)
+    slots = padded + options.max_new_tokens + options.width
     rows = Rows.start(prompts, lengths, options.num_drafts, options.max_new_tokens, slots)
 
     def read_chunk(carry: tuple[Any, Hidden], begin: Array) -> tuple[tuple[Any, Hidden], None]:
@@ -184,15 +179,13 @@ def _put_away(finished: Rows, number: Int[Array, " B"], rows: Rows) -> Rows:
     return jax.tree.map(lambda whole, part: whole.at[number].set(part, mode="drop"), finished, rows)
 
 
-def make_decode(
-    network: Network, options: Options, chunk: int, rows: int | None = None, mesh: Mesh | None = None
-) -> Decode:
+def make_decode(network: Network, options: Options, chunk: int, rows: int, mesh: Mesh | None = None) -> Decode:
     """Returns the jitted function (parameters, prompts [Q, T], lengths [Q], keys [Q], count [devices], stops) -> rows.
 
     Args:
       network, options: of decoding.
       chunk: see ``prefill``.
-      rows: that a device decodes at a time; None: all that it is given.
+      rows: that a device decodes at a time.
       mesh: with one, the devices along its batch axes share the queue evenly, and each runs until its own part is
         finished: they have nothing to tell each other. ``count`` has a number for each of them. Over the other axes the
         parameters may be split, and caches and products are split as they are.
@@ -200,8 +193,7 @@ def make_decode(
     strategy = strategy_of(network, options)
 
     def decode(parameters: DecodingParameters, prompts: Array, *rest: Any) -> Rows:
-        own = prompts.shape[0] if rows is None else rows
-        return decode_queue(strategy, parameters, prompts, *rest, rows=own, chunk=chunk)
+        return decode_queue(strategy, parameters, prompts, *rest, rows=rows, chunk=chunk)
 
     if mesh is None:
         return network.jit(decode)

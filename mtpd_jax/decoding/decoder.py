@@ -122,8 +122,9 @@ class Decoder:
         rows_per_copy = -(-rows // self._copies)
         copies = -(-rows // rows_per_copy)
         # Each copy has its own part of the prompts, and each prompt its own key.
-        queue = _Shares.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
-        numbers = np.arange(first_row, first_row + len(queue.place), dtype=np.uint32)[queue.place]
+        shares = _Shares.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
+        numbers = np.zeros(len(shares.lengths), np.uint32)
+        numbers[shares.places] = np.arange(first_row, first_row + len(prompts))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
         # What the program is given, where its devices have it.
         network, parameters = self.network(options)
@@ -131,8 +132,8 @@ class Decoder:
         split = NamedSharding(mesh, RULES.spec("batch"))
         stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
         arguments = (
-            _on(mesh, parameters),
-            *jax.device_put((queue.prompts, queue.lengths, keys, queue.counts), split),
+            parameters if mesh is self._mesh else _on(mesh, parameters),
+            *jax.device_put((shares.prompts, shares.lengths, keys, shares.counts), split),
             jax.device_put(stops, NamedSharding(mesh, PartitionSpec())),
         )
         # Compiled before the clock starts.
@@ -140,9 +141,7 @@ class Decoder:
         start = time.perf_counter()
         written: Rows = jax.device_get(jax.block_until_ready(decode(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
-        # In the order of the prompts again.
-        places = [int(place) for place in np.argsort(queue.place)[: len(prompts)]]
-        return [_continuation(written, place, int(queue.lengths[place]), seconds) for place in places]
+        return [_continuation(written, place, int(shares.lengths[place]), seconds) for place in shares.places.tolist()]
 
     def _padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
@@ -227,7 +226,7 @@ class Decoder:
         self, network: Network, arguments: tuple[Any, ...], options: Options, rows: int, mesh: Mesh
     ) -> Callable[..., Rows]:
         stops = arguments[-1].transitions
-        key = (options, arguments[1].shape, rows, None if stops is None else stops.shape)
+        key = (options, arguments[1].shape, rows, mesh.size, None if stops is None else stops.shape)
         if key not in self._compiled:
             chunk = min(self._chunk, arguments[1].shape[1])
             decode: Any = make_decode(network, options, chunk, rows, mesh if mesh.size > 1 else None)
@@ -256,35 +255,29 @@ class _Shares:
     """Prompts as they are shared out: each copy of the model has its part, padded to whole batches.
 
     Attributes:
-      prompts, lengths: [Q, T] and [Q]; filled up with the first prompt.
+      prompts, lengths: [Q, T] and [Q]; filled up with texts of one token.
       counts: [copies]; prompts in each part.
-      place: [Q]; the number of the prompt at each place; numbers past the last stand where there is none.
+      places: of the prompts, in their order.
     """
 
     prompts: np.ndarray
     lengths: np.ndarray
     counts: np.ndarray
-    place: np.ndarray
+    places: np.ndarray
 
     @classmethod
     def of(cls, prompts: Sequence[np.ndarray], copies: int, rows: int, padded: int) -> "_Shares":
         """Shares prompts out, ``rows`` at a time in each part; few different sizes are ever compiled."""
         number = len(prompts)
-        # Even parts, of a size that is a power of two times the rows.
+        # Even parts, with room for a power of two times the rows.
         own = -(-number // copies)
         room = rows * (1 << (-(-own // rows) - 1).bit_length())
         counts = np.clip(number - own * np.arange(copies), 0, own).astype(np.int32)
-        place, spare = np.empty((copies, room), np.int64), number
-        for part, count in enumerate(counts):
-            place[part, :count] = own * part + np.arange(count)
-            place[part, count:] = spare + np.arange(room - count)
-            spare += room - count
-        place = place.reshape(-1)
-        texts, lengths = np.zeros((len(place), padded), np.int32), np.ones(len(place), np.int32)
-        for row, prompt in enumerate(place.tolist()):
-            if prompt < number:
-                texts[row, : len(prompts[prompt])], lengths[row] = prompts[prompt], len(prompts[prompt])
-        return cls(texts, lengths, counts, place)
+        places = np.arange(number) // own * room + np.arange(number) % own
+        texts, lengths = np.zeros((copies * room, padded), np.int32), np.ones(copies * room, np.int32)
+        for place, prompt in zip(places, prompts, strict=True):
+            texts[place, : len(prompt)], lengths[place] = prompt, len(prompt)
+        return cls(texts, lengths, counts, places)
 
 
 def _of_copies(mesh: Mesh, copies: int) -> Mesh:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.validation import check_integer, check_number
+from mtpd_jax.validation import check_count, check_integer, check_number
 
 
 def check_seed(seed: int) -> None:
@@ -80,12 +80,10 @@ class Options:
             raise ValueError(f"sampling = {self.sampling!r}: expected a Sampling")
         self.sampling.validate()
         check_integer("heads", self.num_drafts)
-        check_integer("max_new_tokens", self.max_new_tokens)
+        check_count("max_new_tokens", self.max_new_tokens)
         check_number("min_confidence", self.min_confidence)
         if self.num_drafts < 0:
             raise ValueError(f"heads = {self.num_drafts}: expected 0 (plain decoding) or more")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: expected at least one")
         if not 0 <= self.min_confidence < 1:
             raise ValueError(f"min_confidence = {self.min_confidence}: expected a probability, zero or more, under one")
         if self.width <= self.num_drafts:

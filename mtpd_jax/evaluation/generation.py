@@ -17,12 +17,14 @@ from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
-from mtpd_jax.evaluation.decoding import prompts_per_call
+from mtpd_jax.evaluation.decoding import PADDED_PLAIN, decode_prompts, ways_of
 from mtpd_jax.evaluation.report import percent
 
 # Main head first; then the heads, in turn; and what was copied.
 _COLOURS = ("default", "green", "cyan", "magenta", "yellow", "blue", "red")
 _COPIED_COLOUR = "reverse"
+# The way of decoding that was asked for, beside its baselines.
+_OWN = "own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,31 +112,24 @@ def generate(
     check_seed(seed)
     check_prompts(prompts)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    decoder.check(encoded, options, batch_size)
     # What is looked for while writing.
     transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
-    found = []
-    for start in range(0, len(encoded), prompts_per_call(batch_size)):
-        ids = encoded[start : start + prompts_per_call(batch_size)]
-
-        def run(options: Options, ids: list[np.ndarray] = ids, start: int = start) -> list[Continuation]:
-            return decoder.run(ids, options, rows=batch_size, transitions=transitions, seed=seed, first_row=start)
-
-        # The text, and the baselines that were asked for, on the same prompts in turn.
-        written = run(options)
-        plain = run(options.fastest_plain) if compare else [None] * len(ids)
-        padded = run(options.with_drafts(0)) if compare and options.pass_width is not None else [None] * len(ids)
-        for prompt, own, beside, of_width in zip(ids, written, plain, padded, strict=True):
-            found.append(_generation(decoder, tokenizer, prompt, options, stop, own, beside, of_width))
-    return found
+    # The text, and the baselines that were asked for.
+    ways: dict[int | str, Options] = {_OWN: options}
+    if compare:
+        ways |= ways_of(options, [0])
+    decoded = decode_prompts(decoder, encoded, ways, batch_size=batch_size, seed=seed, transitions=transitions)
+    absent = [None] * len(encoded)
+    by_prompt = zip(encoded, decoded[_OWN], *(decoded.get(name, absent) for name in (0, PADDED_PLAIN)), strict=True)
+    return [_generation(decoder, tokenizer, options, stop, *of_prompt) for of_prompt in by_prompt]
 
 
 def _generation(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    prompt: np.ndarray,
     options: Options,
     stop: Sequence[str],
+    prompt: np.ndarray,
     written: Continuation,
     plain: Continuation | None,
     padded: Continuation | None,

@@ -54,7 +54,6 @@ def loglikelihoods(
         counts.append(count)
     found = []
     for scored, count in zip(scorer.score(parameters, texts), counts, strict=True):
-        assert scored is not None  # nobody ends it
         ce, greedy = scored.ce[0, -count:], scored.greedy[-count:]
         found.append(LogLikelihood(-float(ce.sum(dtype=np.float64)), bool(greedy.all()), count))
     return found

@@ -168,13 +168,13 @@ class Scorer:
         parameters: Parameters,
         texts: Iterable[tuple[np.ndarray, np.ndarray]],
         on_batch: Callable[[], bool] | None = None,
-    ) -> Iterator[ScoredText | None]:
+    ) -> Iterator[ScoredText]:
         """Scores texts, one after the other, as they are asked for.
 
         Args:
           parameters: of the model, on the mesh.
           texts: ids and UTF-8 bytes of every token, such as ``encode_document_and_bytes`` returns.
-          on_batch: called after each batch; returning False ends the scoring with a None.
+          on_batch: called after each batch; returning False ends the scoring.
         """
         waiting: list[_Pending] = []
         rows: list[tuple[_Pending, np.ndarray]] = []
@@ -199,25 +199,26 @@ class Scorer:
             for row in cut:
                 rows.append((waiting[-1], row))
                 if len(rows) == self._batch_size and not flush():
-                    yield None
                     return
             yield from finished()
-        if rows and not flush():
-            yield None
-            return
-        yield from finished()
+        if not rows or flush():
+            yield from finished()
 
     def sum_documents(
         self, parameters: Parameters, documents: Iterable[str], on_batch: Callable[[], bool] | None = None
     ) -> TextSums | None:
         """Sums the scores of documents, each with an end token after it; None if ``on_batch`` ended it."""
         encoded = map(self.tokenizer.encode_document_and_bytes, documents)
-        total = TextSums.nothing(self._heads)
-        for scored in self.score(parameters, encoded, on_batch):
-            if scored is None:
-                return None
+        total, going = TextSums.nothing(self._heads), True
+
+        def goes_on() -> bool:
+            nonlocal going
+            going = on_batch is None or on_batch()
+            return going
+
+        for scored in self.score(parameters, encoded, goes_on):
             total += scored.sums()
-        return total
+        return total if going else None
 
 
 @dataclasses.dataclass

@@ -183,7 +183,7 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
     decoder = decoder_of(model, parameters)
     network, laid_out = decoder.network(Options(2, 4))
     keys = jax.random.split(jax.random.key(0), 1)
-    loop = make_decode(network, Options(2, 4), 32)
+    loop = make_decode(network, Options(2, 4), 32, 1)
     one = jnp.ones(1, int)
     text = loop.lower(laid_out, jnp.ones((1, 32), int), one, keys, one, Stops((END,))).as_text()
     products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]

@@ -59,7 +59,7 @@ def enumerate_texts(model, parameters, sampling, new_tokens):
 def sample_texts(model, parameters, options):
     """Counts of texts over a batch of equal prompts, and the rows."""
     network = Network(model, platform(), scanned=True)
-    loop = make_decode(network, options, len(PROMPT))
+    loop = make_decode(network, options, len(PROMPT), SAMPLES)
     prompts = jnp.broadcast_to(jnp.asarray(PROMPT), (SAMPLES, len(PROMPT)))
     keys = jax.random.split(jax.random.key(7), SAMPLES)
     lengths = jnp.full(SAMPLES, len(PROMPT), jnp.int32)

@@ -67,6 +67,16 @@ def test_devices_have_queues_of_their_own():
     assert untimed(three.run(prompts, options, rows=6, seed=1)) == untimed(one.run(prompts, options, seed=1))
 
 
+def test_as_many_places_on_more_devices_are_another_program():
+    """Eight prompts, one at a time or two on two devices: the arrays have the same shapes."""
+    model, parameters = small_vocabulary()
+    mesh = data_mesh(jax.devices()[1:3])
+    two = Decoder(model, jax.device_put(parameters, replicated(mesh)), [END], mesh)
+    prompts, options = prompts_of(8), Options(0, 20)
+    assert untimed(two.run(prompts, options, rows=1)) == untimed(two.run(prompts, options, rows=2))
+    assert len(two._compiled) == 2
+
+
 def counted_rounds(decoder, prompts, options, rows, monkeypatch):
     """How many rounds a queue takes: rounds of the whole batch, whoever is finished in it."""
     rounds, real = [], batch_module.one_round

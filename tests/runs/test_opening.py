@@ -71,6 +71,13 @@ def test_public_names_import_nothing_else():
     assert "AttributeError: module 'mtpd_jax' has no attribute 'nothing'" in found.stderr
 
 
+def test_a_batch_has_at_least_one_row(workdir):
+    run = mtpd_jax.open_run(str(workdir))
+    for use in (run.score, lambda texts, batch_size: run.generate(texts, batch_size=batch_size, max_new_tokens=4)):
+        with pytest.raises(ValueError, match="batch_size = 0: expected at least one"):
+            use(["the cat"], batch_size=0)
+
+
 @pytest.mark.optimised
 def test_devices_that_share_a_model_write_and_score_the_same(workdir):
     """Four copies, each split over two devices, and eight whole ones, against one device: texts, counts, scores."""

@@ -55,8 +55,9 @@ class Drafter(abc.ABC):
     needs_heads: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 
-    def __init_subclass__(cls, name: str) -> None:
-        DRAFTERS[name] = cls
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:
+            DRAFTERS[name] = cls
 
     def __init__(self, network: Network, options: Options):
         self.network, self.options = network, options
@@ -100,8 +101,8 @@ class Drafter(abc.ABC):
         return state
 
 
-class Nobody(Drafter, name="nobody"):
-    """Plain decoding: one token per pass."""
+class Nobody(Drafter):
+    """Plain decoding: one token per pass. Drafts of no length are nobody's, whoever is named."""
 
     def draft(self, parameters: DecodingParameters, rows: Rows, state: Any, keys: Array) -> tuple[Drafts, Any]:
         nothing = jnp.zeros((rows.length.shape[0], 0), jnp.int32)
@@ -115,4 +116,4 @@ def heads_that_draft(options: Options) -> int:
 
 def drafter_of(network: Network, options: Options) -> Drafter:
     """Who drafts for these options."""
-    return DRAFTERS[options.drafter if options.num_drafts else "nobody"](network, options)
+    return (DRAFTERS[options.drafter] if options.num_drafts else Nobody)(network, options)
