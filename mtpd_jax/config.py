@@ -231,6 +231,7 @@ class Config:
         """
         check_section(tree, "config")
         renamed: dict[str, Any] = {}
+        # Every field under the name that it has today.
         for section, fields in tree.items():
             if not isinstance(fields, Mapping):
                 renamed[section] = fields  # and is refused

@@ -78,6 +78,7 @@ def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> Non
         if declared.tag and (not isinstance(case, str) or case not in declared.cases):
             raise ValueError(f"config.{name}.{declared.tag} = {case!r}: expected one of {', '.join(declared.cases)}")
         cls = declared.cases[case] if declared.tag else declared
+        hints = typing.get_type_hints(cls)
         # What belongs to other cases goes, unless somebody has changed it.
         foreign = {key: value for other in declared.cases.values() for key, value in defaults_of(other).items()}
         with section.unlocked():
@@ -88,7 +89,7 @@ def fit_cases(tree: ml_collections.ConfigDict, chosen: Mapping[str, str]) -> Non
                 section[declared.tag] = case
             for key, default in defaults_of(cls).items():
                 if key not in section:
-                    section[key] = _entry(default, typing.get_type_hints(cls)[key])
+                    section[key] = _entry(default, hints[key])
         if name not in tree:
             with tree.unlocked():
                 tree[name] = section

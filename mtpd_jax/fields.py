@@ -162,7 +162,8 @@ def read_section(declared: type[Section], tree: Any, path: str, stored: bool) ->
     """
     cls = _class_of(declared, tree, path, stored)
     # Fields that this case has not say nothing, or are refused.
-    hints = {one.name: typing.get_type_hints(cls)[one.name] for one in dataclasses.fields(cls)}
+    types_of = typing.get_type_hints(cls)
+    hints = {one.name: types_of[one.name] for one in dataclasses.fields(cls)}
     for name, value in tree.items():
         if name not in hints and name != cls.tag:
             _check_foreign(declared, cls, name, value, path, stored)
@@ -204,6 +205,7 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     for option in options:
         if option is type(None) and value is None:
             return None
+        # Config files write 1 for 1.0, and JSON has lists only.
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
         if option in (int, bool, str) and type(value) is option:

@@ -83,11 +83,13 @@ def status_of(main: Callable[[], int]) -> int:
             status = main()
             _flush_output()
             return status
+        # Whoever stopped listening, or asked to stop, is told by the status alone.
         except BrokenPipeError:
             return 128 + signal.SIGPIPE
         except KeyboardInterrupt:
             say_last("interrupted")
             return 128 + signal.SIGINT
+        # What a user can mend is one line.
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             fail(where + error.strerror if error.strerror else str(error))
@@ -197,6 +199,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     Raises:
       ValueError: a flag is unknown, missing or does not fit its field, or the config file cannot be loaded.
     """
+    # Flags of the command; those of the config come from the config.
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
     flags.DEFINE_string("checkpoint", NEWEST, "go on from this step (newest: the last)", flag_values=values)
@@ -204,6 +207,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     if {"--help", "-h", "-help"} & set(arguments):
         print(f"{description}\n\nflags:\n{_CONFIG_HELP}\n{values.main_module_help() or values.get_help()}")
         raise SystemExit(0)
+    # The config file, and what the command line changes in it.
     named = [argument for argument in arguments if argument.startswith("--config=")]
     if not named or not named[-1].removeprefix("--config="):
         raise ValueError("--config is missing")
@@ -211,6 +215,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     command_line = ["mtpd_jax", *_joined([argument for argument in arguments if argument not in named])]
     given = [argument.removeprefix("--config.") for argument in command_line if argument.startswith("--config.")]
     changes = {path: value for path, _, value in (argument.partition("=") for argument in given)}
+    # A changed source or method brings its own fields with it.
     fit_cases(config, chosen_cases(changes))
     for path in changes:
         check_name(config, path)
@@ -219,6 +224,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         left_over = values(command_line)[1:]
     except Exception as error:  # absl, ml_collections and the parsers of Python's literals raise many kinds
         raise ValueError(f"bad config or flag: {type(error).__name__}: {error}") from error
+    # What nobody took, and what is missing.
     if left_over:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
     if not values["workdir"].value:
@@ -254,6 +260,7 @@ def _load_config(named: str) -> ml_collections.ConfigDict:
         config = get_config(*([argument] if argument else [])) if callable(get_config) else get_config
     except (Exception, SystemExit) as error:
         raise ValueError(f"--config={path}: fails with {type(error).__name__}: {error}") from error
+    # It ran; what it returned has to be a config.
     if not callable(get_config):
         raise ValueError(f"--config={path}: expected a file with a function get_config")
     if not isinstance(config, ml_collections.ConfigDict):

@@ -56,11 +56,13 @@ def main() -> int:
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly, too, and compare")
     parser.add_argument("--json", help="write the figures to this file")
+    # Whatever can be wrong is looked at before the model is read.
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
     text = flags.prompt if flags.prompt is not None else read_text(flags.prompt_file, "--prompt_file")
     check_prompts([text])
     sampling = frontdoor.sampling_of(flags)
+    # The text, in colours, and its figures.
     opened = open_run(flags.workdir, flags.checkpoint, flags.devices_per_model)
     generation = opened.generate(
         [text], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed,

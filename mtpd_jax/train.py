@@ -194,6 +194,7 @@ def _restored(
     restored = restore_state(folder, config, abstract, checkpoint)
     folder.read_tokenizer(config, restored.record["tokenizer"])
     data.set_state(restored.record["data"])
+    # Newer checkpoints, and the metrics of their steps, give way.
     newer = [step for step in steps_of(folder) if step > restored.step]
     if jax.process_index() == 0 and newer:
         for step in newer:
@@ -202,6 +203,7 @@ def _restored(
             folder.copy_aside(folder.metrics_file)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("newer checkpoints put aside")
+    # Counters go on from where they were.
     done, steps, record = restored.step, config.training.steps, restored.record
     message = f"resuming from step {done}" if done < steps else f"already finished, at step {done}"
     counters = record["tokens"], record["seconds"], record["origin"]
@@ -293,6 +295,7 @@ def _evaluator(method: Method, source: Source, tokenizer: Tokenizer) -> Evaluate
     scorer = Scorer(method.model, tokenizer, method.mesh, config.training.sequence_length, rows)
 
     def evaluate(parameters: Parameters, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
+        # The first held-out documents, scored as ``evaluate`` scores them.
         held_out = split(source, config.data.validation_fraction, validation=True)
         documents = itertools.islice(held_out, config.evaluation.documents)
         sums = scorer.sum_documents(parameters, documents, keep_going)

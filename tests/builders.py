@@ -1,5 +1,6 @@
 """Small configs, parameters and batches that tests share."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -81,18 +82,21 @@ def gradients(method: Method, trained: Any, batch: Batch, frozen: Any = None) ->
 
 def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -> Any:
     """Parameters in which nothing is zero, so that every path through the model matters."""
-    dummy = jnp.ones((1, 8), jnp.int32)
-    parameters = nn.meta.unbox(jax.jit(model.init)(jax.random.key(seed), dummy, dummy, dummy))["params"]
-    leaves, structure = jax.tree.flatten(parameters)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    rng = np.random.default_rng(seed)
 
-    def fill(key: jax.Array, leaf: jax.Array) -> jax.Array:
-        noise = jax.random.normal(key, leaf.shape)
-        return jnp.where(
-            leaf == 1, 1 + 0.1 * noise, scale * noise * model.config.width**-0.5 if leaf.ndim > 1 else leaf
-        )
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        of_norm = path[-1].key == "scale"
+        return jnp.asarray(1 + 0.1 * noise if of_norm else scale * model.config.width**-0.5 * noise, leaf.dtype)
 
-    return jax.tree.unflatten(structure, [fill(key, leaf) for key, leaf in zip(keys, leaves, strict=True)])
+    return jax.tree.map_with_path(fill, _shapes(model))
+
+
+@functools.cache
+def _shapes(model: LanguageModel) -> Any:
+    """Those of the parameters; by tracing alone, since compiling how they are drawn takes a second."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens))["params"]
 
 
 def model_and_parameters(config: Config, seed: int = 0, scale: float = 1.0) -> tuple[LanguageModel, Any]:

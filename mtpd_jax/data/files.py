@@ -79,6 +79,7 @@ class File:
 
     def pieces(self, separator: bytes) -> Iterator[tuple[int, bytes]]:
         """Yields what stands between separators: the place of its first byte, and the bytes."""
+        # Only what stands after the last separator is held, and searched from where it may begin.
         held, offset, searched = bytearray(), self._begin, 0
         for chunk in self.chunks():
             held += chunk
@@ -223,6 +224,7 @@ def check_text(text: str, where: str) -> None:
 
 def plain_pieces(file: File) -> Iterator[tuple[int, bytes]]:
     """Cuts text without separators into documents, where it can at blank lines; yields places and bytes."""
+    # What is too short for a piece waits for the next chunk.
     held, offset = b"", file.begin
     for chunk in file.chunks():
         held += chunk

@@ -115,6 +115,7 @@ class TfdsSource:
         self._field = field
         info = builder.info
         self._outline = f"{info.full_name} {split} {field} {len(self._records)} {info.dataset_size}"
+        # Its text is bytes in the field that was named.
         first = self._records[0] if len(self._records) else {field: b""}
         if not isinstance(first.get(field), bytes):
             texts = [name for name, value in first.items() if isinstance(value, bytes)]
@@ -228,6 +229,7 @@ class TextData(DataConfig, case="text"):
         separator, cut = self.separator.encode(), []
 
         def find(file: File) -> Iterator[tuple[int, int]]:
+            # A large file without separators is no single document.
             plain = file.size > _PLAIN_FROM and not file.holds(separator)
             if plain:
                 cut.append(file.path)

@@ -207,6 +207,7 @@ class Decoder:
             raise ValueError(
                 f"heads = {options.num_drafts}: expected fewer than the model's context of {self._context}"
             )
+        # The prompts fit into the context, each by itself.
         if not prompts:
             raise ValueError("no prompt was given")
         for number, prompt in enumerate(prompts, 1):
@@ -217,6 +218,7 @@ class Decoder:
                     f"prompt {number} has {len(prompt)} tokens; with max_new_tokens = {options.max_new_tokens} that is "
                     f"more than the model's context of {self._context}: shorten one of them"
                 )
+        # And all that is decoded together fits into memory.
         rows_per_copy = -(-min(len(prompts), rows or len(prompts)) // self._copies)
         longest = max(map(len, prompts)) + options.max_new_tokens
         heads = heads_that_draft(options)

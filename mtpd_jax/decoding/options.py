@@ -79,6 +79,7 @@ class Options:
         if not isinstance(self.sampling, Sampling):
             raise ValueError(f"sampling = {self.sampling!r}: expected a Sampling")
         self.sampling.validate()
+        # Types first, then ranges.
         check_integer("heads", self.num_drafts)
         check_count("max_new_tokens", self.max_new_tokens)
         check_number("min_confidence", self.min_confidence)

@@ -73,6 +73,7 @@ class Rows:
         is_end = ends & (index < count[:, None])
         first_end = jnp.min(jnp.where(is_end, index, candidates.shape[1]), axis=1)
         count = jnp.where(self.finished, 0, jnp.minimum(count, first_end + 1))
+        # Where the match of a stop string stands after what was taken.
         length = self.length + count
         matched = self.matched
         if states is not None:

@@ -42,6 +42,7 @@ class Sampling:
         Raises:
           ValueError: naming the value and what is allowed.
         """
+        # Types first, then ranges.
         check_number("temperature", self.temperature)
         if self.top_k is not None:
             check_integer("top_k", self.top_k)

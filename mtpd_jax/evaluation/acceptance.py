@@ -41,6 +41,7 @@ def acceptance_intervals(continuations: Sequence[Continuation]) -> Acceptance[In
 
 
 def _acceptance(continuations: Sequence[Continuation], figure: Callable[[Counts], Interval]) -> Acceptance[Interval]:
+    # Draft by draft, over prompts.
     tried = list(zip(*(one.tried for one in continuations), strict=True))
     accepted = list(zip(*(one.accepted for one in continuations), strict=True))
     places = range(len(tried))

@@ -60,6 +60,7 @@ def count_agreement(
     choices = network.jit(lambda parameters, tokens: choices_of_all_heads(network, parameters, tokens, depths))
     agreed, counted = np.zeros((2, depths, len(prompts)))
     for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        # Few lengths are compiled; causality makes padding harmless.
         text = np.concatenate([prompt, np.asarray(continuation.tokens, np.int32)])
         padded = np.zeros((1, -(-len(text) // _TEXT_MULTIPLE) * _TEXT_MULTIPLE), np.int32)
         padded[0, : len(text)] = text

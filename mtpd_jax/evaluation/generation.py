@@ -195,6 +195,7 @@ def show(
             text.append(piece, style=_colour(proposers[begin]))
             begin = end
     console.print(text, soft_wrap=True)
+    # Who is which colour.
     if generation.acceptance.conditional:
         legend = rich.text.Text("main head", style=_COLOURS[0])
         for k in range(1, 1 + max(0, *proposers)):
@@ -214,6 +215,7 @@ def _table(generation: Generation) -> rich.table.Table:
     table.add_row("tokens / passes", f"{len(generation.tokens)} / {generation.passes}")
     if generation.tokens_per_pass is not None:
         table.add_row("tokens per pass", f"{generation.tokens_per_pass:.2f}")
+    # Draft by draft.
     for k, rates in enumerate(zip(generation.acceptance.conditional, generation.acceptance.cumulative, strict=True), 1):
         table.add_row(f"draft {k}: accepted, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
     table.add_row("tokens/s", f"{generation.tokens_per_second:,.0f}")

@@ -42,6 +42,7 @@ def loglikelihoods(
     """
     if len(contexts) != len(continuations):
         raise ValueError(f"{len(contexts)} contexts and {len(continuations)} continuations: expected as many of each")
+    # Context and continuation as one text, as much of it as fits into a window.
     texts, counts = [], []
     for number, pair in enumerate(zip(contexts, continuations, strict=True), 1):
         ids, count = _together(scorer, *pair)
@@ -52,6 +53,7 @@ def loglikelihoods(
         ids = ids[-scorer.length :]
         texts.append((ids, np.zeros_like(ids)))
         counts.append(count)
+    # What the last tokens of each text were given.
     found = []
     for scored, count in zip(scorer.score(parameters, texts), counts, strict=True):
         ce, greedy = scored.ce[0, -count:], scored.greedy[-count:]

@@ -98,6 +98,7 @@ def decoding_table(
 
 def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table:
     """Real decoding with all heads beside teacher forcing, head by head, with 95 % intervals over prompts."""
+    # Of all drafts; what fewer of them did is a part of it.
     score = by_heads[max(by_heads, key=int)]
     title = f"heads, %: {name} ({score.prompts} prompts, ± 95 % interval)"
     table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)

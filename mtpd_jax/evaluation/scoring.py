@@ -19,7 +19,7 @@ from mtpd_jax.losses.scores import TokenScores, score_rows
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.shapes import Bool, Float, Int, Parameters
-from mtpd_jax.sharding import batch_sharding, parts_of, within
+from mtpd_jax.sharding import batch_sharding, parts_of, replicated, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,8 @@ class Scorer:
             aligned = align(hidden, rows.tokens, rows.segment_ids, numbers)
             return score_rows(aligned, unembedding_of(parameters), mesh)
 
-        self._score = jax.jit(within(mesh, score))
+        # Whole on every device, since every process reads all of them.
+        self._score = jax.jit(within(mesh, score), out_shardings=replicated(mesh))
 
     def score(
         self,

@@ -155,6 +155,7 @@ def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...
     if mesh.size == 1:
         return _over_chunks(problem, vocabulary, with_gradients, *arrays)
 
+    # Each device its own rows and tokens; then one sum of what is shared.
     def run_and_reduce(*local: Array) -> Any:
         total, sums, gradients = _over_chunks(problem, vocabulary, with_gradients, *local)
         if gradients is not None:
@@ -308,6 +309,7 @@ def _add_product(total: Array, gradient: Array, hidden: Array, block: int) -> Ar
         return jnp.einsum("mv,md->vd", part, hidden, preferred_element_type=jnp.float32)
 
     vocabulary = total.shape[0]
+    # All at once, if it is small; else the product is never there as a whole.
     if block >= vocabulary:
         return total + product(gradient)
 
@@ -316,6 +318,7 @@ def _add_product(total: Array, gradient: Array, hidden: Array, block: int) -> Ar
         old = jax.lax.dynamic_slice_in_dim(total, start, size, 0)
         return jax.lax.dynamic_update_slice_in_dim(total, old + product(part), start, 0)
 
+    # Whole blocks, and what is left over.
     whole = vocabulary // block
     total = jax.lax.fori_loop(0, whole, lambda index, total: add(index * block, block, total), total)
     return add(whole * block, vocabulary - whole * block, total) if vocabulary % block else total

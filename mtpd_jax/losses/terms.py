@@ -83,8 +83,10 @@ def chunk_loss(
       vocabulary: which part of the rows ``logits`` is.
     """
     rows = row_terms(logits, teacher, targets, distillation, vocabulary)
+    # Cross entropy against the data, of every head.
     gradient = ce_scale[:, None, None] * rows.ce_by_logits
     kl, of_teacher = jnp.zeros_like(kl_scale), None
+    # The divergence from the main head, of the heads beside it.
     if distillation is not None and rows.divergence is not None:
         temperature, (value, by_heads, by_teacher) = distillation.temperature, rows.divergence
         scale_Jx1x1 = temperature * jnp.pad(kl_scale, (1, 0))[:, None, None]

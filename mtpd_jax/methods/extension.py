@@ -69,6 +69,7 @@ class Extension(HeadsMethod, section=ExtensionConfig):
     @classmethod
     def complete(cls, config: Config, source: Config) -> Config:
         where = config.objective.source_run
+        # All but the number of heads has to be the source's.
         wanted, there = (_shape(one) for one in (config, source))
         for name, value in wanted.items():
             if there[name] != value:
@@ -77,6 +78,7 @@ class Extension(HeadsMethod, section=ExtensionConfig):
                     f"has {there[name]!r}; more heads are all that can be added to it"
                 )
         assert isinstance(config.objective, ExtensionConfig)
+        # How many heads are frozen is a property of the source.
         named, number = config.objective.frozen_heads, source.heads.num_heads
         if named not in (None, number):
             raise ValueError(f"config.objective.frozen_heads = {named}: {where} has {number}; leave it out")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
@@ -79,10 +80,7 @@ class Method(abc.ABC):
           key: for random ones.
           source: the parameters of the run to start from; None without one, and where only shapes are asked for.
         """
-        dummy = jnp.ones((1, self.model.heads_config.num_heads + 2), jnp.int32)
-        # A row that no other kernel takes; parameters do not depend on it.
-        model = LanguageModel(dataclasses.replace(self.model.config, attention="dense"), self.model.heads_config)
-        return model.init(key, dummy, dummy, dummy)["params"]
+        return _random_parameters(self.model, key)
 
     def split(self, parameters: Parameters) -> tuple[Parameters, Parameters | None]:
         """Cuts the whole model's parameters into those that are trained and those that are frozen (None: none are)."""
@@ -164,6 +162,15 @@ class HeadsMethod(Method):
 
     def terms(self, sums: LossSums, weights: Float[Array, " J"]) -> dict[str, LossTerm]:
         return self.objective.terms(sums, weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _random_parameters(model: LanguageModel, key: Array) -> Parameters:
+    """Random parameters with Linen's metadata; a function of its own, so that a model is traced once for them."""
+    dummy = jnp.ones((1, model.heads_config.num_heads + 2), jnp.int32)
+    # A row that no other kernel takes; parameters do not depend on it.
+    model = LanguageModel(dataclasses.replace(model.config, attention="dense"), model.heads_config)
+    return model.init(key, dummy, dummy, dummy)["params"]
 
 
 def method_of(config: Config, mesh: Mesh) -> Method:

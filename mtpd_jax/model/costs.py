@@ -32,6 +32,7 @@ class Part:
 
 def block(model: ModelConfig, length: int) -> Part:
     """A Transformer block; causal attention over ``length`` tokens counted whole, as PaLM (arXiv 2204.02311 B) does."""
+    # Queries and output, keys and values.
     attention = 2 * model.width * model.head_size * (model.query_heads + model.kv_heads)
     weights = attention + FEED_FORWARDS[model.feed_forward].weights(model)
     return Part(weights, weights + 2 * length * model.query_heads * model.head_size)
@@ -46,6 +47,7 @@ def head(model: ModelConfig, config: HeadsConfig, length: int) -> Part:
 def heads(model: ModelConfig, config: HeadsConfig, count: int, length: int) -> Part:
     """So many heads in a row; the weights of a shared one are there once and used at every depth."""
     one = head(model, config, length)
+    # Weights of each module there is; products at every depth.
     modules = min(count, 1) if HEAD_KINDS[config.kind].shared else count
     return Part(modules * one.weights, count * one.multiplications)
 

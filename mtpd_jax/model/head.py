@@ -50,6 +50,7 @@ class Head(nn.Module):
           view: as for ``Block``. Head k at position i uses RoPE position i.
         """
         config = self.config
+        # The next token's embedding and the state so far, each normalised, projected to one state.
         both_BxTx2D = jnp.concatenate(
             [norm(config, "embedding_norm")(embedded), norm(config, "hidden_norm")(state)], axis=-1
         )
@@ -61,6 +62,7 @@ class Head(nn.Module):
             name="projection",
         )(both_BxTx2D)
         x = constrain_activation(x)
+        # That state sees the earlier ones.
         x, output = Block(config, name="block")(x, view)
         normed = norm(config, "output_norm")(x)
         return (normed if self.pass_normed else x), HeadOutput(normed, output)

@@ -49,6 +49,7 @@ class Heads(nn.Module):
     @nn.compact
     def __call__(self, state: Hidden, embedded: Float[Array, "K B T D"], view: View) -> tuple[Hidden, HeadOutput]:
         """Returns the state for a head K+1, and the heads' outputs, stacked."""
+        # One module's parameters for all depths, or a stack of modules.
         shared = {"variable_axes": {}, "variable_broadcast": "params", "split_rngs": {"params": False}}
         stacked = {"metadata_params": {nn.PARTITION_NAME: "heads"}}
         kind = HEAD_KINDS[self.heads.kind]

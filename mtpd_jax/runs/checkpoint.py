@@ -297,6 +297,7 @@ def _newest_whole(
                 damaged.append((step, str(error)))
         if steps == steps_of(workdir):
             break
+    # None was there, or none was whole.
     if not steps:
         raise ValueError(f"{workdir.checkpoints}: holds no complete checkpoint")
     why = "; ".join(f"step {step}: {cause}" for step, cause in damaged)
@@ -311,6 +312,7 @@ def _record(workdir: Workdir, step: int) -> dict[str, Any]:
     sealed = _restore(workdir, step, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
     if not isinstance(sealed, dict):
         raise DamagedError("its record is no record")
+    # What is sealed has to be what was written; checkpoints of before seals have none.
     record = {name: value for name, value in sealed.items() if name != "sha256"}
     if not {"sha256", "digests"} & sealed.keys():
         record = {**_BEFORE_DIGESTS, **record}

@@ -36,6 +36,7 @@ def _unsigned(leaf: AnyArray) -> np.dtype:
 
 @jax.jit
 def _on_devices(leaf: Array) -> tuple[list[UInt32[Array, ""]], Bool[Array, ""]]:
+    # The bits of each element, and its place in row-major order.
     words = jax.lax.bitcast_convert_type(leaf, _unsigned(leaf)).astype(jnp.uint32)
     index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):
@@ -65,6 +66,7 @@ def digests_of(tree: Any) -> tuple[dict[str, str], str | None]:
     Returns:
       By the array's path in the tree, 16 hexadecimal digits; and the path of an array with NaN or infinity, or None.
     """
+    # Named as the tree names them, and counted wherever they lie.
     paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths]
     on_host = all(leaf.is_fully_addressable and next(iter(leaf.devices())).platform == "cpu" for leaf in leaves)

@@ -116,13 +116,16 @@ def _wait(reader: int) -> None:
         stopping = _heeding
         if asked is not stopping:  # another run in the same process is asked anew
             first, deadline, asked = None, None, stopping
+        # The first signal asks, and the clock runs from there.
         if first is None and arrived is not None and stopping is not None:
             first, deadline = arrived, time.monotonic() + stopping.patience
+        # Time is up: whoever has not heard is ended.
         elif arrived is None and first is not None:
             deadline = None
             if stopping is not None and not stopping.heard:
                 waited = stopping.patience
                 leave(128 + first, f"error: what runs did not end within {waited:.0f} s of being asked to stop")
+        # A second Ctrl-C, or one that nobody heeds, ends it at once.
         elif arrived is not None and (stopping is None or arrived == signal.SIGINT):
             leave(128 + arrived, "interrupted")
 

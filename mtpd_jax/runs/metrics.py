@@ -70,6 +70,7 @@ class MetricsLog:
 
     def __init__(self, workdir: Workdir, resumed_step: int, tensorboard: bool, lock: Lock):
         self._lock = lock
+        # A bucket cannot be appended to: a local copy is written, and uploaded.
         self._remote = workdir.path if workdir.remote else None
         self._scratch = tempfile.TemporaryDirectory() if workdir.remote else None
         self._folder = pathlib.Path(self._scratch.name if self._scratch else workdir.path)
@@ -80,6 +81,7 @@ class MetricsLog:
         self._writer = None
         if not self._writing:
             return
+        # Lines of steps that will be done again are dropped, and what is no line is kept elsewhere.
         stored = workdir.metrics_file
         if stored.exists():
             good, broken = _parse(stored.read_bytes())
@@ -117,6 +119,7 @@ class MetricsLog:
           ValueError: another process has taken the run over.
         """
         values = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        # A step that is evaluated after it was logged has one line.
         again = bool(self._lines) and self._lines[-1]["step"] == step
         if again:
             self._lines[-1].update(values)
@@ -124,6 +127,7 @@ class MetricsLog:
             self._lines.append({"step": step, **values})
         if not self._writing:
             return
+        # From here on it is the first process alone, on its files.
         if self._remote is None:
             self._lock.check()  # a run that was taken over must not put its lines among the other's
         if again:

@@ -51,6 +51,7 @@ class TrainedRun:
             out, for a document's side is decided by a hash of its text.
         """
         data = self.config.data
+        # Compared document by document, through a digest of them all.
         source = open_source(data)
         present, expected = identity(source), self.sources[0]
         if present != expected:
@@ -78,6 +79,7 @@ def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: in
       ValueError: there is no run in the folder, no checkpoint that can be read, or the run's files were changed; the
         devices cannot share the model so.
     """
+    # The config says what it is, and how many devices it takes.
     folder, step = open_workdir(workdir), chosen_step(checkpoint)
     config = folder.read_config()
     if devices_per_model is None:

@@ -79,6 +79,7 @@ class Workdir:
         """
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise ValueError(f"{self.checkpoints}: expected the folder of the run's checkpoints, found a file")
+        # A run goes on with the config that it was made with; once it has begun, its data may lie elsewhere.
         if self.config_file.exists():
             stored = self.read_config()
             changed = differences(stored, config)

@@ -116,15 +116,15 @@ def test_fewer_drafts_while_the_heads_are_not_sure():
     model, parameters = small_vocabulary()
     decoder, prompts = decoder_of(model, parameters), many_prompts(40)
     fixed = decoder.run(prompts, Options(4, 20))
-    adaptive = decoder.run(prompts, Options(4, 20, min_confidence=0.2))
+    adaptive = decoder.run(prompts, Options(4, 20, min_confidence=0.35))
     assert texts(adaptive) == texts(fixed)
     tried, accepted = (
         [np.sum([getattr(c, name) for c in found], axis=0) for found in (fixed, adaptive)]
         for name in ("tried", "accepted")
     )
     assert tried[1][0] >= tried[0][0] and 0 < tried[1][3] < tried[0][3]
-    rates = [a.sum() / t.sum() for a, t in zip(accepted, tried, strict=True)]
-    assert rates[1] > rates[0]  # what is still drafted is what the heads are sure of
+    third = [a[2] / t[2] for a, t in zip(accepted, tried, strict=True)]
+    assert tried[1][2] < tried[0][2] and third[1] > third[0]  # what is still drafted is what the heads are sure of
 
 
 @pytest.mark.optimised
@@ -155,7 +155,6 @@ def test_many_rows_are_each_decoded_as_alone():
     [Options(2, 20, Sampling(1.0)), pytest.param(Options(3, 20, min_confidence=0.5), marks=pytest.mark.slow)],
     ids=["sampled", "adaptive"],
 )
-@pytest.mark.slow
 def test_devices_share_the_rows(options):
     """Three devices that hold the parameters decode eight prompts: the texts of one device, for a third of its work."""
     model, parameters = small_vocabulary()
@@ -199,7 +198,7 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     """The logits of a place do not depend on which row of a pass it is, nor on what else is in the pass."""
     config = tiny_config(heads__num_heads=4, model__dtype=dtype, model__context=CONTEXT)

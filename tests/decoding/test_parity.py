@@ -161,9 +161,9 @@ class ForgetfulHeads(Heads, name="forgetful"):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(Options(4, NEW_TOKENS, drafter="narrow"), marks=pytest.mark.slow),
-        pytest.param(Options(4, NEW_TOKENS, drafter="standing"), marks=pytest.mark.slow),
-        pytest.param(Options(4, LONG, min_confidence=0.5, drafter="forgetful"), marks=pytest.mark.slow),
+        Options(4, NEW_TOKENS, drafter="narrow"),
+        Options(4, NEW_TOKENS, drafter="standing"),
+        Options(4, LONG, min_confidence=0.5, drafter="forgetful"),
         Options(4, LONG, drafter="narrow alternating"),
     ],
     ids=lambda options: options.drafter,

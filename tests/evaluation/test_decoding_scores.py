@@ -85,7 +85,7 @@ def test_text_that_is_not_plain_decodings_is_found_out(decoder):
 
 def test_sampled_text_depends_on_the_prompts_number_and_not_on_its_batch(decoder):
     """The same prompt four times gives four texts, whatever is decoded together; another seed gives others."""
-    ways, prompts = ways_of(Options(0, 12, Sampling(2.0)), [0, 1]), [PROMPTS[1]] * 4
+    ways, prompts = ways_of(Options(0, 12, Sampling(3.0)), [0, 1]), [PROMPTS[1]] * 4
 
     def texts(batch_size, seed=0):
         found = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed)

@@ -13,6 +13,7 @@ from experiments.sweep.arms import Arm
 from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import SCALES
 from mtpd_jax.config import MeshConfig
+from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
@@ -177,6 +178,9 @@ def test_every_token_of_a_text_is_scored_in_its_place(scored, shape):
     texts = [tokenizer.encode_document_and_bytes("the cat sat on a mat, " * count) for count in (7, 1, 0, 12, 2)]
     found, logits_of = list(scorer.score(parameters, texts)), forward(model, parameters)
     assert len(found) == len(texts)
+    rows = Batch(*np.ones((3, 8, 32), np.int32))
+    scores = scorer._score(parameters, rows)
+    assert all(part.is_fully_replicated for part in jax.tree.leaves(scores))  # for every process to read
     for (ids, sizes), text in zip(texts, found, strict=True):
         assert text.tokens.tolist() == ids[1:].tolist() and text.bytes.tolist() == sizes[1:].tolist()
         assert text.ce.shape == (3, len(ids) - 1) and text.greedy.shape == (len(ids) - 1,)
@@ -257,7 +261,7 @@ def test_a_tie_is_between_the_tokens_that_were_written(scored):
     """Two tokens share the largest logit. One of them for the other is a tie; an unlikely one for either is none."""
     _, model, parameters, _ = scored
     likeliest = int(Decoder(model, parameters, [0]).run([np.array([5, 6, 7])], Options(0, 1))[0].tokens[0])
-    twin = 298 if likeliest != 298 else 297
+    twin = (likeliest + 32) % 288  # where a product's loops treat it alike
     embedding = parameters["embedding"].at[twin].set(parameters["embedding"][likeliest])
     decoder = Decoder(model, {**parameters, "embedding": embedding}, [0])
     logits = decoder.logits_at([5, 6, 7], "float32")
@@ -286,7 +290,7 @@ def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
     assert first_divergence(decoder, [5, 6, 7], plain, second).tie == (found.margin < 2 * found.rounding)
 
 
-@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("scanned", [False, True])
 def test_agreement_beside_acceptance(scanned):
     """Per prompt and head, on what plain decoding wrote, against the training path; the token from prefill is none.
 

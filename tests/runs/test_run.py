@@ -175,7 +175,6 @@ def test_restores_onto_another_mesh(run_config, uninterrupted, shape, context):
         assert_bitwise(jax.device_get(open_run(str(uninterrupted)).parameters), expected.average)
 
 
-@pytest.mark.slow
 def test_resumes_on_another_mesh(run_config, uninterrupted, tmp_path, monkeypatch):
     """All but one step on eight copies, the last one on 2x2x2: equal to a tolerance."""
     with monkeypatch.context() as patch:
@@ -349,7 +348,6 @@ KILLED_IN_A_SAVE = """
 
 
 @pytest.mark.optimised
-@pytest.mark.slow
 def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path):
     """Killed when the files of step 10 are written and not yet renamed, a run goes on from step 5."""
     arguments = command(run_config, tmp_path / "run", checkpoint__every_steps=5)[3:]
