@@ -104,10 +104,9 @@ PROGRAMS = {
     "An experiment": """
         import pathlib
         from experiments import depth
-        from experiments.sweep import report, runner
         from experiments.sweep.experiment import run as run_experiment
+        from experiments.sweep.runner import Code
         from experiments.sweep.scale import Scale
-        runner.code_version = report.code_version = lambda: "a toy"
         class Tree(dict):
             to_dict = lambda self: self
         from configs import base
@@ -119,7 +118,8 @@ PROGRAMS = {
                 config[section].update(fields)
             return config
         scale = Scale("tiny", tiny, loop_steps=2, texts=2, prompt_tokens=8, new_tokens=4)
-        run_experiment(depth.EXPERIMENT, scale, pathlib.Path("runs"), seeds=[0], results=pathlib.Path("results"))
+        folders = {"root": pathlib.Path("runs"), "results": pathlib.Path("results")}
+        run_experiment(depth.EXPERIMENT, scale, seeds=[0], code=Code("a toy"), **folders)
         assert "layers_4" in pathlib.Path("results/tiny/depth.md").read_text()
         """,
 }

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from experiments.sweep.arms import Arm
+from experiments.sweep.fingerprint import code_version
 from experiments.sweep.paper import write_configs
 from experiments.sweep.report import Report, write
 from experiments.sweep.rows import Row, read_rows
-from experiments.sweep.runner import RESULTS, Sweep
+from experiments.sweep.runner import RESULTS, Code, Sweep
 from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import SCALES, Scale
 from mtpd_jax import frontdoor
@@ -53,6 +54,7 @@ def run(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     results: pathlib.Path = RESULTS,
+    code: Code | None = None,
 ) -> None:
     """Runs what is missing of an experiment, and writes its report.
 
@@ -62,6 +64,7 @@ def run(
       only: names of variants to run; none: all.
       seeds: to run; none: the experiment's.
       results: the folder of rows and reports.
+      code: that trains; None: this.
 
     Raises:
       ValueError: an unknown variant, or no row to report.
@@ -81,13 +84,14 @@ def run(
             for variant in chosen
             if seeds or variant.seeds is None or seed in variant.seeds
         ]
-        diverged = Sweep(experiment.name, runs, root, results).run()
+        diverged = Sweep(experiment.name, runs, code or Code(code_version()), root, results).run()
     path = results / scale.name / f"{experiment.name}.jsonl"
     arms = arms_of(read_rows(path), variants, scale)
     if not arms:
         raise ValueError(f"{path}: holds no row of this experiment; run it with --workdir")
     command = f"python -m experiments.{experiment.name} --scale={scale.name} --workdir=DIR"
-    write(experiment.report(arms, scale), arms, path.with_suffix(".md"), command)
+    version = code.version if code else code_version()
+    write(experiment.report(arms, scale), arms, path.with_suffix(".md"), command, version)
     if diverged:
         raise DivergedError("; ".join(diverged))
 

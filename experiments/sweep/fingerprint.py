@@ -196,14 +196,18 @@ def version_of(found: Mapping[str, Numbers]) -> str:
     return digest(rounded)
 
 
-@functools.cache
-def code_version() -> str:
-    """The recorded version if this code behaves as recorded, else one of its own. Takes up to a minute, once."""
-    with rich.console.Console(stderr=True).status("what the code does, for the name of its version"):
-        found = behaviour()
+def known_as(found: Mapping[str, Numbers]) -> str:
+    """The recorded version if a behaviour is the recorded one up to rounding, else one of its own."""
     expected = recorded()
     same = found.keys() == expected.keys() and not any(changes(found[name], expected[name]) for name in found)
     return version_of(expected if same else found)
+
+
+@functools.cache
+def code_version() -> str:
+    """What this code is known as. Takes up to a minute, once."""
+    with rich.console.Console(stderr=True).status("what the code does, for the name of its version"):
+        return known_as(behaviour())
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

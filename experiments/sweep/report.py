@@ -11,7 +11,6 @@ import rich.markdown
 
 from experiments.figures import curves
 from experiments.sweep.arms import Arm
-from experiments.sweep.fingerprint import code_version
 from mtpd_jax.evaluation.report import number
 from mtpd_jax.evaluation.statistics import Interval
 
@@ -101,7 +100,7 @@ def per_seed(values: Sequence[float], factor: float = 100, digits: int = 1) -> s
     return ", ".join("–" if math.isnan(value) else f"{factor * value:+.{digits}f}" for value in values)
 
 
-def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: str) -> None:
+def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: str, version: str) -> None:
     """Prints the report and writes it to ``path``, with the figure as a .png of the same name.
 
     Args:
@@ -109,6 +108,7 @@ def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: 
       arms: what it was found from; the provenance table is made of their rows.
       path: the Markdown file.
       command: that makes it.
+      version: of the code that writes it.
     """
     parts = [f"# {report.title}", f"`{command}` wrote this page from `{path.stem}.jsonl` beside it.", report.text]
     parts += [table.markdown() for table in report.tables if table.rows]
@@ -117,13 +117,13 @@ def write(report: Report, arms: Mapping[str, Arm], path: pathlib.Path, command: 
     if drawn:
         curves(str(path.with_suffix(".png")), drawn)
         parts.append(f"![{report.title}]({path.stem}.png)")
-    parts.append(_provenance(arms).markdown())
+    parts.append(_provenance(arms, version).markdown())
     text = "\n\n".join(part.strip() for part in parts) + "\n"
     path.write_text(text)
     rich.console.Console().print(rich.markdown.Markdown(text))
 
 
-def _provenance(arms: Mapping[str, Arm]) -> Table:
+def _provenance(arms: Mapping[str, Arm], version: str) -> Table:
     """Seeds, steps, tokens and time of every variant, and versions below."""
     rows = [
         [
@@ -140,7 +140,7 @@ def _provenance(arms: Mapping[str, Arm]) -> Table:
     decoded = sum(len(way.tokens) for way in greedy)
     note = (
         f"Greedy texts that differ from plain decoding's: {different + ties} of {decoded}, {ties} of them by a tie. "
-        f"The code version now is {code_version()}. {'; '.join(machines)}."
+        f"The code version now is {version}. {'; '.join(machines)}."
     )
     columns = ["variant", "seeds", "steps", "tokens", "parameters", "minutes per run", "texts", "code version"]
     return Table("Runs", columns, rows, note)

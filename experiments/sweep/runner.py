@@ -5,21 +5,35 @@ import dataclasses
 import fcntl
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import rich.console
 
 from experiments.environment import environment
-from experiments.sweep.fingerprint import code_version
 from experiments.sweep.measure import measure
 from experiments.sweep.rows import Row, append_row, read_rows
 from experiments.sweep.runs import Run
 from mtpd_jax import train
+from mtpd_jax.config import Config
+from mtpd_jax.train import TrainResult
 from mtpd_jax.training.state import DivergedError
 
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """The code whose runs are compared.
+
+    Attributes:
+      version: what rows know it by, see ``fingerprint.code_version``.
+      train: trains the run of a config in a workdir.
+    """
+
+    version: str
+    train: Callable[[Config, str], TrainResult] = train.run
 
 
 class Sweep:
@@ -29,11 +43,11 @@ class Sweep:
     file. Where it stands in another experiment's at the same scale, it is taken over from there.
     """
 
-    def __init__(self, name: str, runs: Sequence[Run], root: pathlib.Path, results: pathlib.Path = RESULTS):
+    def __init__(self, name: str, runs: Sequence[Run], code: Code, root: pathlib.Path, results: pathlib.Path):
         """``root`` is the folder that runs are trained in, ``results`` that of the rows."""
         self._runs, self._root = list(dict.fromkeys(runs)), root
         self._path = results / runs[0].scale.name / f"{name}.jsonl"
-        self._code = code_version()
+        self._code = code
         self._console = rich.console.Console(stderr=True, highlight=False)
 
     def run(self) -> list[str]:
@@ -82,7 +96,7 @@ class Sweep:
             start = self._workdir(run.start)
         workdir = self._workdir(run)
         with _locked(workdir.with_suffix(".lock")):
-            result = train.run(run.config(start), str(workdir))
+            result = self._code.train(run.config(start), str(workdir))
         if not result.finished or result.signal is not None:
             raise SystemExit(128 + (result.signal or 0))
         return result.seconds
@@ -99,10 +113,10 @@ class Sweep:
         return False
 
     def _workdir(self, run: Run) -> pathlib.Path:
-        return run.workdir(self._root, self._code)
+        return run.workdir(self._root, self._code.version)
 
     def _name(self, run: Run) -> dict[str, Any]:
-        return {"config": run.key(), "seed": run.seed, "code": self._code}
+        return {"config": run.key(), "seed": run.seed, "code": self._code.version}
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)

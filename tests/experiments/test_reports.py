@@ -12,6 +12,7 @@ from experiments.sweep.arms import Arm
 from experiments.sweep.experiment import arms_of, run
 from experiments.sweep.report import per_seed, points, share, verdict
 from experiments.sweep.rows import ModeCounts, WayCounts
+from experiments.sweep.runner import Code
 from experiments.sweep.runs import Run, decided
 from experiments.sweep.scale import SCALES
 from experiments.variants import mtp_d
@@ -24,9 +25,7 @@ MODULES = {module.EXPERIMENT.name: module.EXPERIMENT for module in (distillation
 CPU = SCALES["cpu"]
 
 
-@pytest.fixture(autouse=True)
-def named_code(monkeypatch):
-    monkeypatch.setattr("experiments.sweep.report.code_version", lambda: "made up")
+CODE = Code("made up")
 
 
 def rows_of(experiment, seeds=(0, 1), names=None, quality=0.7):
@@ -44,7 +43,7 @@ def write_rows(folder, name, rows):
 @pytest.mark.parametrize("name", MODULES)
 def test_a_report_is_written_from_rows_alone(name, tmp_path, capsys):
     path = write_rows(tmp_path, name, rows_of(MODULES[name]))
-    run(MODULES[name], CPU, None, results=tmp_path)
+    run(MODULES[name], CPU, None, results=tmp_path, code=CODE)
     text = path.with_suffix(".md").read_text()
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "made up" in text and "nan" not in text and "inf" not in text
@@ -61,7 +60,7 @@ def test_a_report_needs_not_all_variants(name, tmp_path):
     names = [variant.name for variant in MODULES[name].variants(CPU)]
     for present in (names[:1], names[-1:], names[1::2]):
         write_rows(tmp_path, name, rows_of(MODULES[name], names=present, seeds=[0]))
-        run(MODULES[name], CPU, None, results=tmp_path)
+        run(MODULES[name], CPU, None, results=tmp_path, code=CODE)
 
 
 def test_a_gain_is_that_of_the_rows(tmp_path):

@@ -15,11 +15,10 @@ import pytest
 from experiments.sweep.experiment import Experiment, arms_of, run
 from experiments.sweep.report import Report, Table, share
 from experiments.sweep.rows import append_row, read_rows
-from experiments.sweep.runner import Sweep
+from experiments.sweep.runner import Code, Sweep
 from experiments.sweep.runs import Run, Variant, decided
 from experiments.sweep.scale import SCALES, Scale
 from experiments.variants import mtp, mtp_d
-from mtpd_jax import train
 from mtpd_jax.config import CheckpointConfig, ModelConfig, OptimizerConfig
 from mtpd_jax.evaluation.statistics import mean_of
 from mtpd_jax.fields import field
@@ -62,20 +61,8 @@ def report(arms, scale):
 
 
 EXPERIMENT = Experiment("tiny", variants, report, seeds=(0,))
-CODE = "this code"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def named_code():
-    """A version of the code without running it: what makes one is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        name_code(patch, CODE)
-        yield
-
-
-def name_code(patch, name):
-    for module in ("runner", "report"):
-        patch.setattr(f"experiments.sweep.{module}.code_version", lambda: name)
+CODE = Code("this code")
+TRAINS_NOTHING = Code("this code", lambda *_: pytest.fail("trained again"))
 
 
 def untimed(path):
@@ -94,15 +81,14 @@ def untimed(path):
 def whole(text_file, tmp_path_factory):
     """The sweep without interruption: its folder, and its file of rows."""
     folder = tmp_path_factory.mktemp("whole")
-    run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder)
+    run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder, code=CODE)
     return folder, folder / "tiny" / "tiny.jsonl"
 
 
-def test_a_finished_sweep_trains_nothing(whole, text_file, monkeypatch):
+def test_a_finished_sweep_trains_nothing(whole, text_file):
     folder, path = whole
     before = path.read_text()
-    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
-    run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder)
+    run(EXPERIMENT, tiny_scale(text_file), folder / "runs", results=folder, code=TRAINS_NOTHING)
     assert path.read_text() == before
     assert [row.variant for row in read_rows(path)] == ["mtp_2", "mtp_d_2", "loop"]
 
@@ -115,37 +101,34 @@ def test_a_stopped_sweep_ends_with_the_same_table(whole, text_file, tmp_path, mo
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(SystemExit) as ended:
-            run(EXPERIMENT, scale, tmp_path / "runs", results=tmp_path)
+            run(EXPERIMENT, scale, tmp_path / "runs", results=tmp_path, code=CODE)
     assert ended.value.code == 128 + signal.SIGTERM
     assert len(read_rows(path)) == 1
-    run(EXPERIMENT, scale, tmp_path / "runs", results=tmp_path)
+    run(EXPERIMENT, scale, tmp_path / "runs", results=tmp_path, code=CODE)
     assert untimed(path) == untimed(whole[1])
 
 
-def test_another_experiment_takes_rows_over(whole, text_file, monkeypatch):
+def test_another_experiment_takes_rows_over(whole, text_file):
     folder, path = whole
-    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
     other = Experiment("other", lambda scale: [mtp_d(2)], report, seeds=(0,))
-    run(other, tiny_scale(text_file), folder / "runs", results=folder)
+    run(other, tiny_scale(text_file), folder / "runs", results=folder, code=TRAINS_NOTHING)
     (row,) = read_rows(path.with_name("other.jsonl"))
     assert row == read_rows(path)[1]
 
 
-def test_other_code_trains_anew(whole, text_file, monkeypatch):
+def test_other_code_trains_anew(whole, text_file):
     """In a folder of its own, though the old one is there."""
     folder, _ = whole
     run = Run(mtp(2), 0, tiny_scale(text_file))
-    before = run.workdir(folder / "runs", CODE)
-    name_code(monkeypatch, "changed")
+    before = run.workdir(folder / "runs", CODE.version)
     trained = []
 
     def stop(config, workdir):
         trained.append(pathlib.Path(workdir))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "run", stop)
     with pytest.raises(KeyboardInterrupt):
-        Sweep("tiny", [run], folder / "runs", folder).run()
+        Sweep("tiny", [run], Code("changed", stop), folder / "runs", folder).run()
     assert before.exists() and trained == [run.workdir(folder / "runs", "changed")] and trained[0] != before
 
 
@@ -156,13 +139,13 @@ def test_the_newest_row_counts(text_file):
     assert arms_of(rows, variants(scale), scale)["mtp_2"].rows == rows[1:]
 
 
-def test_a_diverged_run_does_not_hold_up_the_others(text_file, tmp_path, monkeypatch):
+def test_a_diverged_run_does_not_hold_up_the_others(text_file, tmp_path):
     def fail(config, workdir):
         raise DivergedError("step 3: loss nan")
 
-    monkeypatch.setattr(train, "run", fail)
     runs = [Run(mtp(2), seed, tiny_scale(text_file)) for seed in (0, 1)]
-    assert Sweep("tiny", runs, tmp_path, tmp_path).run() == [f"mtp_2, seed {seed}: step 3: loss nan" for seed in (0, 1)]
+    sweep = Sweep("tiny", runs, Code("this code", fail), tmp_path, tmp_path)
+    assert sweep.run() == [f"mtp_2, seed {seed}: step 3: loss nan" for seed in (0, 1)]
 
 
 def made_up(seed):
@@ -240,13 +223,12 @@ def test_a_default_that_changes_disowns_rows_and_a_new_field_does_not(monkeypatc
 def test_a_killed_sweep_ends_with_the_same_table(whole, text_file, tmp_path):
     """SIGKILL in the middle of the second run, in a process of its own."""
     program = (
-        "import pathlib\nimport pytest\nimport tests.conftest\nfrom experiments.sweep.experiment import run\n"
-        "from tests.experiments.test_sweep import CODE, EXPERIMENT, name_code, tiny_scale\n"
-        "name_code(pytest.MonkeyPatch(), CODE)\n"
+        "import pathlib\nimport tests.conftest\nfrom experiments.sweep.experiment import run\n"
+        "from tests.experiments.test_sweep import CODE, EXPERIMENT, tiny_scale\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
-        f"run(EXPERIMENT, tiny_scale({text_file!r}), folder / 'runs', results=folder)\n"
+        f"run(EXPERIMENT, tiny_scale({text_file!r}), folder / 'runs', results=folder, code=CODE)\n"
     )
-    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs", CODE)
+    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs", CODE.version)
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 300
     while not list((second / "checkpoints").glob("5*")) and time.monotonic() < deadline:
