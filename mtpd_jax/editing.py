@@ -100,6 +100,7 @@ def _entry(default: Any, hint: Any) -> Any:
     options = typing.get_args(hint)
     if type(None) not in options:
         return default
+    # ml_collections replaces a value by one of the same type alone, unless it is told otherwise.
     if default is not None:
         return config_dict.FieldReference(default, field_type=object)
     types = [option for option in options if option is not type(None)]

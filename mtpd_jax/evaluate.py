@@ -248,6 +248,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[str]:
     """
     if not isinstance(path, str):
         raise ValueError(f"prompts = {path!r:.80}: expected the name of a file of JSON lines")
+    # One prompt per line; empty lines are none.
     (file,) = expand([path], "--prompts")[:1]
     lines = [(number, line) for number, line in enumerate(read_text(file, "--prompts").split("\n"), 1) if line.strip()]
     if not lines:

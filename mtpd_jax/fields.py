@@ -186,6 +186,7 @@ def _check_foreign(declared: type[Section], cls: type[Section], name: str, value
         names = [cls.tag] if cls.tag else []
         names += defaults_of(cls)
         raise ValueError(f"{path}.{name}: no such field; fields of {path} are {', '.join(names)}")
+    # With a default it says nothing, and stays unread.
     if not stored and all(value != defaults_of(other)[name] for other in others.values()):
         cases = " or ".join(map(repr, others))
         raise ValueError(

@@ -115,6 +115,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--devices_per_model", type=int, help="devices that share one copy of it (default: as few as it fits on)"
     )
+    # How text is written.
     parser.add_argument("--max_new_tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
@@ -238,6 +239,7 @@ def _joined(arguments: list[str]) -> list[str]:
     joined: list[str] = []
     for argument in arguments:
         argument = argument if not argument.startswith("-config.") else f"-{argument}"
+        # Values of one flag that stand apart from it, as absl takes them.
         waiting = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
         if waiting and not argument.startswith("-"):
             joined[-1] += f"={argument}"

@@ -155,6 +155,7 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
         for axis, size in zip(axes, leaf.shape, strict=False):
             parts = parts_of(mesh, axis) if axis else 1
             if size % parts:
+                # Named as the config names what has to be changed.
                 names, field = " x ".join(RULES.mesh_axes(axis)), _FIELDS.get(axis, f"model.{axis}")
                 raise ValueError(
                     f"config.{field} = {size} (of {jax.tree_util.keystr(path, simple=True, separator='/')}): "

@@ -178,6 +178,7 @@ def _fresh(
     message = f"training {trained:,} parameters for {steps} steps on {_describe(method.mesh)}"
     if origin is not None:
         message += f": {method.describe()}, step {origin.record['step']}"
+    # Metrics without a checkpoint are of a run that cannot be gone on with.
     note = ""
     if jax.process_index() == 0 and folder.metrics_file.exists() and folder.metrics_file.stat().length:
         kept = folder.set_aside(folder.metrics_file)

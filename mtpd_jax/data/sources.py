@@ -293,6 +293,7 @@ def _python_files(packages: bool) -> list[pathlib.Path]:
         roots.append(pathlib.Path(sysconfig.get_path("purelib")))
     files = []
     for root in roots:
+        # In an order that does not depend on the machine.
         relative = sorted(path.relative_to(root) for path in root.rglob("*.py"))
         files += [root / path for path in relative if _LEFT_OUT.isdisjoint(path.parts) and (root / path).stat().st_size]
     return files

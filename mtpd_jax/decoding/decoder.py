@@ -245,6 +245,7 @@ def check_drafter(options: Options, heads: int) -> None:
     for name, value, known in (("drafter", options.drafter, DRAFTERS), ("strategy", options.strategy, STRATEGIES)):
         if value not in known:
             raise ValueError(f"{name} = {value!r}: expected one of {', '.join(known)}")
+    # What the drafter cannot do without, and what it cannot do.
     drafter = DRAFTERS[options.drafter]
     if options.num_drafts and drafter.needs_heads and not heads:
         raise ValueError(f"heads = {options.num_drafts}: expected 0, for the model was trained without heads")
@@ -315,6 +316,7 @@ def _on(mesh: Mesh, parameters: Any) -> Any:
     def on_mesh(leaf: Array) -> Array:
         old = leaf.sharding
         sharding = NamedSharding(mesh, old.spec if isinstance(old, NamedSharding) else PartitionSpec())
+        # What lies there already is not copied.
         parts = [shard.data for shard in leaf.addressable_shards if shard.device in devices]
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 

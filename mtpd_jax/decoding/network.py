@@ -75,6 +75,7 @@ class Network:
         self.config, self.heads_config = model.config, model.heads_config
         self._mesh = mesh
         self.dtype, self.precision = compute_dtype(model.config), precision_of(model)
+        # Scanned layers compile faster, and read each block's weights out of a stack.
         weights = model.config.layers * costs.block(model.config, 0).weights
         self.scanned = platform.scans_layers(weights, self.dtype) if scanned is None else scanned
         self.scanned_heads = self.scanned if scanned_heads is None else scanned_heads
@@ -122,6 +123,7 @@ class Network:
         """Runs the backbone over T consecutive tokens per row, from position ``start`` on: h^0 and the new cache."""
         # What the tokens see is the same for all layers but for the cache.
         slots = slots_of(cache[0] if isinstance(cache, tuple) else cache)
+        # New tokens see all slots up to their own.
         view = CachedRows.of(start, tokens.shape[1], slots, self.config)
 
         def blocks(x: Hidden, view: CachedRows) -> tuple[Hidden, Caches]:

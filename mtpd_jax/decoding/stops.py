@@ -95,6 +95,7 @@ def _automaton(wanted: Sequence[bytes]) -> np.ndarray:
     # A beginning that holds another string whole is never come to: the match comes first.
     number = {beginning: state for state, beginning in enumerate(beginnings)}
     found = len(beginnings)
+    # A match stays one; from anywhere else the longest end that may still become one.
     table = np.full((found + 1, 256), found)
     for beginning, state in number.items():
         for byte in range(256):

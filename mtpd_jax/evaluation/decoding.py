@@ -112,6 +112,7 @@ def decode_prompts(
     """
     for options in ways.values():
         decoder.check(prompts, options, batch_size)
+    # Call by call, and each call in every way.
     decoded: dict[int | str, list[Continuation]] = {name: [] for name in ways}
     for start in range(0, len(prompts), prompts_per_call(batch_size)):
         call = prompts[start : start + prompts_per_call(batch_size)]
@@ -157,6 +158,7 @@ def compare_ways(
     # What all ways are held to: plain decoding, and the heads' teacher-forced choices on its text.
     plain = decoded[0]
     most = max(map(heads_that_draft, ways.values()))
+    # Agreement on plain decoding's text, once for all ways.
     agreed, counted = count_agreement(decoder, prompts, plain, most)
 
     def held(options: Options, continuations: Sequence[Continuation]) -> Decoded:

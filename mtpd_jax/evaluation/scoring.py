@@ -202,6 +202,7 @@ class Scorer:
                 if len(rows) == self._batch_size and not flush():
                     return
             yield from finished()
+        # The last batch is filled up.
         if not rows or flush():
             yield from finished()
 

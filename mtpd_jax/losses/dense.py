@@ -37,6 +37,7 @@ def dense_divergence(
         threshold = jnp.sort(teacher, axis=-1)[..., -n, None]
     else:
         threshold = nth_largest(jax.lax.stop_gradient(teacher[0]), n)[None, :, None]
+    # Ties at the threshold are all compared, as the fused loss does.
     chosen = teacher >= jax.lax.stop_gradient(threshold)
     return _divergence(jnp.where(chosen, teacher, -jnp.inf), jnp.where(chosen, heads, -jnp.inf), distillation)
 

@@ -119,6 +119,7 @@ def search(
     # minimum of nothing else is infinity, above the maximum.
     smallest, largest = vocabulary.min(values), vocabulary.max(values)
     ordered = smallest <= largest
+    # The bracket begins at the row's own bounds, the upper one left out.
     low = ordered_key(jnp.where(ordered, smallest, -jnp.inf))
     high = ordered_key(jnp.where(ordered, largest, jnp.inf)) + 1
     start = _Bracket(low, high, zero + size, zero), jnp.zeros((), jnp.int32)
@@ -127,5 +128,6 @@ def search(
         bracket, passes = state
         return jnp.any(bracket.unsettled(n)) & (passes < _MOST_PASSES)
 
+    # As long as any row's threshold is open; bounded, whatever a backend makes of its values.
     bracket, passes = jax.lax.while_loop(goes_on, narrow, start)
     return value_of_key(bracket.low), passes

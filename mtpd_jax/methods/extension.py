@@ -60,6 +60,7 @@ class Extension(HeadsMethod, section=ExtensionConfig):
         def with_heads(count: int) -> LanguageModel:
             return LanguageModel(self.model.config, dataclasses.replace(config.heads, num_heads=count))
 
+        # The frozen part, and what is trained on its states.
         self._below, self._above = with_heads(self._frozen_heads), with_heads(number - self._frozen_heads)
 
     def make_objective(self) -> Objective:

@@ -55,6 +55,7 @@ class KVCache:
 
         def put(slots: Array, of_row: Array) -> Array:
             stack, of_head = slots.shape[:-3], slots.shape[-2:]
+            # Groups and rows lie side by side: apart, and together again.
             by_row = slots.reshape(*stack, groups, -1, *of_head)
             of_row = of_row.reshape(*stack, groups, 1, *of_head)
             return jax.lax.dynamic_update_slice_in_dim(by_row, of_row, row, len(stack) + 1).reshape(slots.shape)

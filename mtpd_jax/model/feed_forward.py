@@ -30,6 +30,7 @@ class GatedMLP(nn.Module):
                 features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name
             )
 
+        # Gate and values by one product; the product of both back to the width.
         gate_init = partitioned(nn.initializers.lecun_normal(), "width", None, "mlp_width")
         gate_up_BxTx2xF = dense((2, config.mlp_width), "gate_up", gate_init)(x)
         hidden_BxTxF = nn.silu(gate_up_BxTx2xF[:, :, 0]) * gate_up_BxTx2xF[:, :, 1]

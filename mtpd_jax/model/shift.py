@@ -18,6 +18,7 @@ def shift(values: Array, segment_ids: SegmentIds, by: int) -> tuple[Array, Bool[
       mask [B, T] of the positions where it does not. Padding is never valid.
     """
     length = segment_ids.shape[1]
+    # Where each value comes from, and whether that is inside the row and the same document.
     source_T = jnp.arange(length) + by
     inside_T = (source_T >= 0) & (source_T < length)
     same_BxT = (jnp.roll(segment_ids, -by, axis=1) == segment_ids) & (segment_ids != 0)

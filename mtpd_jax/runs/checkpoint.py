@@ -99,6 +99,7 @@ class Checkpointer:
         digests, broken = digests_of(fields)
         if broken is not None:
             raise DivergedError(f"step {step}: {broken} is not finite any more; {self.kept()}")
+        # What it is held to when it is read, sealed.
         record = {"config": config.to_dict(), "versions": package_versions(), "digests": digests, **progress}
         sealed = {"sha256": _seal(record), **record}
         arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in fields.items()}
@@ -171,6 +172,7 @@ def chosen_step(checkpoint: int | str) -> int | None:
     Raises:
       ValueError: it is neither.
     """
+    # From the command line it is text, from Python a number.
     if checkpoint == NEWEST:
         return None
     if isinstance(checkpoint, str):

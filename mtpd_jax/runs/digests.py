@@ -51,6 +51,7 @@ def _on_host(leaf: Array) -> tuple[list[np.uint32], bool]:
     total, finite = np.zeros(2, np.uint32), True
     for start in range(0, values.size, _AT_ONCE):
         part = values[start : start + _AT_ONCE]
+        # Places count through all parts.
         index = np.arange(part.size, dtype=np.uint32) + np.uint32(start % 2**32)
         total += np.array(_sums(part.view(_unsigned(part)).astype(np.uint32), index))
         finite &= bool(np.isfinite(part.astype(np.float32)).all())

@@ -92,6 +92,7 @@ def end_on_signals() -> None:
     waits for it. A signal that was ignored when the process began (``nohup``) stays so. A run that stops by itself
     (``StopRequest``) is left to do so, but not for ever.
     """
+    # Python writes each signal's number there, whatever else it is doing.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)

@@ -53,6 +53,7 @@ def take_lock(workdir: Workdir, break_lock: bool = False) -> Lock:
     Raises:
       ValueError: another process has it; the message names the process and its host.
     """
+    # The first process holds it for all.
     if jax.process_index():
         return _HeldElsewhere()
     if not workdir.remote:
@@ -128,6 +129,7 @@ class _FileLock:
             except OSError:
                 os.close(file)
                 raise
+            # The name may have been given to another file in between.
             if self._is_ours(file):
                 return file
             os.close(file)  # given back, and its name removed, between the two calls

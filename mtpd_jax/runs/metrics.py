@@ -158,6 +158,7 @@ class MetricsLog:
         if self._writer is not None:
             self._writer.flush()
         if self._remote is not None:
+            # All files whole, for a bucket keeps no part of one.
             for file in (path for path in self._folder.rglob("*") if path.is_file()):
                 target = self._remote / str(file.relative_to(self._folder))
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,6 +178,7 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
             parsed = json.loads(line)
         except (ValueError, RecursionError):
             parsed = None
+        # What follows the last newline was being written, and is none.
         if isinstance(parsed, dict) and type(parsed.get("step")) is int:
             lines.append(parsed)
         else:

@@ -45,6 +45,7 @@ def completed(config: Config, workdir: Workdir) -> Config:
 
 def _complete(config: Config, source: Config) -> Config:
     where, mode = config.objective.source_run, config.objective.mode
+    # What was held out there stays held out here.
     fraction, most = config.data.validation_fraction, source.data.validation_fraction
     expected = (
         f"at most {most}, that of the run in {where}; with more, text that it was trained on would count as held out"

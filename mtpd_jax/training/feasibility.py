@@ -62,6 +62,7 @@ def _time(method: Method) -> str:
     training, peak, devices = method.config.training, method.platform.peak_flops or _ANY_DEVICE_FLOPS, method.mesh.size
     if method.platform.on_cpu:
         peak, devices = _CORE_FLOPS, os.cpu_count() or 1
+    # At the peak of the devices: a bound that no run can be faster than.
     tokens = training.steps * training.batch_size * training.sequence_length
     years = tokens * method.costs().flops_per_token / (peak * devices) / _YEAR
     if years < 1:
@@ -81,6 +82,7 @@ def check_attention(method: Method) -> str:
     wanted, model = method.config.model.attention, method.model.config
     kernels, length = method.platform.attention_kernels, method.config.training.sequence_length
     missing = lacking(model.attention, model, length)
+    # Whoever left the choice to us is told what it came to.
     if wanted == "auto":
         return missing and f"attention is dense, for {model.attention} attention needs {missing}"
     allowed = f"{' or '.join(('auto', *kernels))} on {method.platform.kind}"
@@ -153,6 +155,7 @@ def check_scoring(config: Config, batch_size: int) -> None:
 def host_memory() -> int:
     """Bytes that this process may use: those of the machine, or of the container that it runs in."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # A container may have less than its machine.
     for file in _LIMITS:
         path = pathlib.Path(file)
         text = path.read_text().strip() if path.exists() else ""

@@ -12,6 +12,7 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
     """Learning rate by optimizer step: linear warm-up, then cosine, linear, or constant with a linear tail (wsd)."""
     optimizer, steps = config.optimizer, config.training.steps
     peak, final = optimizer.learning_rate, optimizer.learning_rate * optimizer.final_fraction
+    # What follows the warm-up, over the steps that are left.
     after_warmup = steps - optimizer.warmup_steps
     if optimizer.schedule == "cosine":
         decay = optax.cosine_decay_schedule(peak, after_warmup, alpha=optimizer.final_fraction)

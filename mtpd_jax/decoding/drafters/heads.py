@@ -94,6 +94,7 @@ class Heads(Drafter, name="heads"):
         _, caches, outputs = over_layers(
             self._one_depth(parameters, rows, keys), (state.window, ahead), state.caches, depths
         )
+        # From depths first to rows first.
         tokens, logits, distributions = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), outputs)
         count = jnp.full(rows.length.shape, depths)
         drafts = Drafts(tokens, count, _by_head(tokens), distributions, logits)
@@ -113,6 +114,7 @@ class Heads(Drafter, name="heads"):
             state, ahead = carry
             state, normed, cache = network.run_head(parameters, depth, state, ahead, first, cache, margin=window)
             logits = network.logits(parameters, normed[:, -1])
+            # A key of its own for each depth.
             draft, distribution = choose(fold(keys, depth + 1), logits, self.options.sampling.of_drafts)
             # The next depth looks one token further.
             ahead = jnp.concatenate([ahead[:, 1:], draft[:, None]], axis=1)
