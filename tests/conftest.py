@@ -14,7 +14,8 @@ if "OPTIMISED" not in os.environ:
     # optimisations that users have, too: ``make test-all`` sets OPTIMISED for tests that are marked so.
     flags.append("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     # Of what is left, two thirds go to the newer code generator of fusions, and to cutting small modules in many.
-    flags.append("--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
+    flags.append("--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters")
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
 os.environ["XLA_FLAGS"] = " ".join(flags)
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)

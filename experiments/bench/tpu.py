@@ -41,22 +41,7 @@ def topology_mesh(name: str = "v5p:2x2x1", fsdp: int = 1, tensor: int = 1) -> Me
     }  # fmt: skip
     os.environ.update(described)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    _read_flags(devices[0])
     return make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor, expert=1), list(devices))
-
-
-def _read_flags(device: jax.Device) -> None:
-    """Has libtpu read XLA_FLAGS, which it does once, when it first compiles.
-
-    It ends the process at a flag that it does not know, and of those that only the CPU's compiler has it knows few.
-    """
-    given = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = " ".join(flag for flag in given.split() if not flag.startswith("--xla_cpu_"))
-    try:
-        number = jax.ShapeDtypeStruct((), np.float32, sharding=jax.sharding.SingleDeviceSharding(device))
-        jax.jit(lambda x: x + 1).lower(number).compile()
-    finally:
-        os.environ["XLA_FLAGS"] = given
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
