@@ -2,15 +2,20 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtpd_jax.decoding.batch import prefill
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.lookup import look_up
+from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
-from tests.builders import model_and_parameters, tiny_config
+from mtpd_jax.decoding.stops import Stops
+from mtpd_jax.decoding.strategies.speculative import Speculative
+from tests.builders import model_and_parameters, platform, tiny_config
 from tests.decoding.models import CONTEXT, END, PROMPTS, forward, small_vocabulary
 
 
@@ -106,6 +111,26 @@ def test_who_drafts_best_is_told_from_the_text_that_was_written():
     bad = Decoder(*small_vocabulary(trained=False), [-1]).run(PROMPTS, Options(4, 60, drafter="both"))
     late = [proposer for one in bad for proposer in one.proposers[30:]]
     assert late.count(-1) > 0.5 * len(late)
+
+
+def test_the_better_one_of_the_rounds_before_drafts():
+    """Two rows of the same text, in which heads and lookup have different records; what is confirmed changes them."""
+    model, parameters = small_vocabulary()
+    network = Network(model, platform(), scanned=True)
+    strategy, laid_out = Speculative(network, Options(2, 8, drafter="both")), network.parameters(parameters)
+    prompts = jnp.tile(jnp.array([3, 1, 2, 4, 6, 5, 3, 1, 2, 4, 6, 5]), (2, 1))
+    keys, lengths = jax.random.split(jax.random.key(0), 2), jnp.full(2, 12)
+    batch = prefill(strategy, laid_out, prompts, lengths, keys, Stops((-1,)), 12)
+    record = jnp.array([[1.0, 0.5], [0.5, 1.0]])
+    drafts, state = strategy.drafter.draft(laid_out, batch.rows, batch.state.drafter.replace(record=record), keys)
+    assert drafts.proposers.tolist() == [[1, 2], [-1, -1]]
+    copied = state.drafts[:, 1]
+    assert drafts.tokens[1].tolist() == copied[1].tolist() != state.drafts[1, 0].tolist()
+    place = int(batch.rows.length[0])
+    tokens = batch.rows.tokens.at[:, place : place + 2].set(copied)
+    after = dataclasses.replace(batch.rows, tokens=tokens, length=batch.rows.length + 2)
+    confirmed = strategy.drafter.confirm(state, batch.rows, after, jnp.zeros((2, 3, model.config.width)))
+    assert (confirmed.record[:, 1] > record[:, 1]).all() and confirmed.record[0, 0] < record[0, 0]
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,9 @@ from mtpd_jax.evaluation.acceptance import (
 from mtpd_jax.evaluation.agreement import count_agreement
 from mtpd_jax.evaluation.comparison import distinct_ngrams, first_divergence
 from mtpd_jax.evaluation.likelihood import loglikelihoods
-from mtpd_jax.evaluation.scoring import Scorer, TextScore, TextSums, windows
+from mtpd_jax.evaluation.scoring import ScoredText, Scorer, TextScore, TextSums, windows
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
+from mtpd_jax.losses import scores as scores_module
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.sharding import make_mesh
 from tests.builders import model_and_parameters, tiny_config
@@ -170,11 +171,16 @@ def test_scoring_can_be_ended(scored):
     assert scorer.sum_documents(parameters, ["a cat " * 200], lambda: True) is not None
 
 
-@pytest.mark.parametrize("shape", [(-1, 1, 1, 1), (2, 2, 2, 1)])
-def test_every_token_of_a_text_is_scored_in_its_place(scored, shape):
-    """Whatever is scored beside it, wherever windows are cut, on any mesh: against one row of the training path."""
+@pytest.mark.parametrize(("shape", "chunk"), [((-1, 1, 1, 1), None), ((2, 2, 2, 1), None), ((1, 1, 1, 1), 24)])
+def test_every_token_of_a_text_is_scored_in_its_place(scored, shape, chunk, monkeypatch):
+    """Whatever is scored beside it, wherever windows and chunks are cut, on any mesh: against the training path."""
     _, model, parameters, tokenizer = scored
-    scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(*shape)), 32, batch_size=4)
+    if chunk is not None:
+        real = scores_module.choose_tiling
+        small = lambda *arguments: dataclasses.replace(real(*arguments), chunk_rows=chunk)  # noqa: E731
+        monkeypatch.setattr(scores_module, "choose_tiling", small)
+    devices = jax.devices()[:1] if shape == (1, 1, 1, 1) else None
+    scorer = Scorer(model, tokenizer, make_mesh(MeshConfig(*shape), devices), 32, batch_size=4)
     texts = [tokenizer.encode_document_and_bytes("the cat sat on a mat, " * count) for count in (7, 1, 0, 12, 2)]
     found, logits_of = list(scorer.score(parameters, texts)), forward(model, parameters)
     assert len(found) == len(texts)
@@ -235,6 +241,29 @@ def test_loglikelihoods_against_the_training_path(scored):
     for contexts, continuations in ((["a"], []), (["a"], [""]), (["a"], ["cat " * 99])):
         with pytest.raises(ValueError, match="continuation"):
             loglikelihoods(scorer, parameters, contexts, continuations)
+
+
+def test_a_continuation_is_greedy_if_all_of_it_is(scored):
+    """Of a scorer that says so of all tokens, or of all but the last."""
+    *_, tokenizer = scored
+
+    class Says:
+        length = 32
+
+        def __init__(self, last):
+            self.tokenizer, self.last = tokenizer, last
+
+        def score(self, parameters, texts):
+            for ids, sizes in texts:
+                greedy = np.ones(len(ids) - 1, bool)
+                greedy[-1] = self.last
+                zeros = np.zeros((1, len(ids) - 1), np.float32)
+                yield ScoredText(ids[1:], sizes[1:], zeros == 0, zeros, zeros, zeros == 0, greedy)
+
+    assert [loglikelihoods(Says(last), None, ["the"], [" cat sat on"])[0].greedy for last in (True, False)] == [
+        True,
+        False,
+    ]
 
 
 def test_divergence_names_place_and_margin(scored):
