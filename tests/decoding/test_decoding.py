@@ -105,7 +105,7 @@ def test_prompts_are_read_in_chunks():
     """In one piece or in chunks of 8 tokens: the same, also where a head looks ahead into the next chunk."""
     model, parameters = small_vocabulary()
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(1, 7, length).astype(np.int32) for length in (1, 7, 8, 9, 31, 33, 64)]
+    prompts = [rng.integers(1, 7, length).astype(np.int32) for length in (1, 7, 9, 31, 33, 64, *[8, 16, 24] * 4)]
     whole = decoder_of(model, parameters).run(prompts, Options(4, 20))
     for scanned in (False, True):
         chunked = decoder_of(model, parameters, chunk=8, scanned=scanned).run(prompts, Options(4, 20))
