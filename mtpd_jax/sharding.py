@@ -166,8 +166,11 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, nn.meta.unbox(boxed), nn.get_partition_spec(boxed))
 
 
-def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that what is traced in it (see ``constrain``, ``traced_mesh``) is for this mesh."""
+def within(mesh: Mesh | None, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a function so that what is traced in it (see ``constrain``, ``traced_mesh``) is for this mesh, or for none.
+
+    jit does not know of it: a function that jit keeps the trace of, wherever it is called, has to be within one itself.
+    """
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         token = _traced_on.set(mesh)

@@ -16,7 +16,7 @@ from mtpd_jax.sharding import RULES, batch_sharding, constrain, make_mesh, shard
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import abstract_state, state_shardings
 from mtpd_jax.training.step import make_step
-from tests.builders import tiny_config
+from tests.builders import method_on, tiny_config
 
 
 def lowered_step(config, mesh):
@@ -94,6 +94,13 @@ def test_collectives_are_listed_with_their_bytes():
     expected = [("all-gather", 32), ("all-reduce", 16), ("all-to-all", 4), ("all-to-all", 6), ("all-to-all", 3)]
     assert collectives(text) == expected
     assert [size for _, size in collectives(text, in_elements=True)] == [16, 4, 1, 6, 3]
+
+
+def test_initial_parameters_are_drawn_for_no_mesh():
+    """They are traced once per model, whatever mesh it is trained on: nothing in them may be for the first one's."""
+    method = method_on(tiny_config(model__width=40), make_mesh(MeshConfig(-1, 1, 1, 1), jax.devices()))
+    create = within(method.mesh, lambda key: method.initial_parameters(key, None))
+    assert "sharding_constraint" not in str(jax.make_jaxpr(create)(jax.random.key(0)))
 
 
 @pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is not installed: make .cache/libtpu")

@@ -158,7 +158,6 @@ def compare_ways(
     # What all ways are held to: plain decoding, and the heads' teacher-forced choices on its text.
     plain = decoded[0]
     most = max(map(heads_that_draft, ways.values()))
-    # Agreement on plain decoding's text, once for all ways.
     agreed, counted = count_agreement(decoder, prompts, plain, most)
 
     def held(options: Options, continuations: Sequence[Continuation]) -> Decoded:

@@ -135,7 +135,6 @@ class Objective:
 
         A KL that is no part of the objective, because the head's beta is zero, has weight 0, and so no mean.
         """
-        # A head's divergence counts where it is weighted at all.
         ce, kl, agreement, weight = (array.tolist() for array in (sums.ce, sums.kl, sums.agreement, weights))
         terms = {"main/ce": LossTerm(ce[0], weight[0])}
         for row, number in enumerate(self.heads, 1):

@@ -18,6 +18,7 @@ from mtpd_jax.model.backbone import HiddenStates, LanguageModel, build_model
 from mtpd_jax.model.costs import Costs
 from mtpd_jax.platform import Platform, platform_of
 from mtpd_jax.shapes import Array, Float, Int, Parameters
+from mtpd_jax.sharding import within
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -170,7 +171,7 @@ def _random_parameters(model: LanguageModel, key: Array) -> Parameters:
     dummy = jnp.ones((1, model.heads_config.num_heads + 2), jnp.int32)
     # A row that no other kernel takes; parameters do not depend on it.
     model = LanguageModel(dataclasses.replace(model.config, attention="dense"), model.heads_config)
-    return model.init(key, dummy, dummy, dummy)["params"]
+    return within(None, model.init)(key, dummy, dummy, dummy)["params"]
 
 
 def method_of(config: Config, mesh: Mesh) -> Method:

@@ -129,7 +129,6 @@ class _FileLock:
             except OSError:
                 os.close(file)
                 raise
-            # The name may have been given to another file in between.
             if self._is_ours(file):
                 return file
             os.close(file)  # given back, and its name removed, between the two calls

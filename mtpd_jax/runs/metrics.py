@@ -172,13 +172,13 @@ def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
     A last line that a crash cut short, without its end, is dropped.
     """
     lines, broken = [], 0
+    # What follows the last newline was being written, and is none.
     *whole, _ = content.split(b"\n")
     for line in filter(None, whole):
         try:
             parsed = json.loads(line)
         except (ValueError, RecursionError):
             parsed = None
-        # What follows the last newline was being written, and is none.
         if isinstance(parsed, dict) and type(parsed.get("step")) is int:
             lines.append(parsed)
         else:

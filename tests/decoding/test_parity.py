@@ -103,10 +103,11 @@ def test_parity_after_rounds_that_stopped_early(min_confidence):
 
 
 @pytest.mark.optimised
-def test_parity_of_heads_that_fell_as_far_behind_as_they_may():
+@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+def test_parity_of_heads_that_fell_as_far_behind_as_they_may(kind):
     """Two heads that are never sure: every round makes one draft, so that the second head runs only when it is due. It
     is due at the last moment: one token later, an entry that a rejected draft made would stay in its cache."""
-    check_parity("recurrent", Options(2, LONG, min_confidence=0.999), True)
+    check_parity(kind, Options(2, LONG, min_confidence=0.999), True)
 
 
 class Alternating(Both, name="alternating"):
