@@ -125,7 +125,8 @@ def test_fewer_drafts_while_the_heads_are_not_sure():
     assert tried[1][0] >= tried[0][0] and 0 < tried[1][3] < tried[0][3]
     rates = [a.sum() / t.sum() for a, t in zip(accepted, tried, strict=True)]
     third = [a[2] / t[2] for a, t in zip(accepted, tried, strict=True)]
-    assert tried[1][2] < tried[0][2] and third[1] > third[0] and rates[1] > rates[0]  # what is still drafted is what the heads are sure of
+    # What is still drafted is what the heads are sure of.
+    assert tried[1][2] < tried[0][2] and third[1] > third[0] and rates[1] > rates[0]
 
 
 @pytest.mark.optimised
