@@ -2,12 +2,6 @@
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-import matplotlib.pyplot as plt
-
 
 def curves(path: str, panels: list[dict[str, Any]]) -> None:
     """Draws one panel per entry and writes the picture.
@@ -17,6 +11,11 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
       panels: ``title``, ``x``, ``y`` (axis labels), ``lines`` (label -> [(x, y)] or, with an interval around y,
         [(x, y, low, high)]) and optionally ``log`` (axes).
     """
+    import matplotlib  # here, for machines that only measure need not have it
+
+    matplotlib.use("Agg")  # no display is needed
+    import matplotlib.pyplot as plt
+
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)

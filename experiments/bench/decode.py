@@ -11,27 +11,20 @@ tokens per second that both predict, and those measured, for every number of hea
 import argparse
 import dataclasses
 import pathlib
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import rich.box
 import rich.console
 import rich.table
 
-from configs import base
-from experiments.bench.decode_programs import Parts, Program, bare_products, iterations
-from experiments.bench.timing import interleaved
+from experiments.bench.decode_costs import LAYOUTS, Study, Subject, measure, random_subject
 from experiments.environment import environment
 from experiments.figures import curves
 from mtpd_jax import frontdoor
-from mtpd_jax.config import Config
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
-from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluate import read_prompts
@@ -39,96 +32,9 @@ from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.decoding import decode_prompts, prompts_per_call, ways_of
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, best_heads, rounds_of_queue, unprofitable_batch
-from mtpd_jax.model.backbone import LanguageModel, build_model
-from mtpd_jax.platform import platform_of
 from mtpd_jax.run import Run
 from mtpd_jax.runs.opening import load_run
 from mtpd_jax.sharding import data_mesh
-
-# What ``Network`` takes for ``scanned``.
-_LAYOUTS = {"chosen": None, "scanned": True, "unrolled": False}
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is measured: a name, a model and its parameters."""
-
-    name: str
-    model: LanguageModel
-    parameters: Any
-
-
-def random_subject(size: str, vocabulary: int, heads: int) -> Subject:
-    """A model of ``WIDTHxLAYERS`` in the quickstart's proportions, heads of 64 or at least four of them.
-
-    Raises:
-      ValueError: the size does not read so, or the width is no multiple of 32.
-    """
-    try:
-        width, layers = (int(part) for part in size.split("x"))
-    except ValueError as error:
-        raise ValueError(f"--sizes={size}: expected WIDTHxLAYERS, such as 256x24") from error
-    if width % 32 or width < 32 or layers < 1:
-        raise ValueError(f"--sizes={size}: expected a width that is a multiple of 32, and at least one layer")
-    query_heads = max(4, width // 64)
-    tree: Any = base.get_config()
-    tree.model.update(
-        vocabulary_size=vocabulary, width=width, layers=layers, query_heads=query_heads, kv_heads=query_heads // 2,
-        head_size=width // query_heads, mlp_width=3 * width,
-    )  # fmt: skip
-    tree.heads.num_heads = heads
-    model = build_model(Config.build(tree.to_dict()), platform_of(jax.devices()[0]))
-    dummy = jnp.ones((1, heads + 2), jnp.int32)
-    return Subject(size, model, nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), dummy, dummy, dummy))["params"])
-
-
-def measure(subject: Subject, rows: int, flags: argparse.Namespace) -> tuple[list[dict[str, Any]], RoundCosts]:
-    """Times all parts for one batch size, taking turns."""
-    platform = platform_of(jax.devices()[0])
-    network = Network(subject.model, platform, _LAYOUTS[flags.layout])
-    unrolled = Network(subject.model, platform, scanned=False)
-    parameters, written_out = (jax.jit(each.parameters)(subject.parameters) for each in (network, unrolled))
-    parts = Parts(network, parameters, rows, flags.new_tokens)
-    programs: dict[tuple[str, int], Program] = {}
-    for heads in (0, *flags.heads):
-        programs["round", heads] = parts.round(heads)
-        programs["bookkeeping", heads] = parts.bookkeeping(heads)
-        if rows == 1:
-            programs["products", heads] = bare_products(network, written_out, rows, heads)
-        if heads:
-            programs["draft", heads] = parts.draft(heads)
-    for width in flags.widths:
-        programs["verify", width] = parts.verify(width)
-    times = {(key, count): lambda program=program, count=count: program(count)
-             for key, program in programs.items() for count in (0, iterations(rows))}  # fmt: skip
-    taken = interleaved(times, flags.repeats, f"{subject.name}, batch {rows}")
-    seconds = {
-        key: [
-            (whole - start) / iterations(rows)
-            for whole, start in zip(taken[key, iterations(rows)], taken[key, 0], strict=True)
-        ]
-        for key in programs
-    }
-    medians = {key: max(0.0, statistics.median(each)) for key, each in seconds.items()}  # less than nothing: noise
-    found = [
-        {
-            "model": subject.name,
-            "batch": rows,
-            "part": part,
-            "heads" if part != "verify" else "width": count,
-            "seconds": medians[part, count],
-            "seconds_min": min(each),
-            "seconds_max": max(each),
-            "over_plain": medians[part, count] / medians["round", 0],
-            "scanned": network.scanned,
-        }
-        for (part, count), each in seconds.items()
-    ]
-    by_part = {
-        part: {count: value for (name, count), value in medians.items() if name == part}
-        for part in ("verify", "draft", "bookkeeping")
-    }
-    return found, RoundCosts(rows, **by_part)
 
 
 def rounds_table(name: str, rows: Sequence[dict[str, Any]]) -> rich.table.Table:
@@ -316,7 +222,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=24, help="prompts, but at least one batch (default: 24)")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="of the prompts' decoding (default: 128)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampled decoding (default: 1)")
-    parser.add_argument("--layout", choices=tuple(_LAYOUTS), default="chosen", help="of the layers (default: chosen)")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="chosen", help="of the layers (default: chosen)")
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--plot", help="draw costs and speed-ups here (.png, .svg)")
     flags = parser.parse_args(arguments)
@@ -330,10 +236,11 @@ def main(arguments: list[str]) -> int:
     else:
         most = max(flags.heads)
         subjects = [random_subject(size, flags.vocabulary, most) for size in flags.sizes.split(",")]
+    study = Study(flags.heads, flags.widths, new_tokens=flags.new_tokens, layout=flags.layout, repeats=flags.repeats)
     console = rich.console.Console()
     rows, predictions, summary = [], [], {}
     for subject in subjects:
-        measured = [measure(subject, batch, flags) for batch in flags.batches]
+        measured = [measure(subject, batch, study) for batch in flags.batches]
         found = [row for part, _ in measured for row in part]
         rows += found
         console.print(rounds_table(subject.name, found))

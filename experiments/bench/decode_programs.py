@@ -19,7 +19,8 @@ from mtpd_jax.sharding import WHOLE
 
 # Rounds per call: enough for the first one's cold caches not to count, fewer where a round takes long.
 _ITERATIONS = 24
-PROMPT = 64
+# Tokens of a prompt that are read at a time.
+_CHUNK = 512
 # Nothing ends a text.
 NEVER = Stops(())
 
@@ -29,8 +30,21 @@ def iterations(rows: int) -> int:
     return max(4, _ITERATIONS // rows)
 
 
-# Runs its part this many times in a loop. The loop's beginning (it copies what it changes) is the time of no times.
-Program = Callable[[int], Any]
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Runs its part so many times in a loop. The loop's beginning (it copies what it changes) is the time of no times.
+
+    Attributes:
+      compiled: the loop.
+      parameters, state: what it is given.
+    """
+
+    compiled: jax.stages.Compiled
+    parameters: DecodingParameters
+    state: Any
+
+    def __call__(self, times: int) -> Any:
+        return self.compiled(self.parameters, self.state, jnp.int32(times))
 
 
 def repeated(network: Network, step: Callable[[Any, Any], Any], parameters: DecodingParameters, state: Any) -> Program:
@@ -39,8 +53,7 @@ def repeated(network: Network, step: Callable[[Any, Any], Any], parameters: Deco
     def run(parameters: DecodingParameters, state: Any, times: Array) -> Any:
         return jax.lax.fori_loop(0, times, lambda _, now: step(parameters, now), state)
 
-    compiled = network.jit(run).lower(parameters, state, jnp.int32(0)).compile()
-    return lambda times: compiled(parameters, state, jnp.int32(times))
+    return Program(network.jit(run).lower(parameters, state, jnp.int32(0)).compile(), parameters, state)
 
 
 class Parts:
@@ -49,14 +62,16 @@ class Parts:
     Args:
       network, parameters: from ``Network``.
       rows: prompts decoded together.
-      new_tokens: room after the prompt, which sets the number of slots that attention reads.
+      prompt: tokens of each; a multiple of a chunk, if it is longer than one.
+      new_tokens: room after the prompt: with it, the number of slots that attention reads.
     """
 
-    def __init__(self, network: Network, parameters: DecodingParameters, rows: int, new_tokens: int):
-        self.network, self.parameters, self.rows, self.new_tokens = network, parameters, rows, new_tokens
+    def __init__(self, network: Network, parameters: DecodingParameters, rows: int, prompt: int, new_tokens: int):
+        self.network, self.parameters, self.rows = network, parameters, rows
+        self.prompt, self.new_tokens = prompt, new_tokens
         rng = np.random.default_rng(0)
         vocabulary = parameters.unembedding.shape[1]
-        self.prompts = jnp.asarray(rng.integers(0, vocabulary, (rows, PROMPT)), jnp.int32)
+        self.prompts = jnp.asarray(rng.integers(0, vocabulary, (rows, prompt)), jnp.int32)
         self.keys = jax.random.split(jax.random.key(0), rows)
 
     def options(self, heads: int) -> Options:
@@ -67,9 +82,10 @@ class Parts:
         return Speculative(self.network, self.options(heads))
 
     def _start(self, heads: int) -> Batch:
-        lengths, strategy = jnp.full(self.rows, PROMPT, jnp.int32), self._strategy(heads)
+        lengths, strategy = jnp.full(self.rows, self.prompt, jnp.int32), self._strategy(heads)
+        chunk = min(self.prompt, _CHUNK)
         start = self.network.jit(
-            lambda parameters, prompts: prefill(strategy, parameters, prompts, lengths, self.keys, NEVER, PROMPT)
+            lambda parameters, prompts: prefill(strategy, parameters, prompts, lengths, self.keys, NEVER, chunk)
         )
         return start(self.parameters, self.prompts)
 
@@ -87,13 +103,13 @@ class Parts:
 
     def verify(self, width: int) -> Program:
         """Passes of the backbone over ``width`` tokens, with logits and the choice of tokens."""
-        start = jnp.full(self.rows, PROMPT, jnp.int32)
+        start = jnp.full(self.rows, self.prompt, jnp.int32)
 
         def step(parameters: DecodingParameters, state: tuple[Array, Any]) -> tuple[Array, Any]:
             hidden, cache = self.network.extend(parameters, state[0], start, state[1])
             return WHOLE.argmax(self.network.logits(parameters, hidden)), cache
 
-        slots = PROMPT + self.new_tokens + width
+        slots = self.prompt + self.new_tokens + width
         cache = self.network.empty_cache(self.rows, slots)
         return self._repeated(step, (self.prompts[:, :width], cache))
 
@@ -103,7 +119,9 @@ class Parts:
 
         def step(parameters: DecodingParameters, batch: Batch) -> Batch:
             drafts, new = drafter.draft(parameters, batch.rows, batch.state.drafter, batch.keys)
-            rows = dataclasses.replace(batch.rows, tokens=batch.rows.tokens.at[:, PROMPT].set(drafts.tokens[:, -1]))
+            rows = dataclasses.replace(
+                batch.rows, tokens=batch.rows.tokens.at[:, self.prompt].set(drafts.tokens[:, -1])
+            )
             return dataclasses.replace(batch, rows=rows, state=dataclasses.replace(batch.state, drafter=new))
 
         return self._repeated(step, self._start(heads))

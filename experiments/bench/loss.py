@@ -7,9 +7,12 @@ count takes the body of a loop once.
 """
 
 import argparse
+import dataclasses
+import functools
 import os
 import statistics
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,9 +36,32 @@ from experiments.figures import curves
 from mtpd_jax import frontdoor
 from mtpd_jax.evaluation.report import number, write_json
 
-# Chunk sizes from which the chunked form with rematerialisation takes its fastest.
-REMAT_CHUNKS = (32, 64, 128)
+# Chunk sizes from which the chunked form with rematerialisation takes its fastest: of a CPU, and of accelerators.
+REMAT_CHUNKS = {True: (32, 64, 128), False: (256, 512, 1024)}
 FLOOR_ROWS = 512
+# Of a device's memory that a program may ask for: the inputs of others lie there, too.
+_SHARE = 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is compared, and how large.
+
+    Attributes:
+      rows, width: of the hidden states.
+      dtype: of theirs, and of the products.
+      forms, objectives: names in ``FORMS`` and ``OBJECTIVES``.
+      chunk_rows: of the fused form; None: chosen.
+      repeats: rounds.
+    """
+
+    rows: int
+    width: int
+    dtype: str
+    forms: Sequence[str] = FORMS
+    objectives: Sequence[str] = OBJECTIVES
+    chunk_rows: int | None = None
+    repeats: int = 7
 
 
 def cases(flags: argparse.Namespace) -> list[dict[str, int]]:
@@ -55,60 +81,72 @@ def memory_limit() -> int:
 
 def tuned_remat(arguments: tuple[jax.Array, ...], distillation: Any, rows: int) -> jax.stages.Compiled:
     """The chunked form at its best chunk size."""
-    sizes = sorted({min(size, rows) for size in REMAT_CHUNKS})
+    on_cpu = jax.default_backend() == "cpu"
+    sizes = sorted({min(size, rows) for size in REMAT_CHUNKS[on_cpu]})
     candidates = {size: compile_form("chunked_remat", arguments, distillation, size) for size in sizes}
     programs = {size: (lambda c=compiled: c(*arguments)) for size, compiled in candidates.items()}
     seconds = interleaved(programs, 1, "tuning chunked_remat")
     return candidates[min(sizes, key=lambda size: seconds[size])]
 
 
-def measure(case: dict[str, int], flags: argparse.Namespace) -> list[dict[str, Any]]:
-    """All forms and objectives of one case, one row each."""
-    dtype = jnp.dtype(flags.dtype)
+def fits(program: jax.stages.Compiled, run: Callable[[], Any]) -> bool:
+    """Whether the device has the memory that a program needs: by the compiler's figures, and by trying."""
+    memory = program.memory_analysis()
+    assert memory  # CPUs and accelerators give it
+    needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+    if needed > _SHARE * memory_limit():
+        return False
+    try:
+        jax.block_until_ready(run())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+    return True
+
+
+def measure(case: dict[str, int], study: Study) -> list[dict[str, Any]]:
+    """All forms and objectives of one case, one row each; next token is for no heads, the others for some."""
     heads, vocabulary = case["heads"], case["vocabulary"]
-    compiled, programs, arguments_of = {}, {}, {}
-    for objective in flags.objectives:
-        if (heads == 0) != (objective == "ntp"):
-            continue
-        arguments_of[objective] = inputs(heads, flags.rows, flags.width, vocabulary, dtype)
-        distillation = distillation_of(objective, case["top_n"])
-        for form in flags.forms:
-            arguments, key = arguments_of[objective], (form, objective)
-            chunked = form == "chunked_remat"
-            compiled[key] = (
-                tuned_remat(arguments, distillation, flags.rows)
-                if chunked
-                else compile_form(form, arguments, distillation, flags.chunk_rows)
-            )
-            memory = compiled[key].memory_analysis()
-            needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-            if needed < memory_limit():
-                programs[key] = lambda c=compiled[key], a=arguments: c(*a)
-    if not compiled:
+    objectives = [name for name in study.objectives if (name == "ntp") == (heads == 0)]
+    if not objectives:
         return []
-    floor_rows = min(FLOOR_ROWS, flags.rows)
-    any_arguments = next(iter(arguments_of.values()))
-    products = compile_products(any_arguments, floor_rows)
+    arguments = inputs(heads, study.rows, study.width, vocabulary, jnp.dtype(study.dtype))
+    compiled, programs = {}, {}
+    for objective in objectives:
+        distillation = distillation_of(objective, case["top_n"])
+        for form in study.forms:
+            key, chunked = (form, objective), form == "chunked_remat"
+            compiled[key] = (
+                tuned_remat(arguments, distillation, study.rows)
+                if chunked
+                else compile_form(form, arguments, distillation, study.chunk_rows)
+            )
+            run = functools.partial(compiled[key], *arguments)
+            if fits(compiled[key], run):
+                programs[key] = run
+    floor_rows = min(FLOOR_ROWS, study.rows)
+    products = compile_products(arguments, floor_rows)
     filled = [jnp.ones(a.shape, a.dtype) for a in jax.tree.leaves(products.in_avals)]
     programs["floor"] = lambda: products(*filled)
-    seconds = interleaved(programs, flags.repeats, " ".join(f"{name}={value}" for name, value in case.items()))
-    floor = statistics.median(seconds.pop("floor")) * flags.rows / floor_rows
+    seconds = interleaved(programs, study.repeats, " ".join(f"{name}={value}" for name, value in case.items()))
+    floor = statistics.median(seconds.pop("floor")) * study.rows / floor_rows
     base = seconds.get(("fused", "ntp" if heads == 0 else "mtp"))
     return [
         {
             "form": form,
             "objective": objective,
             **case,
-            "width": flags.width,
-            "rows": flags.rows,
-            "dtype": dtype.name,
+            "width": study.width,
+            "rows": study.rows,
+            "dtype": study.dtype,
             "seconds": statistics.median(times) if times else None,
             "seconds_min": min(times) if times else None,
             "seconds_max": max(times) if times else None,
             "over_plain": median_ratio(times, base) if times and base else None,
             "floor_seconds": floor,
             "temp_bytes": program.memory_analysis().temp_size_in_bytes,
-            "flops": PRODUCTS[form] * 2 * (heads + 1) * flags.rows * vocabulary * flags.width,
+            "flops": PRODUCTS[form] * 2 * (heads + 1) * study.rows * vocabulary * study.width,
         }
         for (form, objective), program in compiled.items()
         for times in [seconds.get((form, objective), [])]
@@ -192,7 +230,8 @@ def main(arguments: list[str]) -> int:
     if min(flags.heads) < 0:
         raise ValueError(f"--heads={flags.heads}: expected numbers from 0 up")
     frontdoor.check_json_path(flags.json)
-    rows = [row for case in cases(flags) for row in measure(case, flags)]
+    study = Study(flags.rows, flags.width, flags.dtype, flags.forms, flags.objectives, flags.chunk_rows, flags.repeats)
+    rows = [row for case in cases(flags) for row in measure(case, study)]
     if not rows:
         raise ValueError("nothing to measure: ntp is for --heads=0 and the other objectives for more")
     rich.console.Console().print(table_of(rows))

@@ -17,8 +17,9 @@ import rich.console
 import rich.progress
 import rich.table
 
-from experiments.bench.decode import Subject, on_one_device
-from experiments.bench.decode import measure as measure_costs
+from experiments.bench.decode import on_one_device
+from experiments.bench.decode_costs import Study, Subject
+from experiments.bench.decode_costs import measure as measure_costs
 from experiments.environment import environment
 from mtpd_jax import frontdoor
 from mtpd_jax.decoding.decoder import Continuation, Decoder
@@ -142,10 +143,9 @@ def main(arguments: list[str]) -> int:
     opened = on_one_device(flags.workdir)
     prompts = unequal_prompts(opened, flags.prompts, flags.number)
     # Room for the longest prompt, as it is padded, beside what the costs are measured with.
-    flags.layout, flags.new_tokens = "chosen", 64 + flags.max_new_tokens
-    flags.widths = [1, *(heads + 1 for heads in flags.heads)]
-    subject = Subject("run", opened.trained.model, opened.parameters)
-    _, costs = measure_costs(subject, flags.batch, flags)
+    widths = [1, *(heads + 1 for heads in flags.heads)]
+    study = Study(flags.heads, widths, new_tokens=64 + flags.max_new_tokens, repeats=flags.repeats)
+    _, costs = measure_costs(Subject("run", opened.trained.model, opened.parameters), flags.batch, study)
     rows = measure(opened, prompts, costs, flags)
     rich.console.Console().print(table(rows))
     if flags.json:

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.box
 import rich.console
@@ -24,7 +25,7 @@ from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.methods.method import method_of
 from mtpd_jax.sharding import batch_sharding, make_mesh
 from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.state import abstract_state, state_shardings
+from mtpd_jax.training.state import TrainState, abstract_state, state_shardings
 from mtpd_jax.training.step import make_step
 
 
@@ -56,15 +57,30 @@ class CompiledStep:
         self._batch = put_on_devices(Batch(tokens, np.ones(shape, np.int32), positions), batch_sharding(mesh))
         step: Any = make_step(self.method, optimizer, state_shardings(abstract))
         self.compiled = step.lower(abstract, self._batch).compile()
-        # The step's time does not depend on the values: small ones, so that nothing overflows.
-        self._state = jax.tree.map(
-            lambda leaf: jax.device_put(np.full(leaf.shape, 0.01).astype(leaf.dtype), leaf.sharding), abstract
-        )
+        self._abstract: TrainState = abstract
+        self._state: TrainState | None = None
         self.tokens = tokens.size
 
+    @property
+    def parameters(self) -> Any:
+        """Shapes of all that it trains."""
+        return self._abstract.parameters
+
+    @property
+    def model_flops(self) -> int:
+        """What the model needs for a step."""
+        return self.method.costs().flops_per_token * self.tokens
+
     def __call__(self) -> Any:
+        # The step's time does not depend on the values: small ones, so that nothing overflows.
+        if self._state is None:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
+            self._state = jax.jit(self._small, out_shardings=shardings)()
         self._state, result = self.compiled(self._state, self._batch)
         return result
+
+    def _small(self) -> TrainState:
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), self._abstract)
 
 
 def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]]:
@@ -87,7 +103,7 @@ def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]
             "over_first": median_ratio(seconds[name], seconds[base]),
             "temp_bytes": memory.temp_size_in_bytes,
             "state_bytes": memory.argument_size_in_bytes,
-            "model_flops": step.method.costs().flops_per_token * step.tokens,
+            "model_flops": step.model_flops,
         })  # fmt: skip
     return rows
 

@@ -44,12 +44,12 @@ _SIGNIFICANT_DIGITS = 3
 Numbers = dict[str, float]
 
 
-def _text() -> str:
-    """Sixty documents with some structure: words that follow each other by a rule, and now and then do not."""
+def made_up_text(number: int = 60) -> str:
+    """Documents with some structure: words that follow each other by a rule, and now and then do not."""
     words = [f"word{number}" for number in range(16)]
     rng = np.random.RandomState(0)  # whose stream NumPy has promised to keep
     documents, place = [], 0
-    for _ in range(60):
+    for _ in range(number):
         chosen = []
         for _ in range(rng.randint(40, 160)):
             place = (3 * place + 1) % len(words) if rng.randint(4) else rng.randint(len(words))
@@ -99,7 +99,7 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
     """
     variant, decoded = TRAINED[name]
     text_file = folder / "text.txt"
-    text_file.write_text(_text())
+    text_file.write_text(made_up_text())
     run = Run(variant, 0, _scale(text_file))
 
     def train_in(run: Run) -> pathlib.Path:

@@ -22,9 +22,6 @@ from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.run import Run, open_run
 from mtpd_jax.runs.workdir import open_workdir
 
-# Times that everything is decoded: the same tokens, and the median of the times.
-_TURNS = 3
-
 MODES = {"greedy": GREEDY, "sampled": Sampling(temperature=1.0)}
 
 
@@ -65,7 +62,7 @@ def measure(workdir: str, heads: Sequence[int], scale: Scale) -> Measured:
         training_flops=method_of(config, opened.mesh).costs().flops_per_token * tokens * config.training.steps,
         curve=_curve(workdir),
         text=_score(opened, texts),
-        decoding={mode: _decode(opened, prompts, heads, mode, scale.new_tokens) for mode in MODES},
+        decoding={mode: _decode(opened, prompts, heads, mode, scale) for mode in MODES},
     )
 
 
@@ -99,10 +96,10 @@ def _score(opened: Run, texts: Sequence[np.ndarray]) -> TextCounts:
     )
 
 
-def _decode(opened: Run, prompts: Sequence[np.ndarray], heads: Sequence[int], mode: str, new_tokens: int) -> ModeCounts:
+def _decode(opened: Run, prompts: Sequence[np.ndarray], heads: Sequence[int], mode: str, scale: Scale) -> ModeCounts:
     """Real decoding, one prompt at a time, the numbers of heads in turn."""
-    decoder, ways = opened.decoder, ways_of(Options(0, new_tokens, MODES[mode]), heads)
-    turns = [decode_prompts(decoder, prompts, ways, batch_size=1, seed=0) for _ in range(_TURNS)]
+    decoder, ways = opened.decoder, ways_of(Options(0, scale.new_tokens, MODES[mode]), heads)
+    turns = [decode_prompts(decoder, prompts, ways, batch_size=1, seed=0) for _ in range(scale.turns)]
     usual = {name: _with_usual_seconds([turn[name] for turn in turns]) for name in ways}
     compared = compare_ways(decoder, prompts, ways, usual)
     most = compared[max(heads)]

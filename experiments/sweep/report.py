@@ -134,7 +134,7 @@ def _provenance(arms: Mapping[str, Arm], version: str) -> Table:
         for name, arm in arms.items()
     ]  # fmt: skip
     found = [row for arm in arms.values() for row in arm.rows]
-    machines = sorted({_machine(row.environment) for row in found})
+    machines = sorted({machine(row.environment) for row in found})
     greedy = [way for row in found for way in row.decoding["greedy"].by_heads.values()]
     different, ties = sum(way.different or 0 for way in greedy), sum(way.ties or 0 for way in greedy)
     decoded = sum(len(way.tokens) for way in greedy)
@@ -146,7 +146,8 @@ def _provenance(arms: Mapping[str, Arm], version: str) -> Table:
     return Table("Runs", columns, rows, note)
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
+def machine(environment: Mapping[str, Any]) -> str:
+    """What figures were measured on, from their ``environment``."""
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     device = f"{environment['devices']} x {environment['device']}, {environment['cpu_cores']} CPU cores"
     return f"{device}, Python {environment['python']}, {packages}"

@@ -1,12 +1,11 @@
 """The rows of a sweep: what was measured of a finished run, as it stands in the JSON lines."""
 
 import dataclasses
-import fcntl
-import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+from experiments.lines import append_line, read_lines
 
 # One number per held-out text.
 PerText = list[float]
@@ -147,25 +146,16 @@ def read_rows(path: pathlib.Path) -> list[Row]:
     Raises:
       ValueError: another line is no row.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = lines[:-1] if lines and not lines[-1].endswith("\n") else lines
+    lines = read_lines(path)
     try:
-        return [Row.of(json.loads(line)) for line in whole]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return [Row.of(line) for line in lines]
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a file of rows ({error}); restore it from the last commit") from error
 
 
 def append_row(path: pathlib.Path, row: Row) -> None:
-    """Adds a row behind the whole ones, on disk before this returns; one process at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write(json.dumps(row.to_json()).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Adds a row, on disk before this returns; see ``append_line``."""
+    append_line(path, row.to_json())
 
 
 def _without_none(tree: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ class Scale:
       texts: held-out texts that every run is scored and prompted with.
       prompt_tokens: tokens of a text that are its prompt.
       new_tokens: tokens decoded after it.
+      turns: times that everything is decoded: the same tokens, and the median of the times.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Scale:
     texts: int = 40
     prompt_tokens: int = 64
     new_tokens: int = 128
+    turns: int = 3
 
     @property
     def config(self) -> Config:
@@ -47,7 +49,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale("cpu", cpu.get_config, loop_steps=150),
-    "gpu": Scale("gpu", gpu.get_config, loop_steps=375, texts=128),
+    "gpu": Scale("gpu", gpu.get_config, loop_steps=375, texts=64, turns=2),
     # 350B tokens in joint training, 70B in looped extension from 4 to 16 heads (MTP-D §4).
     "paper": Scale("paper", mtpd_2b.get_config, loop_steps=8_350, texts=512),
 }

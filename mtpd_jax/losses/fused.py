@@ -102,7 +102,8 @@ def fused_loss(
       The total, and the sums behind it, which carry no gradient.
     """
     problem = _Problem(distillation, trunk, chunk_rows, mesh, platform_of(mesh).on_cpu)
-    return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale)
+    with jax.named_scope("loss"):  # for profiles
+        return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale)
 
 
 @dataclasses.dataclass(frozen=True)

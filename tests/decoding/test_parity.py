@@ -5,44 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtpd_jax.decoding.batch import prefill
+from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.both import Both
 from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.decoding.drafters.heads import Heads
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.stops import Stops
-from mtpd_jax.decoding.strategies.speculative import Speculative, SpeculativeState, accept
+from mtpd_jax.decoding.strategies.speculative import Speculative
+from mtpd_jax.evaluation.parity import draft_parity, rounds
 from tests.builders import platform
 from tests.decoding.models import PROMPTS, all_logits, forward, small_vocabulary
 
 NEW_TOKENS, LONG = 24, 80
 
 
-def rounds(model, parameters, options, scanned, strategy_of=Speculative):
-    """Decodes greedily and yields, round by round, the rows before it, the drafts, and how many were accepted."""
+def played(model, parameters, options, scanned, strategy_of=Speculative):
+    """Decodes greedily, round by round."""
     network = Network(model, platform(), scanned, True if options.adaptive else None)
-    laid_out, strategy, stops = network.parameters(parameters), strategy_of(network, options), Stops(())
-    width = max(map(len, PROMPTS))
-    prompts = jnp.asarray(np.stack([np.pad(p, (0, width - len(p))) for p in PROMPTS]))
-    lengths = jnp.asarray([len(p) for p in PROMPTS], jnp.int32)
-    keys = jax.vmap(jax.random.key)(jnp.arange(len(PROMPTS)))
-    batch = prefill(strategy, laid_out, prompts, lengths, keys, stops, width)
-    drafter = strategy.drafter
-
-    @jax.jit
-    def one_round(rows, state):
-        drafts, drafting = drafter.draft(laid_out, rows, state.drafter, keys)
-        candidates, accepted, cache, hidden = strategy.verify(laid_out, rows, state.cache, drafts, keys)
-        after = accept(rows, drafts, candidates, accepted, stops)
-        return drafts, accepted, after, SpeculativeState(cache, drafter.confirm(drafting, rows, after, hidden))
-
-    rows, state = batch.rows, batch.state
-    while not bool(rows.finished.all()):
-        before = jax.device_get(rows)
-        drafts, accepted, rows, state = one_round(rows, state)
-        yield before, jax.device_get(drafts), np.asarray(accepted)
-    yield jax.device_get(rows), None, None
+    return rounds(strategy_of(network, options), network.parameters(parameters), PROMPTS)
 
 
 def packed_logits(model, parameters, texts):
@@ -58,8 +38,7 @@ def check_parity(kind, options, scanned, strategy_of=Speculative, trained=True):
     """Every depth's draft logits, in every round, equal the training path's on the same tokens, also when packed."""
     model, parameters = small_vocabulary(kind, trained)
     logits, seen, found, compared = forward(model, parameters), set(), [], 0
-    *played, (end, _, _) = rounds(model, parameters, options, scanned, strategy_of)
-    for before, drafts, accepted in played:
+    for before, drafts, accepted, end in played(model, parameters, options, scanned, strategy_of):
         for row in np.nonzero(~before.finished)[0]:
             n, count = int(before.length[row]), int(drafts.count[row])
             if drafts.proposers[row, 0] == COPIED:  # what the heads drafted is not what is verified
@@ -183,3 +162,20 @@ def test_parity_notices_a_window_that_is_too_small_by_two():
 
     with pytest.raises(AssertionError):
         check_parity("cascade", Options(4, NEW_TOKENS), True, Strategy)
+
+
+@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+def test_parity_is_measured(kind):
+    """By the library as by this file: nothing beyond rounding, at any depth, and as many drafts as rounds take."""
+    model, parameters = small_vocabulary(kind)
+    found = draft_parity(model, parameters, PROMPTS, Options(3, NEW_TOKENS), platform())
+    assert [depth.same_choice for depth in found] == [1.0] * 3
+    assert all(0 < depth.difference < 1e-5 for depth in found)
+    written = Decoder(model, parameters, []).run(PROMPTS, Options(3, NEW_TOKENS))
+    assert {depth.compared for depth in found} == {sum(one.passes for one in written)}
+
+
+def test_parity_that_is_not_there_is_measured_too():
+    model, parameters = small_vocabulary()
+    found = draft_parity(model, parameters, PROMPTS, Options(4, NEW_TOKENS, drafter="standing"), platform())
+    assert min(depth.difference for depth in found) > 1e-2 and min(depth.same_choice for depth in found) < 1

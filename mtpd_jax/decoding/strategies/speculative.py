@@ -15,6 +15,7 @@ plain decoding, one token per pass.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -68,9 +69,13 @@ class Speculative(Strategy, name="speculative"):
     def round(
         self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
     ) -> tuple[Rows, SpeculativeState]:
-        drafts, drafter = self.drafter.draft(parameters, rows, state.drafter, keys)
-        candidates, accepted, cache, hidden = self.verify(parameters, rows, state.cache, drafts, keys)
-        after = accept(rows, drafts, candidates, accepted, stops)
+        # Profiles show a round by these names.
+        with jax.named_scope("draft"):
+            drafts, drafter = self.drafter.draft(parameters, rows, state.drafter, keys)
+        with jax.named_scope("verify"):
+            candidates, accepted, cache, hidden = self.verify(parameters, rows, state.cache, drafts, keys)
+        with jax.named_scope("accept"):
+            after = accept(rows, drafts, candidates, accepted, stops)
         return after, SpeculativeState(cache, self.drafter.confirm(drafter, rows, after, hidden))
 
     def verify(

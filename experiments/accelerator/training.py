@@ -1,0 +1,165 @@
+"""Training steps of three sizes in bfloat16: tokens per second, MFU, memory, and the largest batch that fits."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from configs import base, gpu, mtpd_2b
+from experiments.accelerator.battery import Case, Piece, Place, Result
+from experiments.accelerator.device import Ceilings
+from experiments.bench.loss import memory_limit
+from experiments.bench.training import CompiledStep
+from mtpd_jax.config import Config
+from mtpd_jax.editing import change
+from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.platform import platform_of
+
+# Of a device's memory that a step may ask for, by the compiler's figures.
+_SHARE = 0.95
+_STEPS = 6
+
+
+def _one_billion() -> Any:
+    """A billion parameters in the 2B config's proportions, with a vocabulary of its own."""
+    config = mtpd_2b.get_config()
+    config.model.update(vocabulary_size=65_536, width=1536, layers=28, query_heads=12, kv_heads=6, mlp_width=5120)
+    config.training.sequence_length = 2048
+    return config
+
+
+def tiny_config() -> Any:
+    """A model for a CPU."""
+    config = base.get_config()
+    config.model.update(
+        vocabulary_size=300, width=32, layers=2, query_heads=4, kv_heads=2, head_size=8, mlp_width=48, remat=True
+    )
+    config.objective.top_n = 20
+    config.training.sequence_length = 128
+    return config
+
+
+# By name, and the most rows to look for.
+_SIZES: Mapping[str, tuple[Callable[[], Any], int]] = {
+    "2b": (mtpd_2b.get_config, 64),
+    "1b": (_one_billion, 128),
+    "100m": (gpu.get_config, 512),
+}
+_TINY_SIZES: Mapping[str, tuple[Callable[[], Any], int]] = {"tiny": (tiny_config, 2)}
+
+
+def config_of(tree: Any, heads: int, rows: int, **changes: Any) -> Config:
+    """A size's config with so many heads and rows, on one device."""
+    change(tree, {"heads.num_heads": heads, "training.batch_size": rows, "mesh.data": 1, "mesh.fsdp": 1, **changes})
+    return Config.build(tree.to_dict())
+
+
+def memory_of(step: CompiledStep) -> int:
+    """Bytes that a step needs on its device: state, batch and what it holds meanwhile."""
+    memory = step.compiled.memory_analysis()
+    aliased = memory.alias_size_in_bytes  # the state goes out where it came in
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - aliased
+
+
+def largest_batch(make: Callable[[int], Config], most: int) -> tuple[int, CompiledStep]:
+    """The most rows that fit: as two small steps predict it, and as it then compiles and runs."""
+    small = {rows: CompiledStep(make(rows)) for rows in (1, 2)}
+    one, two = map(memory_of, small.values())
+    rows = min(most, max(1, int((_SHARE * memory_limit() - one) // max(1, two - one)) + 1))
+    while True:
+        step = small.get(rows) or CompiledStep(make(rows))
+        try:
+            if memory_of(step) <= _SHARE * memory_limit() or rows == 1:
+                jax.block_until_ready(step())
+                return rows, step
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or rows == 1:
+                raise
+        rows = max(1, rows * 9 // 10)
+
+
+def timed(step: CompiledStep, place: Place) -> dict[str, Any]:
+    """Times steps, one after the other as training runs them."""
+    for _ in range(2):
+        jax.block_until_ready(step())
+    taken = []
+    for _ in range(_STEPS):
+        begin = time.perf_counter()
+        jax.block_until_ready(step())
+        taken.append(time.perf_counter() - begin)
+    seconds, ceilings = statistics.median(taken), Ceilings.of(place)
+    peak, rate = platform_of(jax.devices()[0]).peak_flops, step.model_flops / seconds
+    memory = step.compiled.memory_analysis()
+    return {
+        "tokens": step.tokens,
+        "seconds": seconds,
+        "seconds_min": min(taken),
+        "seconds_max": max(taken),
+        "tokens_per_second": step.tokens / seconds,
+        "model_flops": step.model_flops,
+        "mfu": rate / peak if peak else None,
+        "of_measured_product": ceilings and rate / ceilings.flops,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "state_bytes": memory.argument_size_in_bytes,
+        "bytes": memory_of(step),
+    }
+
+
+def largest(place: Place, size: str, heads: int) -> Result:
+    """The step at the largest batch that fits."""
+    make_tree, most = (_TINY_SIZES if place.tiny else _SIZES)[size]
+    rows, step = largest_batch(lambda rows: config_of(make_tree(), heads, rows), most)
+    model = step.method.config.model
+    return {
+        "size": size,
+        "heads": heads,
+        "rows": rows,
+        "sequence_length": step.method.config.training.sequence_length,
+        "parameters": count_parameters(step.parameters),
+        "dtype": step.method.model.config.dtype,
+        "attention": step.method.model.config.attention,
+        "vocabulary": model.vocabulary_size,
+        **timed(step, place),
+    }
+
+
+def attention(place: Place, kernel: str) -> Result:
+    """A step of a billion parameters without heads, with one attention kernel or another, at one batch."""
+    known = platform_of(jax.devices()[0]).attention_kernels
+    if kernel not in known:
+        return {"skipped": f"this device has {', '.join(known)}"}
+    make_tree, rows = (tiny_config, 2) if place.tiny else (_one_billion, 4)
+    step = CompiledStep(config_of(make_tree(), 0, rows, **{"model.attention": kernel}))
+    return {"attention": kernel, "rows": rows, "heads": 0, **timed(step, place)}
+
+
+def cases(place: Place) -> Sequence[Case]:
+    """Sizes by heads, the largest first, and the kernels."""
+    sizes = _TINY_SIZES if place.tiny else _SIZES
+    steps = [
+        Case(f"{size}, {heads} heads", 150 if size == "2b" else 90, functools.partial(largest, place, size, heads))
+        for size in sizes
+        for heads in ((1, 0) if place.tiny else (4, 0, 1))
+    ]
+    kernels = [
+        Case(f"attention {kernel}", 60, functools.partial(attention, place, kernel))
+        for kernel in ("triton", "cudnn", "splash", "dense")
+    ]
+    return [*steps[:3], *kernels, *steps[3:]]
+
+
+def summary(result: Result) -> str:
+    """A result in a line."""
+    if "skipped" in result:
+        return result["skipped"]
+    mfu = "" if result["mfu"] is None else f", MFU {result['mfu']:.3f}"
+    return (
+        f"{result['tokens_per_second']:,.0f} tokens/s{mfu}, {result['rows']} rows, "
+        f"{result['bytes'] / 2**30:.2f} GiB, attention {result['attention']}"
+    )
+
+
+PIECE = Piece("training", "training steps", cases, summary)
