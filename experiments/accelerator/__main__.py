@@ -78,15 +78,19 @@ class Battery:
             names = names[done:]
         return failed
 
-    def _process(self, piece: Piece, names: Sequence[str]) -> int | None:
-        """Runs cases in a process of their own; returns its exit status, or None if it was ended for want of time."""
+    def command(self, piece: Piece, names: Sequence[str]) -> list[str]:
+        """Runs cases of a piece."""
         place = self.place
-        command = [
+        return [
             sys.executable, "-m", "experiments.accelerator.piece", piece.name, f"--out={place.out}",
             f"--workdir={place.work}", f"--seed={place.seed}", f"--until={self.until}", "--started",
             *(["--tiny"] if place.tiny else []), "--cases", *names,
         ]  # fmt: skip
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment_of(piece, place))
+
+    def _process(self, piece: Piece, names: Sequence[str]) -> int | None:
+        """Runs cases in a process of their own; returns its exit status, or None if it was ended for want of time."""
+        command, environment = self.command(piece, names), environment_of(piece, self.place)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         try:
             return process.wait(timeout=max(0.0, self.until - piece.grace - time.time()))
         except subprocess.TimeoutExpired:

@@ -28,7 +28,7 @@ def rows(place: Place, heads: int) -> Result:
 def cases(place: Place) -> Sequence[Case]:
     """One per number of heads."""
     return [
-        Case(f"{heads} heads", seconds, functools.partial(rows, place, heads))
+        Case(f"K={heads}", seconds, functools.partial(rows, place, heads))
         for heads, seconds in {4: 120, 1: 90, 0: 60, 16: 120}.items()
     ]
 

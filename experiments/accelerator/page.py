@@ -144,8 +144,8 @@ def _trained(found: Mapping[str, Result]) -> list[Table]:
                "x plain", "tokens per pass, temperature 1", "x plain"]  # fmt: skip
     different = sum(result["texts_that_differ"] for result in found.values())
     note = (
-        "Trained at `--scale=gpu` on the source code of the installed packages; one prompt at a time, wall clock, prefill "
-        "included, over the fastest plain decoding. More heads than a model has are looped, untrained. "
+        "Trained at `--scale=gpu` on the source code of the installed packages; one prompt at a time, wall clock, "
+        "prefill included, over the fastest plain decoding. More heads than a model has are looped, untrained. "
         f"Greedy texts that differ from plain decoding's by more than a tie: {different}. The goal is 2.5 times plain."
     )
     return [Table("A trained model", columns, rows, note)]
@@ -200,7 +200,14 @@ def _missing(place: Place, rows: Mapping[tuple[str, str], Mapping[str, Any]]) ->
     """What is not there, and why."""
     lines = []
     for piece in PIECES.values():
-        for case in piece.cases(place):
+        cases = piece.cases(place)
+        if not any((piece.name, case.name) in rows for case in cases):
+            minutes = sum(case.seconds for case in cases) / 60
+            lines.append(
+                f"- {piece.name}: none of its {len(cases)} cases, for which {minutes:.0f} minutes are expected"
+            )
+            continue
+        for case in cases:
             row = rows.get((piece.name, case.name))
             if row is None or "error" in row:
                 why = "not measured yet" if row is None else row["error"].splitlines()[0]

@@ -140,7 +140,7 @@ def cases(place: Place) -> Sequence[Case]:
     """Sizes by heads, the largest first, and the kernels."""
     sizes = _TINY_SIZES if place.tiny else _SIZES
     steps = [
-        Case(f"{size}, {heads} heads", 150 if size == "2b" else 90, functools.partial(largest, place, size, heads))
+        Case(f"{size}, K={heads}", 150 if size == "2b" else 90, functools.partial(largest, place, size, heads))
         for size in sizes
         for heads in ((1, 0) if place.tiny else (4, 0, 1))
     ]

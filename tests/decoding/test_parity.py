@@ -38,7 +38,8 @@ def check_parity(kind, options, scanned, strategy_of=Speculative, trained=True):
     """Every depth's draft logits, in every round, equal the training path's on the same tokens, also when packed."""
     model, parameters = small_vocabulary(kind, trained)
     logits, seen, found, compared = forward(model, parameters), set(), [], 0
-    for before, drafts, accepted, end in played(model, parameters, options, scanned, strategy_of):
+    all_rounds = list(played(model, parameters, options, scanned, strategy_of))
+    for before, drafts, accepted, _ in all_rounds:
         for row in np.nonzero(~before.finished)[0]:
             n, count = int(before.length[row]), int(drafts.count[row])
             if drafts.proposers[row, 0] == COPIED:  # what the heads drafted is not what is verified
@@ -52,6 +53,7 @@ def check_parity(kind, options, scanned, strategy_of=Speculative, trained=True):
             assert error <= 1e-5 * np.abs(expected).max(), (row, n, error)
             seen.add((count, int(accepted[row])))
             found.append((row, n, drafts.logits[row], min(count, int(accepted[row]) + 1)))
+    end = all_rounds[-1][3]
     texts = [end.tokens[row, : end.length[row]] for row in range(len(PROMPTS))]
     packed, begin = packed_logits(model, parameters, texts)
     for row, n, found_logits, right in found:  # the drafts before the first rejected one are the text's own tokens

@@ -202,8 +202,13 @@ def test_what_a_device_computes_is_asked_of_the_device():
 
 def lowered_for_cuda(kernel, dtype):
     *arrays, _ = problem(dtype=dtype)
+    # Newer versions of JAX want to know which GPU, and older ones do not look.
+    device = jax.sharding.AbstractDevice(GPU.device_kind, None, GPU.kind)
+    axis = jax.sharding.AxisType.Auto
+    mesh = jax.sharding.AbstractMesh((1,), ("one",), axis_types=(axis,), abstract_device=device)
     gradient = jax.grad(lambda *inputs: jnp.sum(kernel(*inputs, Documents(segments())).astype(jnp.float32)), (0, 1, 2))
-    return jax.jit(gradient).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(gradient).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_kernels_are_lowered_for_a_gpu(monkeypatch):
