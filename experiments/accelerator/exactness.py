@@ -106,8 +106,10 @@ def resume(place: Place) -> Result:
 
 
 def _with_dtype(opened: Run, dtype: str) -> LanguageModel:
+    """The run's model in another dtype; in float32 without kernels of this device, which round products their way."""
     model = opened.trained.model
-    return LanguageModel(dataclasses.replace(model.config, dtype=dtype), model.heads_config)
+    attention = "dense" if dtype == "float32" else model.config.attention
+    return LanguageModel(dataclasses.replace(model.config, dtype=dtype, attention=attention), model.heads_config)
 
 
 def _prompts(opened: Run, place: Place) -> list[np.ndarray]:
