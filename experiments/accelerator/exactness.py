@@ -5,6 +5,7 @@ A small model is trained on a text made here; what decodes and resumes is that r
 
 import dataclasses
 import functools
+import pathlib
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from mtpd_jax.model.attention import KERNELS
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.platform import platform_of
 from mtpd_jax.run import Run, open_run
+from mtpd_jax.runs.checkpoint import NEWEST
 from mtpd_jax.runs.opening import load_run
 
 # Draft logits may differ from the training path's by this share of the largest logit, by dtype of the products.
@@ -84,11 +86,17 @@ def _config(place: Place) -> Config:
     return Config.build(tree.to_dict())
 
 
+def _train(config: Config, workdir: pathlib.Path, checkpoint: int | str = NEWEST) -> str:
+    """Trains a run, if it is not finished; returns its workdir."""
+    result = train.run(config, str(workdir), checkpoint=checkpoint)
+    if result.signal is not None:  # whoever asked this process to stop asked for more than this run
+        raise SystemExit(128 + result.signal)
+    return str(workdir)
+
+
 def _trained(place: Place) -> str:
-    """The workdir of the run, trained if it is not there."""
-    workdir = str(place.work / "exactness")
-    train.run(_config(place), workdir)
-    return workdir
+    """The workdir of the run."""
+    return _train(_config(place), place.work / "exactness")
 
 
 def resume(place: Place) -> Result:
@@ -97,7 +105,7 @@ def resume(place: Place) -> Result:
     resumed = place.work / "exactness_resumed"
     shutil.rmtree(resumed, ignore_errors=True)
     shutil.copytree(whole, resumed)
-    train.run(config, str(resumed), checkpoint=config.training.steps // 2)
+    _train(config, resumed, config.training.steps // 2)
     one, other = (jax.device_get(load_run(folder).parameters) for folder in (whole, str(resumed)))
     middle = jax.device_get(load_run(whole, config.training.steps // 2).parameters)
     differing = [not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (one, other)), strict=True)]

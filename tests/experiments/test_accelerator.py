@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rich.console
 
-from experiments.accelerator import decoding, kernels, profile
+from experiments.accelerator import decoding, exactness, kernels, profile
 from experiments.accelerator.__main__ import Battery, environment_of
 from experiments.accelerator.battery import Case, Piece, Place, Results, run_case
 from experiments.accelerator.device import Ceilings
@@ -27,6 +27,7 @@ from mtpd_jax.decoding.network import Network
 from mtpd_jax.losses.select import nth_largest
 from mtpd_jax.model.attention import attend_by_triton, attend_densely
 from mtpd_jax.platform import Platform
+from mtpd_jax.train import TrainResult
 from tests.builders import platform
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -175,6 +176,17 @@ def test_a_case_is_measured_or_its_failure_said_or_not_begun(tmp_path):
     assert results.of("made up") == {"case 0": {"value": 7}}
     assert results.rows()["made up", "case 1"]["error"] == "ValueError: no such kernel"
     assert [case.name for case in results.missing(piece, place)] == ["case 1", "case 2"]
+
+
+def test_being_asked_to_stop_while_a_run_is_looked_at_is_heeded(tmp_path, monkeypatch):
+    """A run that is finished hears of it, too late to end early: the battery is not to go on with its next case."""
+    asked = TrainResult(str(tmp_path), 8, finished=True, signal=signal.SIGTERM, tokens=0, parameters=0, seconds=0.0)
+    monkeypatch.setattr(exactness.train, "run", lambda *_, **__: asked)
+    place = Place(tmp_path, tmp_path, tiny=True)
+    case = exactness.cases(place)[1]
+    with pytest.raises(SystemExit):
+        run_case(PIECES["exactness"], case, place, time.time() + 60)
+    assert not Results(tmp_path, tiny=True).rows()
 
 
 def test_results_are_of_one_device_and_one_size(tmp_path):
