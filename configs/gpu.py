@@ -9,7 +9,6 @@ def get_config() -> ml_collections.ConfigDict:
     """Returns the config, a diff from ``configs/base.py``."""
     config = base.get_config()
     config.model.update(width=640, layers=12, query_heads=10, kv_heads=5, mlp_width=1792)
-    config.tokenizer.train_bytes = 50_000_000  # our choice: training it is part of a short run's time
     config.objective.top_n = 4096
     config.optimizer.update(learning_rate=1.5e-3, warmup_steps=150, final_fraction=0.05)
     config.training.update(steps=1500, batch_size=64, sequence_length=512)

@@ -7,6 +7,7 @@ the same machine or, with DIR, on another one of its kind. ``--page`` writes doc
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import signal
@@ -21,10 +22,12 @@ import rich.box
 import rich.console
 import rich.table
 
+from experiments.accelerator import BEGUN
 from experiments.accelerator.battery import Case, Piece, Place, Results
 from experiments.accelerator.page import write_page
 from experiments.accelerator.piece import FAILED, PIECES
 from experiments.lines import read_lines
+from experiments.sweep.runs import SEEDS
 from mtpd_jax import frontdoor
 
 # A process gets as much of an accelerator's memory as leaves room for what others hold of it.
@@ -36,9 +39,9 @@ _TINY_FLAGS = (
 )
 
 
-def environment_of(piece: Piece, place: Place) -> dict[str, str]:
-    """The environment of a piece's process; what is set already stays."""
-    flags = os.environ.get("XLA_FLAGS", ""), piece.flags, _TINY_FLAGS if place.tiny else ""
+def environment_of(case: Case, place: Place) -> dict[str, str]:
+    """The environment of a case's process; what is set already stays."""
+    flags = os.environ.get("XLA_FLAGS", ""), case.flags, _TINY_FLAGS if place.tiny else ""
     ours = {
         "JAX_COMPILATION_CACHE_DIR": str(place.work / "compiled"),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": _MEMORY,
@@ -61,21 +64,37 @@ class Battery:
     console: rich.console.Console
 
     def run(self, piece: Piece, cases: Sequence[Case]) -> bool:
-        """Runs cases of a piece, each once; returns whether one failed."""
-        results, names, failed = Results(self.place.out, self.place.tiny), [case.name for case in cases], False
-        while names and time.time() + piece.grace < self.until:
-            before = len(read_lines(results.path))
-            status = self._process(piece, names)
+        """Runs cases of a piece, each once; returns whether one failed.
+
+        Raises:
+          SystemExit: no case can be run; its process has said why.
+        """
+        results, left, failed = Results(self.place.out, self.place.tiny), list(cases), False
+        while left and time.time() + piece.grace < self.until:
+            # Those that can share a process do.
+            _, sharing = next(itertools.groupby(left, key=lambda case: case.flags))
+            together = list(sharing)
+            before, begin = len(read_lines(results.path)), time.time()
+            status = self._process(piece, together)
             done = len(read_lines(results.path)) - before
-            if status == 2:
-                raise SystemExit(2)  # it has said why
-            if status in (0, None):
+            unfinished = together[done] if done < len(together) else None
+            if status is None:
+                # It is not the first one next time, or nothing behind it would ever be measured.
+                if unfinished is not None and not unfinished.resumable:
+                    results.add(piece.name, unfinished.name, begin=begin, error="not finished when time was up")
                 break
-            failed = True
-            if status != FAILED:  # it crashed: in the first case that has no row
-                results.add(piece.name, names[done], 0.0, error=f"its process ended with status {status}")
-                done += 1
-            names = names[done:]
+            if status == 0 and unfinished is not None:  # no time for it
+                break
+            if status in (1, 2):
+                raise SystemExit(status)
+            if status not in (0, FAILED):  # it crashed: in the first case that has no row, if there is one
+                failed = True
+                if unfinished is not None:
+                    error = f"its process ended with status {status}"
+                    results.add(piece.name, unfinished.name, begin=begin, error=error)
+                    done += 1
+            failed = failed or status == FAILED
+            left = left[done:]
         return failed
 
     def command(self, piece: Piece, names: Sequence[str]) -> list[str]:
@@ -87,9 +106,9 @@ class Battery:
             *(["--tiny"] if place.tiny else []), "--cases", *names,
         ]  # fmt: skip
 
-    def _process(self, piece: Piece, names: Sequence[str]) -> int | None:
+    def _process(self, piece: Piece, cases: Sequence[Case]) -> int | None:
         """Runs cases in a process of their own; returns its exit status, or None if it was ended for want of time."""
-        command, environment = self.command(piece, names), environment_of(piece, self.place)
+        command, environment = self.command(piece, [case.name for case in cases]), environment_of(cases[0], self.place)
         process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
         try:
             return process.wait(timeout=max(0.0, self.until - piece.grace - time.time()))
@@ -132,7 +151,6 @@ def _parse(arguments: list[str]) -> Any:
     parser.add_argument("--out", required=True, help="the folder of results, a few MB")
     parser.add_argument("--only", type=frontdoor.names, help=f"pieces to run, separated by commas ({listed})")
     parser.add_argument("--minutes", type=float, default=9.0, help="after which all has to be over (default: 9)")
-    parser.add_argument("--again", action="store_true", help="measure what is there already once more")
     parser.add_argument("--workdir", help="for what stays on the machine (default: a folder for temporary files)")
     parser.add_argument("--seed", type=int, default=0, help="of what is trained; another one is trained anew")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU: all of it in minutes, to see it run")
@@ -141,6 +159,8 @@ def _parse(arguments: list[str]) -> Any:
     unknown = sorted(set(flags.only or ()) - PIECES.keys())
     if unknown:
         raise ValueError(f"--only={unknown[0]}: expected some of {', '.join(PIECES)}")
+    if not 0 <= flags.seed < SEEDS:
+        raise ValueError(f"--seed={flags.seed}: expected 0 to {SEEDS - 1}")
     if not flags.minutes > 0:
         raise ValueError(f"--minutes={flags.minutes:g}: expected more than none")
     return flags
@@ -148,7 +168,7 @@ def _parse(arguments: list[str]) -> Any:
 
 def main(arguments: list[str]) -> int:
     """Parses flags, runs what is missing, and prints what is there."""
-    begin, flags = time.time(), _parse(arguments)
+    flags = _parse(arguments)
     kind = "tiny" if flags.tiny else "full"
     work = flags.workdir or pathlib.Path(tempfile.gettempdir(), f"mtpd_jax_accelerator_{kind}")
     place = Place(pathlib.Path(flags.out).resolve(), pathlib.Path(work).resolve(), flags.tiny, flags.seed)
@@ -158,11 +178,9 @@ def main(arguments: list[str]) -> int:
         write_page(place)
         return 0
     console, results = rich.console.Console(stderr=True, highlight=False), Results(place.out, place.tiny)
-    battery, failed = Battery(place, begin + 60 * flags.minutes, console), False
+    battery, failed = Battery(place, BEGUN + 60 * flags.minutes, console), False
     for number, piece in enumerate(PIECES.values(), 1):
-        missing = results.missing(piece, place)
-        chosen = flags.only is None or piece.name in flags.only
-        cases = piece.cases(place) if flags.again and chosen else missing
+        cases, chosen = results.missing(piece, place), flags.only is None or piece.name in flags.only
         # What the device can do is what the others are held against.
         if not cases or not (chosen or piece.name == "device"):
             continue

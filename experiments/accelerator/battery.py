@@ -43,12 +43,14 @@ class Case:
       seconds: how long an accelerator is expected to take.
       run: measures.
       resumable: whether it goes on where it was when it is stopped, and so may be begun however little time is left.
+      flags: of XLA, for its process.
     """
 
     name: str
     seconds: float
     run: Callable[[], Result]
     resumable: bool = False
+    flags: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,6 @@ class Piece:
       title: what it is about.
       cases: of a place.
       summary: a result in a line.
-      flags: of XLA, for its process.
       grace: seconds that it needs to stop cleanly.
     """
 
@@ -68,7 +69,6 @@ class Piece:
     title: str
     cases: Callable[[Place], Sequence[Case]]
     summary: Callable[[Result], str]
-    flags: str = ""
     grace: float = 1.0
 
 
@@ -96,9 +96,10 @@ class Results:
         return {case: row["result"] for (of, case), row in self.rows().items() if of == piece and "result" in row}
 
     def missing(self, piece: Piece, place: Place) -> list[Case]:
-        """The cases of a piece that have no result, in order."""
-        there = self.of(piece.name)
-        return [case for case in piece.cases(place) if case.name not in there]
+        """The cases of a piece that have no result, in order; those that were tried and failed come last."""
+        there, rows = self.of(piece.name), self.rows()
+        missing = [case for case in piece.cases(place) if case.name not in there]
+        return sorted(missing, key=lambda case: (piece.name, case.name) in rows)
 
     def check_device(self, kind: str) -> None:
         """Checks that the results are of one kind of device.
@@ -110,10 +111,10 @@ class Results:
         if others:
             raise ValueError(f"{self.path}: holds results of {others.pop()}, and this is {kind}: take another folder")
 
-    def add(self, piece: str, case: str, seconds: float, **outcome: Any) -> None:
-        """Adds ``result=…``, or ``error=…`` for a case that failed."""
+    def add(self, piece: str, case: str, *, begin: float, **outcome: Any) -> None:
+        """Adds ``result=…``, or ``error=…`` for a case that failed, which began at a time of ``time.time``."""
         about = environment() if "result" in outcome else {}
-        row = {"piece": piece, "case": case, "tiny": self._tiny, "seconds": round(seconds, 1)}
+        row = {"piece": piece, "case": case, "tiny": self._tiny, "seconds": round(time.time() - begin, 1)}
         append_line(self.path, {**row, **outcome, "environment": about})
 
 
@@ -133,9 +134,8 @@ def run_case(piece: Piece, case: Case, place: Place, until: float) -> bool | Non
     if begin + (piece.grace if case.resumable or place.tiny else case.seconds) > until:
         return None
     try:
-        result = case.run()
+        results.add(piece.name, case.name, result=case.run(), begin=begin)
     except Exception as error:  # whatever it is, the cases after it are worth having
-        results.add(piece.name, case.name, time.time() - begin, error=f"{type(error).__name__}: {error}"[:2000])
+        results.add(piece.name, case.name, error=f"{type(error).__name__}: {error}"[:2000], begin=begin)
         return False
-    results.add(piece.name, case.name, time.time() - begin, result=result)
     return True

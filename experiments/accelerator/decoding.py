@@ -7,6 +7,7 @@ from experiments.accelerator.battery import Case, Piece, Place, Result
 from experiments.accelerator.device import Ceilings
 from experiments.bench.decode_costs import Study, Subject, measure, random_subject
 from mtpd_jax.config import HeadsConfig, ModelConfig
+from mtpd_jax.evaluation.report import number
 from mtpd_jax.model import costs
 from mtpd_jax.model.layers import compute_dtype
 
@@ -14,7 +15,8 @@ from mtpd_jax.model.layers import compute_dtype
 SIZES = {"130m": "768x15", "1b": "2048x19"}
 TINY_SIZE = "64x2"
 _VOCABULARY = 32_768
-_NEW_TOKENS = 128
+# What the rounds of a call with sixteen heads may write: the same room for all numbers of heads.
+_ROOM = 416
 
 
 def subject_of(size: str, place: Place, heads: int) -> Subject:
@@ -51,16 +53,17 @@ def rounds(place: Place, size: str, prompt: int, batch: int) -> Result:
         study = Study(numbers, (1, 2, 3), parts=(1,), products=False, prompt=prompt, new_tokens=16, repeats=2)
     else:
         study = Study(
-            numbers, (1, 2, 5, 17), parts=(1, 4, 16), products=False, prompt=prompt, new_tokens=_NEW_TOKENS, repeats=5
-        )
+            numbers, (1, 2, 5, 17), parts=(1, 4, 16), products=False, prompt=prompt, new_tokens=_ROOM, repeats=5,
+            in_turn=False,
+        )  # fmt: skip
     subject = subject_of(TINY_SIZE if place.tiny else SIZES[size], place, max(numbers))
     parts, predicted = measure(subject, batch, study)
     ceilings, found = Ceilings.of(place), []
     for row in parts:
         if row["part"] == "round":
             heads, seconds = row["heads"], row["seconds"]
-            model, slots = subject.model, prompt + study.new_tokens // 2
-            flops, read = floor_of(model.config, model.heads_config, heads, batch, slots)
+            model = subject.model
+            flops, read = floor_of(model.config, model.heads_config, heads, batch, prompt)
             floor = ceilings and ceilings.seconds(flops, read)
             found.append(
                 {
@@ -82,7 +85,7 @@ def cases(place: Place) -> Sequence[Case]:
     if place.tiny:
         return [Case("tiny, prompt 64, batch 2", 10, functools.partial(rounds, place, "tiny", 64, 2))]
     return [
-        Case(f"{size}, prompt {prompt}, batch {batch}", 180, functools.partial(rounds, place, size, prompt, batch))
+        Case(f"{size}, prompt {prompt}, batch {batch}", 300, functools.partial(rounds, place, size, prompt, batch))
         for prompt, batch in ((64, 1), (64, 8), (2048, 1), (64, 64), (2048, 8), (2048, 64))
         for size in SIZES
     ]
@@ -92,7 +95,7 @@ def summary(result: Result) -> str:
     """A result in a line: what a round costs in plain steps, by heads, and plain steps beside their floor."""
     plain, *drafting = result["rounds"]
     floor = f" ({plain['over_floor']:.2f} x floor)" if plain["over_floor"] else ""
-    shown = [f"{row['heads']}: {row['break_even']:.2f}" for row in drafting]
+    shown = [f"{row['heads']}: {number(row['break_even'])}" for row in drafting]
     return f"plain {1e3 * plain['seconds']:.3g} ms{floor}; break-even by heads {', '.join(shown)}"
 
 

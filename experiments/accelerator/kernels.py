@@ -14,8 +14,10 @@ from mtpd_jax.platform import platform_of
 from mtpd_jax.shapes import Array
 from mtpd_jax.sharding import LastAxis, data_mesh
 
-# A kernel may be this much further from the reference than the dense form in the same dtype, and this far at least.
-_TIMES_DENSE, _AT_LEAST = 2.0, 1e-5
+# How far attention may be from the reference, by dtype: accelerators round the operands of float32 products, too.
+_ATTENTION = {"bfloat16": 2e-2, "float32": 5e-3}
+# And what adds up in float32, at highest precision.
+_ROUNDING = 1e-5
 
 
 def _error(found: Array, expected: Array) -> float:
@@ -44,19 +46,19 @@ def attention_case(name: str, tiny: bool) -> Result:
             return [out, *back(cotangent)]
 
     found: dict[str, float] = {}
-    # cuDNN's takes floats of 16 bits only.
-    for dtype in ("bfloat16",) if name == "cudnn" else ("float32", "bfloat16"):
+    # cuDNN's takes floats of 16 bits only; models are trained in these.
+    dtypes = ("bfloat16",) if name == "cudnn" else ("bfloat16", "float32")
+    for dtype in dtypes:
         given = [array.astype(dtype) for array in arrays]
         exact = run("dense", [array.astype(jnp.float32) for array in given], "highest")
-        for kernel in {name, "dense"}:
-            errors = [_error(*pair) for pair in zip(run(kernel, given, "default"), exact, strict=True)]
-            found |= {f"{kernel} {dtype} values": errors[0], f"{kernel} {dtype} gradients": max(errors[1:])}
-    ok = all(
-        error <= max(_AT_LEAST, _TIMES_DENSE * found[f"dense{what.removeprefix(name)}"])
-        for what, error in found.items()
-        if what.startswith(name)
-    )
-    return {"ok": ok, **found}
+        try:
+            errors = [_error(*pair) for pair in zip(run(name, given, "default"), exact, strict=True)]
+        except Exception as error:
+            if dtype == "bfloat16":
+                raise
+            return {"ok": False, **found, dtype: f"{type(error).__name__}: {error}"[:300]}
+        found |= {f"{dtype} values": errors[0], f"{dtype} gradients": max(errors[1:])}
+    return {"ok": all(error <= _ATTENTION[what.split()[0]] for what, error in found.items()), **found}
 
 
 def selection_case(tiny: bool) -> Result:
@@ -96,4 +98,4 @@ def loss_case(tiny: bool) -> Result:
         )
     errors = [_error(*pair) for pair in zip(gradients, expected, strict=True)]
     largest = max(*errors, abs(float(value) / float(reference) - 1))
-    return {"ok": largest < _AT_LEAST, "difference": largest}
+    return {"ok": largest < _ROUNDING, "difference": largest}

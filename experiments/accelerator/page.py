@@ -76,7 +76,7 @@ def _loss(found: Mapping[str, Result]) -> list[Table]:
         [
             str(row["heads"]), row["objective"], row["form"], _milliseconds(row["seconds"]), number(row["over_plain"]),
             _times(row["seconds"], row["floor_seconds"]), _times(row["seconds"], row["products_seconds"]),
-            f"{row['temp_bytes'] / 2**20:,.0f}",
+            number(None if row["temp_bytes"] is None else row["temp_bytes"] / 2**20, 0),
         ]
         for result in found.values()
         for row in sorted(result["rows"], key=lambda row: (row["objective"], row["form"]))
@@ -102,13 +102,17 @@ def _training(found: Mapping[str, Result]) -> list[Table]:
         ]  # fmt: skip
 
     shared = ["batch", "ms", "tokens/s", "MFU", "of the measured product", "GiB"]
-    sizes = [[row["size"], str(row["heads"]), f"{row['parameters']:,}", row["attention"], *speed(row)] for row in steps]
+    sizes = [
+        [row["size"], str(row["heads"]), f"{row['parameters']:,}", row["dtype"], row["attention"], *speed(one)]
+        for row in steps
+        for one in row["batches"]
+    ]
     note = (
-        "At the largest batch that fits, in bfloat16, on one device. MFU is of the data sheet's peak; model FLOPs are "
-        "what the mathematics needs, not what is recomputed. The goal for the 2B config is 0.45."
+        "At the largest batch that fits, and at half of it, on one device. MFU is of the data sheet's peak; attention "
+        "is counted whole, as PaLM does, and nothing that is recomputed. The goal for the 2B config is 0.45."
     )
     return [
-        Table("Training steps", ["size", "heads", "parameters", "attention", *shared], sizes, note),
+        Table("Training steps", ["size", "heads", "parameters", "dtype", "attention", *shared], sizes, note),
         Table("Attention kernels", ["kernel", *shared], [[row["attention"], *speed(row)] for row in kernels],
               "A step of the 1b size without heads."),
     ]  # fmt: skip
@@ -123,8 +127,8 @@ def _profile(found: Mapping[str, Result]) -> list[Table]:
             for place, seconds in list(result["by_place"].items())[:12]
         ]
         note = (
-            f"{1e3 * result['seconds']:.3g} ms by the clock, {result['kernels']:,} kernels, and nothing running in "
-            f"{100 * result['idle']:.0f} % of the time."
+            f"{1e3 * result['seconds']:.3g} ms by the clock, {result['kernels']:,} kernels, launched one by one, and "
+            f"nothing running in {100 * result['idle']:.0f} % of the time."
         )
         tables.append(Table(f"Where the time goes: {case}", ["in the model", "ms", "share"], rows, note))
     return tables
@@ -186,7 +190,7 @@ def _panels(loss: Iterable[Result], decoding: Iterable[Result]) -> list[dict[str
             times.setdefault(f"{row['form']}, {objective}", []).append((row["heads"], 1e3 * row["seconds"]))
     even = {
         f"{result['size']}, prompt {result['prompt']}, batch {result['batch']}": [
-            (row["heads"], row["break_even"]) for row in result["rounds"]
+            (row["heads"], row["break_even"]) for row in result["rounds"] if row["break_even"] is not None
         ]
         for result in decoding
     }

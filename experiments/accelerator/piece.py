@@ -12,6 +12,7 @@ import rich.console
 from experiments.accelerator import decoding, device, exactness, loss, profile, trained, training
 from experiments.accelerator.battery import Piece, Place, Results, run_case
 from mtpd_jax import frontdoor
+from mtpd_jax.runs.interruption import leave
 
 # In the order of what their results are worth.
 PIECES: dict[str, Piece] = {
@@ -56,6 +57,8 @@ def main(arguments: list[str]) -> int:
     if unknown:
         raise ValueError(f"--cases={unknown[0]}: expected some of {', '.join(cases)}")
     results.check_device(jax.devices()[0].device_kind)
+    if jax.default_backend() == "cpu" and not place.tiny:
+        raise ValueError("JAX finds no accelerator here, only the CPU, for which there is --tiny")
     console = rich.console.Console(stderr=True, highlight=False)
     for number, name in enumerate(flags.cases, 1):
         measured = run_case(piece, cases[name], place, flags.until)
@@ -72,4 +75,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(frontdoor.status_of(lambda: main(sys.argv[1:])))
+    leave(frontdoor.status_of(lambda: main(sys.argv[1:])))  # at once: libraries may crash on the way out

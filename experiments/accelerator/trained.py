@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from configs import base
+from configs import base, gpu
 from experiments.accelerator.battery import Case, Piece, Place, Result
 from experiments.sweep.arms import Arm
 from experiments.sweep.fingerprint import recorded, version_of
@@ -43,9 +43,20 @@ def _tiny_config() -> Any:
 _TINY = Scale("tiny", _tiny_config, loop_steps=3, texts=2, prompt_tokens=8, new_tokens=12, turns=1)
 
 
+def _gpu_config() -> Any:
+    """That of ``--scale=gpu``, with less text for its tokenizer."""
+    config = gpu.get_config()
+    config.tokenizer.train_bytes = 50_000_000
+    return config
+
+
+# The models of ``--scale=gpu``, and fewer texts, each decoded once: the machine is there for minutes.
+_FULL = dataclasses.replace(SCALES["gpu"], base=_gpu_config, texts=32, turns=1)
+
+
 def scale_of(place: Place) -> Scale:
     """How large the models are."""
-    return _TINY if place.tiny else SCALES["gpu"]
+    return _TINY if place.tiny else _FULL
 
 
 def variants(place: Place) -> list[Variant]:
@@ -64,7 +75,9 @@ def trained(place: Place, run: Run) -> Result:
     Rows are of the recorded version of the code (``sweep.fingerprint``), to which the tests hold it.
     """
     code = Code("tiny" if place.tiny else version_of(recorded()))
-    Sweep(NAME, [run], code, place.work / NAME, place.out).run()
+    diverged = Sweep(NAME, [run], code, place.work / NAME, place.out).run()
+    if diverged:
+        raise ValueError("; ".join(diverged))
     rows = [row for row in read_rows(rows_file(place)) if (row.config, row.seed) == (run.key(), run.seed)]
     arm = Arm(run.variant.name, rows[-1:])
     greedy = [way for row in arm.rows for way in row.decoding["greedy"].by_heads.values()]
@@ -74,6 +87,7 @@ def trained(place: Place, run: Run) -> Result:
         "heads": arm.heads,
         "train_seconds": arm.mean("seconds"),
         "steps": arm.mean("steps"),
+        "tokens": arm.mean("tokens"),
         "main_ce": mean_of(arm.main_ce()).mean,
         "texts_that_differ": sum(way.different or 0 for way in greedy),
         "decoding": {
@@ -99,7 +113,7 @@ def cases(place: Place) -> Sequence[Case]:
     """One per variant, in the order in which they start from each other."""
     runs = [Run(variant, place.seed, scale_of(place)) for variant in variants(place)]
     return [
-        Case(f"{run.variant.name}, seed {run.seed}", 400, functools.partial(trained, place, run), resumable=True)
+        Case(f"{run.variant.name}, seed {run.seed}", 300, functools.partial(trained, place, run), resumable=True)
         for run in runs
     ]
 
@@ -114,4 +128,4 @@ def summary(result: Result) -> str:
     return f"main CE {result['main_ce']:.3f}; " + "; ".join(shown)
 
 
-PIECE = Piece("trained", "a trained model", cases, summary, grace=60.0)
+PIECE = Piece("trained", "a trained model", cases, summary, grace=30.0)

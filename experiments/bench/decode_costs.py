@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -67,6 +67,8 @@ class Study:
       prompt, new_tokens: see ``Parts``.
       layout: of the layers, a name in ``LAYOUTS``.
       repeats: rounds of measuring.
+      in_turn: whether all programs take turns, which needs memory for the states of all of them; else those with the
+        same number of heads do, one number after the other.
     """
 
     heads: Sequence[int]
@@ -77,43 +79,57 @@ class Study:
     new_tokens: int = 128
     layout: str = "chosen"
     repeats: int = 9
+    in_turn: bool = True
 
-    def programs(self, subject: Subject, rows: int) -> tuple[dict[tuple[str, int], Program], bool]:
-        """All that is timed for a batch size, by part and number of heads or width; and whether layers are scanned."""
-        platform = platform_of(jax.devices()[0])
-        network = Network(subject.model, platform, LAYOUTS[self.layout])
+    def network(self, subject: Subject) -> Network:
+        """What is timed, as it is laid out."""
+        return Network(subject.model, platform_of(jax.devices()[0]), LAYOUTS[self.layout])
+
+    def programs(self, subject: Subject, rows: int) -> Iterator[dict[tuple[str, int], Program]]:
+        """All that is timed for a batch size, by part and number of heads or width; what takes turns comes together."""
+        network = self.network(subject)
         parameters = jax.jit(network.parameters)(subject.parameters)
         parts = Parts(network, parameters, rows, self.prompt, self.new_tokens)
-        programs: dict[tuple[str, int], Program] = {}
+        cache = parts.cache(max(self.widths))
+        together: dict[tuple[str, int], Program] = {
+            ("verify", width): parts.verify(width, cache) for width in self.widths
+        }
+        del cache  # which only the programs hold from here on
         for heads in (0, *self.heads):
-            programs["round", heads] = parts.round(heads)
+            if not self.in_turn:
+                yield together
+                together = {}
+            together["round", heads] = parts.round(heads)
             if not heads or self.parts is None or heads in self.parts:
-                programs["bookkeeping", heads] = parts.bookkeeping(heads)
+                together["bookkeeping", heads] = parts.bookkeeping(heads)
                 if heads:
-                    programs["draft", heads] = parts.draft(heads)
-        for width in self.widths:
-            programs["verify", width] = parts.verify(width)
+                    together["draft", heads] = parts.draft(heads)
         if rows == 1 and self.products:
-            unrolled = Network(subject.model, platform, scanned=False)
+            unrolled = Network(subject.model, platform_of(jax.devices()[0]), scanned=False)
             written_out = jax.jit(unrolled.parameters)(subject.parameters)
             for heads in (0, *self.heads):
-                programs["products", heads] = bare_products(network, written_out, rows, heads)
-        return programs, network.scanned
+                together["products", heads] = bare_products(network, written_out, rows, heads)
+        yield together
+
+
+def _seconds(programs: dict[tuple[str, int], Program], rows: int, repeats: int, label: str) -> dict[Any, list[float]]:
+    """Seconds of one iteration of each, in every round of measuring."""
+    number = iterations(rows)
+    times = {(key, count): lambda program=program, count=count: program(count)
+             for key, program in programs.items() for count in (0, number)}  # fmt: skip
+    taken = interleaved(times, repeats, label)
+    return {
+        key: [(whole - start) / number for whole, start in zip(taken[key, number], taken[key, 0], strict=True)]
+        for key in programs
+    }
 
 
 def measure(subject: Subject, rows: int, study: Study) -> tuple[list[dict[str, Any]], RoundCosts]:
     """Times all parts for one batch size, taking turns."""
-    programs, scanned = study.programs(subject, rows)
-    times = {(key, count): lambda program=program, count=count: program(count)
-             for key, program in programs.items() for count in (0, iterations(rows))}  # fmt: skip
-    taken = interleaved(times, study.repeats, f"{subject.name}, batch {rows}")
-    seconds = {
-        key: [
-            (whole - start) / iterations(rows)
-            for whole, start in zip(taken[key, iterations(rows)], taken[key, 0], strict=True)
-        ]
-        for key in programs
-    }
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for programs in study.programs(subject, rows):
+        seconds |= _seconds(programs, rows, study.repeats, f"{subject.name}, batch {rows}")
+        programs.clear()  # and with them their states
     medians = {key: max(0.0, statistics.median(each)) for key, each in seconds.items()}  # less than nothing: noise
     found = [
         {
@@ -124,8 +140,8 @@ def measure(subject: Subject, rows: int, study: Study) -> tuple[list[dict[str, A
             "seconds": medians[part, count],
             "seconds_min": min(each),
             "seconds_max": max(each),
-            "over_plain": medians[part, count] / medians["round", 0],
-            "scanned": scanned,
+            "over_plain": medians[part, count] / medians["round", 0] if medians["round", 0] else None,
+            "scanned": study.network(subject).scanned,
         }
         for (part, count), each in seconds.items()
     ]

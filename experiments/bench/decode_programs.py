@@ -14,20 +14,21 @@ from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies.speculative import Speculative, accept
+from mtpd_jax.model.cache import Caches
 from mtpd_jax.shapes import Array
 from mtpd_jax.sharding import WHOLE
 
 # Rounds per call: enough for the first one's cold caches not to count, fewer where a round takes long.
 _ITERATIONS = 24
-# Tokens of a prompt that are read at a time.
-_CHUNK = 512
+# Tokens of all prompts together that are read at a time, and of one.
+_CHUNK_OF_ALL, _CHUNK = 4096, 512
 # Nothing ends a text.
 NEVER = Stops(())
 
 
 def iterations(rows: int) -> int:
-    """Rounds per call for this many rows."""
-    return max(4, _ITERATIONS // rows)
+    """Rounds per call for this many rows; where rows cost next to nothing, as many as for one."""
+    return max(4, _ITERATIONS // rows) if jax.default_backend() == "cpu" else _ITERATIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +63,14 @@ class Parts:
     Args:
       network, parameters: from ``Network``.
       rows: prompts decoded together.
-      prompt: tokens of each; a multiple of a chunk, if it is longer than one.
+      prompt: tokens of each; a power of two.
       new_tokens: room after the prompt: with it, the number of slots that attention reads.
     """
 
     def __init__(self, network: Network, parameters: DecodingParameters, rows: int, prompt: int, new_tokens: int):
         self.network, self.parameters, self.rows = network, parameters, rows
         self.prompt, self.new_tokens = prompt, new_tokens
+        self._started: tuple[int, Batch] | None = None
         rng = np.random.default_rng(0)
         vocabulary = parameters.unembedding.shape[1]
         self.prompts = jnp.asarray(rng.integers(0, vocabulary, (rows, prompt)), jnp.int32)
@@ -82,12 +84,15 @@ class Parts:
         return Speculative(self.network, self.options(heads))
 
     def _start(self, heads: int) -> Batch:
-        lengths, strategy = jnp.full(self.rows, self.prompt, jnp.int32), self._strategy(heads)
-        chunk = min(self.prompt, _CHUNK)
-        start = self.network.jit(
-            lambda parameters, prompts: prefill(strategy, parameters, prompts, lengths, self.keys, NEVER, chunk)
-        )
-        return start(self.parameters, self.prompts)
+        """What all parts with so many heads begin from: one for all of them, for its caches may be large."""
+        if self._started is None or self._started[0] != heads:
+            lengths, strategy = jnp.full(self.rows, self.prompt, jnp.int32), self._strategy(heads)
+            chunk = min(self.prompt, _CHUNK, max(64, _CHUNK_OF_ALL // self.rows))
+            start = self.network.jit(
+                lambda parameters, prompts: prefill(strategy, parameters, prompts, lengths, self.keys, NEVER, chunk)
+            )
+            self._started = heads, start(self.parameters, self.prompts)
+        return self._started[1]
 
     def _repeated(self, step: Callable[[Any, Any], Any], state: Any) -> Program:
         return repeated(self.network, step, self.parameters, state)
@@ -101,7 +106,11 @@ class Parts:
 
         return self._repeated(step, self._start(heads))
 
-    def verify(self, width: int) -> Program:
+    def cache(self, widest: int) -> Caches:
+        """What passes read, of up to so many tokens: one for all of them."""
+        return self.network.empty_cache(self.rows, self.prompt + self.new_tokens + widest)
+
+    def verify(self, width: int, cache: Caches) -> Program:
         """Passes of the backbone over ``width`` tokens, with logits and the choice of tokens."""
         start = jnp.full(self.rows, self.prompt, jnp.int32)
 
@@ -109,8 +118,6 @@ class Parts:
             hidden, cache = self.network.extend(parameters, state[0], start, state[1])
             return WHOLE.argmax(self.network.logits(parameters, hidden)), cache
 
-        slots = self.prompt + self.new_tokens + width
-        cache = self.network.empty_cache(self.rows, slots)
         return self._repeated(step, (self.prompts[:, :width], cache))
 
     def draft(self, heads: int) -> Program:

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,13 @@ from mtpd_jax.evaluation.report import number, write_json
 
 # Chunk sizes from which the chunked form with rematerialisation takes its fastest: of a CPU, and of accelerators.
 REMAT_CHUNKS = {True: (32, 64, 128), False: (256, 512, 1024)}
+# Rows of each head that the bare products are timed on: on an accelerator as many for all heads together, at least,
+# since their time is in proportion to the rows only where it is not that of writing the matrix's gradient.
 FLOOR_ROWS = 512
+_FLOOR_ROWS_OF_ALL = 16_384
 # Of a device's memory that a program may ask for: the inputs of others lie there, too.
 _SHARE = 0.85
+_Made = TypeVar("_Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,20 @@ def tuned_remat(arguments: tuple[jax.Array, ...], distillation: Any, rows: int) 
     return candidates[min(sizes, key=lambda size: seconds[size])]
 
 
+def within_memory(attempt: Callable[[], _Made]) -> _Made | None:
+    """What an attempt returns, or None if the device has not the memory for it: to compile, which may try kernels, too.
+
+    Raises:
+      jax.errors.JaxRuntimeError: it fails otherwise.
+    """
+    try:
+        return attempt()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
 def fits(program: jax.stages.Compiled, run: Callable[[], Any]) -> bool:
     """Whether the device has the memory that a program needs: by the compiler's figures, and by trying."""
     memory = program.memory_analysis()
@@ -96,13 +114,7 @@ def fits(program: jax.stages.Compiled, run: Callable[[], Any]) -> bool:
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     if needed > _SHARE * memory_limit():
         return False
-    try:
-        jax.block_until_ready(run())
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return False
-    return True
+    return within_memory(lambda: jax.block_until_ready(run())) is not None
 
 
 def measure(case: dict[str, int], study: Study) -> list[dict[str, Any]]:
@@ -117,18 +129,20 @@ def measure(case: dict[str, int], study: Study) -> list[dict[str, Any]]:
         distillation = distillation_of(objective, case["top_n"])
         for form in study.forms:
             key, chunked = (form, objective), form == "chunked_remat"
-            compiled[key] = (
-                tuned_remat(arguments, distillation, study.rows)
-                if chunked
-                else compile_form(form, arguments, distillation, study.chunk_rows)
-            )
-            run = functools.partial(compiled[key], *arguments)
-            if fits(compiled[key], run):
-                programs[key] = run
-    floor_rows = min(FLOOR_ROWS, study.rows)
+            make = functools.partial(tuned_remat, arguments, distillation, study.rows)
+            if not chunked:
+                make = functools.partial(compile_form, form, arguments, distillation, study.chunk_rows)
+            compiled[key] = program = within_memory(make)
+            if program is not None and fits(program, functools.partial(program, *arguments)):
+                programs[key] = functools.partial(program, *arguments)
+    floor_rows = FLOOR_ROWS if jax.default_backend() == "cpu" else max(FLOOR_ROWS, _FLOOR_ROWS_OF_ALL // (heads + 1))
+    floor_rows = min(floor_rows, study.rows)
     products = compile_products(arguments, floor_rows)
-    filled = [jnp.ones(a.shape, a.dtype) for a in jax.tree.leaves(products.in_avals)]
-    programs["floor"] = lambda: products(*filled)
+    # Not of ones: there are devices that multiply those faster.
+    keys = jax.random.split(jax.random.key(1), 3)
+    shapes = jax.tree.leaves(products.in_avals)
+    drawn = [jax.random.normal(key, a.shape, a.dtype) for key, a in zip(keys, shapes, strict=True)]
+    programs["floor"] = lambda: products(*drawn)
     seconds = interleaved(programs, study.repeats, " ".join(f"{name}={value}" for name, value in case.items()))
     floor = statistics.median(seconds.pop("floor")) * study.rows / floor_rows
     base = seconds.get(("fused", "ntp" if heads == 0 else "mtp"))
@@ -145,7 +159,7 @@ def measure(case: dict[str, int], study: Study) -> list[dict[str, Any]]:
             "seconds_max": max(times) if times else None,
             "over_plain": median_ratio(times, base) if times and base else None,
             "floor_seconds": floor,
-            "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+            "temp_bytes": program and program.memory_analysis().temp_size_in_bytes,
             "flops": PRODUCTS[form] * 2 * (heads + 1) * study.rows * vocabulary * study.width,
         }
         for (form, objective), program in compiled.items()
@@ -174,7 +188,7 @@ def table_of(rows: list[dict[str, Any]]) -> rich.table.Table:
             row["form"], row["objective"], str(row["heads"]), short(row["vocabulary"]), short(row["top_n"]),
             f"{row['seconds']:.3g} ({row['seconds_min']:.3g}-{row['seconds_max']:.3g})" if ran else "too large",
             number(row["over_plain"]), number(row["seconds"] / row["floor_seconds"]) if ran else "–",
-            f"{row['temp_bytes'] / 1e6:,.0f}", f"{row['flops'] / 1e12:.2g}",
+            number(None if row["temp_bytes"] is None else row["temp_bytes"] / 1e6, 0), f"{row['flops'] / 1e12:.2g}",
         )  # fmt: skip
     return table
 

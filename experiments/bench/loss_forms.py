@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from mtpd_jax.losses.dense import dense_loss
 from mtpd_jax.losses.fused import fused_loss
 from mtpd_jax.losses.terms import Distillation
-from mtpd_jax.sharding import data_mesh
+from mtpd_jax.platform import platform_of
+from mtpd_jax.sharding import WHOLE, LastAxis, data_mesh
 
 FORMS = ("fused", "chunked_remat", "dense_threshold", "dense_top_k")
 OBJECTIVES = ("mtp_d", "mtp", "ntp")
@@ -37,7 +38,9 @@ def inputs(heads: int, rows: int, width: int, vocabulary: int, dtype: Any) -> tu
     return hidden, unembedding, targets, mask, ce_scale, jnp.full(heads, beta / rows)
 
 
-def chunked_remat(*arguments: jax.Array, distillation: Distillation | None, chunk_rows: int | None) -> jax.Array:
+def chunked_remat(
+    *arguments: jax.Array, distillation: Distillation | None, chunk_rows: int | None, vocabulary: LastAxis = WHOLE
+) -> jax.Array:
     """The dense loss in chunks of rows, each recomputed in the backward pass: what one would write second."""
     hidden, unembedding, targets, mask, ce_scale, kl_scale = arguments
     rows = hidden.shape[2]
@@ -53,8 +56,9 @@ def chunked_remat(*arguments: jax.Array, distillation: Distillation | None, chun
     def of_chunk(unembedding: jax.Array, chunk: tuple[jax.Array, ...]) -> jax.Array:
         hidden, targets, mask = chunk
         return dense_loss(
-            hidden, unembedding, targets, mask, ce_scale, kl_scale, distillation=distillation, selection="threshold"
-        )
+            hidden, unembedding, targets, mask, ce_scale, kl_scale, distillation=distillation, selection="threshold",
+            vocabulary=vocabulary,
+        )  # fmt: skip
 
     chunks = cut(hidden, 2), cut(targets, 1), cut(mask, 2)
     totals = jax.lax.scan(lambda total, chunk: (total + of_chunk(unembedding, chunk), None), jnp.zeros(()), chunks)
@@ -78,14 +82,16 @@ def compile_form(
       mesh: of the ``fused`` form; None: one device.
     """
     mesh = mesh or data_mesh(jax.devices()[:1])
+    vocabulary = LastAxis(None, platform_of(mesh).on_cpu)  # every form searches as suits the device
 
     def total(hidden: jax.Array, unembedding: jax.Array, *rest: jax.Array) -> jax.Array:
         arguments = hidden, unembedding, *rest
         if form == "fused":
             return fused_loss(*arguments, distillation=distillation, mesh=mesh, chunk_rows=chunk_rows)[0]
         if form == "chunked_remat":
-            return chunked_remat(*arguments, distillation=distillation, chunk_rows=chunk_rows)
-        return dense_loss(*arguments, distillation=distillation, selection=form.removeprefix("dense_"))
+            return chunked_remat(*arguments, distillation=distillation, chunk_rows=chunk_rows, vocabulary=vocabulary)
+        selection = form.removeprefix("dense_")
+        return dense_loss(*arguments, distillation=distillation, selection=selection, vocabulary=vocabulary)
 
     return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
 

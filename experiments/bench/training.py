@@ -6,6 +6,7 @@ the FLOPs that the model needs, for the model of an experiments' scale.
 
 import statistics
 import sys
+import zlib
 from typing import Any
 
 import jax
@@ -72,15 +73,28 @@ class CompiledStep:
         return self.method.costs().flops_per_token * self.tokens
 
     def __call__(self) -> Any:
-        # The step's time does not depend on the values: small ones, so that nothing overflows.
         if self._state is None:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, self._abstract)
-            self._state = jax.jit(self._small, out_shardings=shardings)()
+            self._state = jax.jit(self._drawn, out_shardings=shardings)()
         self._state, result = self.compiled(self._state, self._batch)
         return result
 
-    def _small(self) -> TrainState:
-        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), self._abstract)
+    def _drawn(self) -> TrainState:
+        """Random parameters: of equal ones all logits would be the same, and the search for the largest N at its end.
+
+        Whatever the method starts from; its own initial parameters may be those of a run.
+        """
+
+        def draw(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+            name = jax.tree_util.keystr(path)
+            if not jnp.issubdtype(leaf.dtype, jnp.floating) or name.startswith(".optimizer"):
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            if "scale" in name:
+                return jnp.ones(leaf.shape, leaf.dtype)
+            key = jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode()))
+            return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(draw, self._abstract)
 
 
 def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from experiments.sweep.scale import Scale
 from mtpd_jax.config import Config
 from mtpd_jax.fields import is_as_before
 
-# More than any experiment has.
-_SEEDS = 1000
+# More than any experiment has: seeds are 0 to this, less one.
+SEEDS = 1000
 
 # They decide where and how often a run writes, not what it learns.
 _LEFT_OUT = ("mesh", "checkpoint", "logging", "evaluation")
@@ -64,7 +64,7 @@ class Run:
           ValueError: a diff names no field, or its value is out of range.
         """
         # An extension reads the data in another order than what it starts from, and so not the same batches again.
-        diff = {"training.seed": self.seed + _SEEDS * self.extensions, **self.variant.diff}
+        diff = {"training.seed": self.seed + SEEDS * self.extensions, **self.variant.diff}
         if self.start is not None:
             diff |= {"objective.mode": "extension", "objective.source": str(start or "-")}
         return self.scale.changed(diff)

@@ -49,7 +49,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale("cpu", cpu.get_config, loop_steps=150),
-    "gpu": Scale("gpu", gpu.get_config, loop_steps=375, texts=64, turns=2),
+    "gpu": Scale("gpu", gpu.get_config, loop_steps=375, texts=128),
     # 350B tokens in joint training, 70B in looped extension from 4 to 16 heads (MTP-D §4).
     "paper": Scale("paper", mtpd_2b.get_config, loop_steps=8_350, texts=512),
 }

@@ -9,10 +9,15 @@ import jax.numpy as jnp
 from mtpd_jax.losses.select import nth_largest
 from mtpd_jax.losses.terms import Distillation
 from mtpd_jax.shapes import Array, Bool, Float, Int
+from mtpd_jax.sharding import WHOLE, LastAxis
 
 
 def dense_divergence(
-    teacher: Float[Array, "1 P V"], heads: Float[Array, "K P V"], distillation: Distillation, selection: str = "sort"
+    teacher: Float[Array, "1 P V"],
+    heads: Float[Array, "K P V"],
+    distillation: Distillation,
+    selection: str = "sort",
+    vocabulary: LastAxis = WHOLE,
 ) -> Float[Array, "K P"]:
     """The divergence over the teacher's N largest logits.
 
@@ -21,6 +26,7 @@ def dense_divergence(
       distillation: which divergence, over how many.
       selection: ``sort`` keeps all ties with the N-th largest, as the production form does, and ``threshold`` is its
         search; ``top_k`` gathers exactly N.
+      vocabulary: whole; says what the search is made for, a CPU or an accelerator.
 
     Raises:
       KeyError: an unknown divergence.
@@ -36,7 +42,7 @@ def dense_divergence(
     if selection == "sort":
         threshold = jnp.sort(teacher, axis=-1)[..., -n, None]
     else:
-        threshold = nth_largest(jax.lax.stop_gradient(teacher[0]), n)[None, :, None]
+        threshold = nth_largest(jax.lax.stop_gradient(teacher[0]), n, vocabulary)[None, :, None]
     # Ties at the threshold are all compared, as the fused loss does.
     chosen = teacher >= jax.lax.stop_gradient(threshold)
     return _divergence(jnp.where(chosen, teacher, -jnp.inf), jnp.where(chosen, heads, -jnp.inf), distillation)
@@ -77,12 +83,13 @@ def dense_total(
     kl_scale: Float[Array, " K"],
     distillation: Distillation | None,
     selection: str = "sort",
+    vocabulary: LastAxis = WHOLE,
 ) -> Float[Array, ""]:
     """The total of ``chunk_loss``, differentiable in the logits."""
     ce = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[None, :, None], axis=-1)[..., 0]
     total = jnp.sum(jnp.where(mask, ce, 0) * ce_scale[:, None])
     if distillation is not None:
-        kl = dense_divergence(logits[:1], logits[1:], distillation, selection)
+        kl = dense_divergence(logits[:1], logits[1:], distillation, selection, vocabulary)
         total += jnp.sum(jnp.where(mask[1:], kl, 0) * kl_scale[:, None])
     return total
 
@@ -97,6 +104,7 @@ def dense_loss(
     *,
     distillation: Distillation | None,
     selection: str = "sort",
+    vocabulary: LastAxis = WHOLE,
 ) -> Float[Array, ""]:
     """The total of ``fused_loss``, with K+1 full logit tensors in memory."""
     # All logits at once.
@@ -104,4 +112,4 @@ def dense_loss(
     precision = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = jnp.einsum("jmd,vd->jmv", rows_JxMxD, unembedding.astype(hidden.dtype), preferred_element_type=precision)
     mask_JxM = mask.reshape(mask.shape[0], -1)
-    return dense_total(logits, targets.reshape(-1), mask_JxM, ce_scale, kl_scale, distillation, selection)
+    return dense_total(logits, targets.reshape(-1), mask_JxM, ce_scale, kl_scale, distillation, selection, vocabulary)

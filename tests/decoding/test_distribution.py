@@ -109,7 +109,7 @@ MORE_CASES = [
     Options(4, 7, Sampling(2.0, top_k=2)),
     Options(4, 7, Sampling(2.0, top_p=0.9)),
     Options(2, 5, Sampling(2.0, greedy_drafts=True)),
-    Options(4, 7, Sampling(1.0), min_confidence=0.3),
+    Options(4, 7, Sampling(1.0), min_confidence=0.1),
     Options(6, 9, Sampling(0.5)),  # looped
 ]
 

@@ -9,19 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import rich.console
 
-from experiments.accelerator import decoding, exactness, kernels, profile
+from experiments.accelerator import decoding, exactness, kernels, loss, profile, training
 from experiments.accelerator.__main__ import Battery, environment_of
 from experiments.accelerator.battery import Case, Piece, Place, Results, run_case
 from experiments.accelerator.device import Ceilings
 from experiments.accelerator.page import write_page
 from experiments.accelerator.piece import PIECES
+from experiments.bench import loss as bench_loss
 from experiments.bench.decode_costs import random_subject
+from experiments.bench.training import CompiledStep
 from experiments.lines import append_line, read_lines
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.losses.select import nth_largest
@@ -77,7 +82,9 @@ def test_all_of_it_in_tiny_sizes_killed_and_continued(tmp_path, environ):
     results = Results(place.out, tiny=True)
     assert all(result.get("ok", True) for result in results.of("exactness").values())
     assert "not measured yet" not in found.stdout and "holds: arrays" in found.stdout
-    assert all((out / result["trace"]).exists() for result in results.of("profile").values())
+    for result in results.of("profile").values():
+        assert (out / result["trace"]).exists() and 0 <= result["idle"] < 1
+        assert sum(result["by_place"].values()) > 2 * result["by_place"]["other"]
     check_page(place, tmp_path / "page.md")
 
 
@@ -140,7 +147,12 @@ def test_what_hangs_is_ended_in_time(tmp_path):
         begin, piece = time.monotonic(), made_up(1, 2)
         assert not battery(tmp_path, script, 2.0).run(piece, piece.cases(None))
         assert 1.0 < time.monotonic() - begin < 6.0
-        assert Results(tmp_path, tiny=False).rows() == {}
+    # What was not finished is not what the next call begins with, or nothing behind it would ever be measured.
+    results, place = Results(tmp_path, tiny=False), Place(tmp_path, tmp_path, tiny=False)
+    assert {case: row["error"] for (_, case), row in results.rows().items()} == {
+        "case 0": "not finished when time was up"
+    }
+    assert [case.name for case in results.missing(piece, place)] == ["case 1", "case 0"]
 
 
 CRASHES_IN_THE_SECOND = """
@@ -149,7 +161,7 @@ from experiments.accelerator.battery import Results
 for name in names:
     if name == "case 1":
         os.abort()
-    Results(pathlib.Path(place), tiny=False).add("made up", name, 1.0, result={"value": name})
+    Results(pathlib.Path(place), tiny=False).add("made up", name, begin=0.0, result={"value": name})
 """
 
 
@@ -166,6 +178,27 @@ def test_what_crashes_is_said_and_the_rest_is_measured(tmp_path):
     assert [case.name for case in results.missing(piece, Place(tmp_path, tmp_path, False))] == ["case 1"]
 
 
+def test_a_process_that_crashes_on_its_way_out_has_done_its_work(tmp_path):
+    piece, script = made_up(1, 2), CRASHES_IN_THE_SECOND.replace("case 1", "none") + "os.abort()"
+    assert battery(tmp_path, script, 60.0).run(piece, piece.cases(None))
+    assert all("result" in row for row in Results(tmp_path, tiny=False).rows().values())
+    assert len(read_lines(tmp_path / "results.jsonl")) == 2
+
+
+def test_a_process_that_cannot_begin_is_not_begun_again_for_every_case(tmp_path):
+    piece = made_up(1, 2)
+    with pytest.raises(SystemExit) as ended:
+        battery(tmp_path, "import no_such_module", 60.0).run(piece, piece.cases(None))
+    assert ended.value.code == 1 and not (tmp_path / "results.jsonl").exists()
+
+
+def test_without_an_accelerator_only_tiny_sizes_are_for_it(tmp_path):
+    flags = [f"--out={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}"]
+    found = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 2 and "error: JAX finds no accelerator here" in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_case_is_measured_or_its_failure_said_or_not_begun(tmp_path):
     place, piece = Place(tmp_path, tmp_path, tiny=False), made_up(7, ValueError("no such kernel"), 8)
     first, second, third = piece.cases(place)
@@ -175,7 +208,7 @@ def test_a_case_is_measured_or_its_failure_said_or_not_begun(tmp_path):
     results = Results(tmp_path, tiny=False)
     assert results.of("made up") == {"case 0": {"value": 7}}
     assert results.rows()["made up", "case 1"]["error"] == "ValueError: no such kernel"
-    assert [case.name for case in results.missing(piece, place)] == ["case 1", "case 2"]
+    assert [case.name for case in results.missing(piece, place)] == ["case 2", "case 1"]
 
 
 def test_being_asked_to_stop_while_a_run_is_looked_at_is_heeded(tmp_path, monkeypatch):
@@ -204,6 +237,7 @@ def test_results_are_of_one_device_and_one_size(tmp_path):
     [
         (["--only=nothing"], "--only=nothing: expected some of device, exactness"),
         (["--minutes=0"], "--minutes=0: expected more than none"),
+        (["--seed=-1"], "--seed=-1: expected 0 to 999"),
         (["--tiny", "--page"], "tiny sizes give none"),
     ],
 )
@@ -216,7 +250,8 @@ def test_bad_flags_are_one_line(flags, said, tmp_path):
 def test_a_piece_has_the_flags_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag=1")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/mine")
-    found = environment_of(PIECES["exactness"], Place(tmp_path, tmp_path, tiny=False))
+    place = Place(tmp_path, tmp_path, tiny=False)
+    found = environment_of(PIECES["exactness"].cases(place)[0], place)
     assert found["XLA_FLAGS"] == "--xla_some_flag=1 --xla_gpu_deterministic_ops=true"
     assert found["JAX_COMPILATION_CACHE_DIR"] == "/mine"
 
@@ -265,6 +300,72 @@ def test_kernels_are_put_where_they_belong():
     assert {name: profile.place_of(name) for name in named} == named
 
 
+def test_kernels_of_a_gpu_are_those_on_its_streams(monkeypatch, tmp_path):
+    """Not what the host did, nor what a loop as a whole took; without a device's plane there is nothing to say."""
+
+    def event(name, begin, end, **stats):
+        return SimpleNamespace(name=name, start_ns=begin, end_ns=end, stats=stats.items())
+
+    def line(name, *events):
+        return SimpleNamespace(name=name, events=events)
+
+    stream = line("Stream #7(Compute)", event("gemm", 0, 3, hlo_op="dot.1"), event("memset", 5, 6))
+    loop = line("Stream #8", event("loop", 0, 9, hlo_op="while.2"))
+    host = SimpleNamespace(name="/host:CPU", lines=[line("python", event("f", 0, 9, hlo_op="dot.9"))])
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[stream, loop, line("XLA Ops", event("dot.1", 0, 3))])
+    data = SimpleNamespace(planes=[host, gpu])
+    monkeypatch.setattr(profile.jax.profiler, "ProfileData", SimpleNamespace(from_file=lambda path: data))
+    assert list(profile.kernels_of(tmp_path)) == [("dot.1", 0, 3), ("memset", 5, 6)]
+    monkeypatch.setattr(profile.jax, "default_backend", lambda: "gpu")
+    data.planes = [host]
+    assert list(profile.kernels_of(tmp_path)) == []
+
+
+def test_a_loss_that_does_not_fit_is_a_dash(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_loss, "memory_limit", lambda: 1)
+    result = loss.rows(Place(tmp_path, tmp_path, tiny=True), 1)
+    assert result["mtp_d_over_mtp"] is None and {row["seconds"] for row in result["rows"]} == {None}
+    assert loss.summary(result) == "nothing fits"
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: while trying kernels")
+
+    monkeypatch.setattr(bench_loss, "compile_form", exhausted)
+    assert {row["temp_bytes"] for row in loss.rows(Place(tmp_path, tmp_path, tiny=True), 1)["rows"]} == {None}
+
+
+def test_the_largest_batch_is_the_one_that_fits(monkeypatch):
+    """Memory that grows in a line is predicted; where it does not, smaller batches are tried, a few times."""
+    made = []
+
+    def step(rows):
+        made.append(rows)
+        return SimpleNamespace(rows=rows)
+
+    monkeypatch.setattr(training, "CompiledStep", step)
+    monkeypatch.setattr(training, "memory_limit", lambda: 1000 / training._SHARE)
+    monkeypatch.setattr(training, "_run", lambda step: step)
+    monkeypatch.setattr(training, "memory_of", lambda step: 100 + 7 * step.rows)
+    assert training.largest_batch(lambda rows: rows, 512)[0] == 128 and made == [1, 8, 128]
+    assert training.largest_batch(lambda rows: rows, 64)[0] == 64
+    monkeypatch.setattr(training, "memory_of", lambda step: 100 + 7 * step.rows + (step.rows > 8) * 300)
+    assert training.largest_batch(lambda rows: rows, 512)[0] == 81  # 128, 102, 81
+    monkeypatch.setattr(training, "memory_of", lambda step: 2000 + step.rows)
+    with pytest.raises(ValueError, match="not even 1 rows fit"):
+        training.largest_batch(lambda rows: rows, 512)
+
+
+def test_steps_are_timed_on_logits_that_differ():
+    """Equal parameters would make them all the same, and the search for the largest N would be over before it began."""
+    step = CompiledStep(training.config_of(training.tiny_config(), 1, 2))
+    step()
+    parameters = step._state.parameters
+    hidden = step.method.model.apply({"params": parameters}, *[jnp.arange(64)[None] % n for n in (300, 1, 64)])
+    logits = hidden.main[0] @ parameters["embedding"].T
+    assert float(jnp.std(logits, axis=-1).min()) > 0.05
+    assert float(optax.tree.norm(step._state.optimizer[1][0].mu)) > 0
+
+
 def test_covered_time_is_counted_once():
     rng = np.random.default_rng(0)
     begins = rng.integers(0, 200, 40)
@@ -282,9 +383,15 @@ def test_kernels_that_are_wrong_do_not_hold(monkeypatch):
     def careless(query, key, value, pattern):
         return attend_densely(query, key, value, pattern.replace(segment_ids=pattern.segment_ids * 0))
 
-    for kernel, holds in ((interpreted, True), (careless, False)):
+    def without_float32(query, key, value, pattern):
+        assert query.dtype != jnp.float32, "no shared memory"
+        return attend_densely(query, key, value, pattern)
+
+    for kernel, holds in ((interpreted, True), (careless, False), (without_float32, False)):
         monkeypatch.setitem(kernels.KERNELS, "triton", kernel)
-        assert kernels.attention_case("triton", tiny=True)["ok"] is holds
+        found = kernels.attention_case("triton", tiny=True)
+        assert found["ok"] is holds
+    assert found["bfloat16 gradients"] < 1e-2 and found["float32"].startswith("AssertionError: no shared memory")
     assert kernels.attention_case("splash", tiny=True) == {"skipped": "this device has triton, dense"}
     assert kernels.selection_case(tiny=True)["ok"]
     monkeypatch.setattr(kernels, "nth_largest", lambda values, n, axis: nth_largest(values, n + 1, axis))
