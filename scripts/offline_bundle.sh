@@ -14,6 +14,11 @@ out=$1 version=${2-3.12} limit_mib=50
 python=${PYTHON-python3}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+if compgen -G "$out/*.whl" >/dev/null; then
+    echo "error: $out holds wheels already: name an empty folder" >&2
+    exit 2
+fi
+
 # No tensorflow-datasets and no pyarrow: only data sets of that kind need them.
 names='array_record|cloudpickle|grain|jaxtyping|ml_collections|portpicker|tensorboardX|tokenizers|wadler_lindig'
 # In the versions that this project is tested with.

@@ -107,7 +107,12 @@ def check_page(place, path):
 
 def test_the_page_that_is_here_is_that_of_the_results_that_are_here(tmp_path):
     write_page(Place(ROOT / "experiments" / "results" / "accelerator", tmp_path, tiny=False), tmp_path / "page.md")
-    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "accelerators.md").read_text()
+    page = (ROOT / "docs" / "accelerators.md").read_text()
+    assert (tmp_path / "page.md").read_text() == page
+    # And the README says of which machine they are.
+    lines = (ROOT / "README.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| [docs/accelerators"))
+    assert ("no machine yet" in row) == ("Nothing has been measured" in page)
 
 
 def made_up(*outcomes):
@@ -398,7 +403,7 @@ def test_kernels_that_are_wrong_do_not_hold(monkeypatch):
     assert not kernels.selection_case(tiny=True)["ok"]
 
 
-def test_the_bundle_holds_what_the_tests_run_with():
+def test_the_bundle_holds_what_the_tests_run_with(tmp_path):
     """Every name is one of the requirements, and none is what the battery can do without."""
     script, required = (ROOT / "scripts" / "offline_bundle.sh").read_text(), (ROOT / "requirements.txt").read_text()
     (names,) = re.findall(r"^names='(.*)'$", script, re.MULTILINE)
@@ -406,3 +411,7 @@ def test_the_bundle_holds_what_the_tests_run_with():
     assert not set(names.split("|")) & {name.replace("_", "-") for name in ABSENT}
     usage = subprocess.run([ROOT / "scripts" / "offline_bundle.sh"], capture_output=True, text=True)
     assert usage.returncode == 2 and usage.stderr.startswith("usage:")
+    # Two versions of one package stop the whole installation.
+    (tmp_path / "grain-0.1.whl").touch()
+    there = subprocess.run([ROOT / "scripts" / "offline_bundle.sh", tmp_path], capture_output=True, text=True)
+    assert there.returncode == 2 and "holds wheels already" in there.stderr
