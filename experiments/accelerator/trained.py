@@ -19,6 +19,7 @@ from experiments.sweep.runner import Code, Sweep
 from experiments.sweep.runs import Run, Variant
 from experiments.sweep.scale import SCALES, Scale
 from experiments.variants import MODES, mtp, mtp_d
+from mtpd_jax.data.sources import open_source, split
 from mtpd_jax.evaluation.statistics import mean_of
 
 NAME = "trained"
@@ -81,6 +82,11 @@ def trained(place: Place, run: Run) -> Result:
     rows = [row for row in read_rows(rows_file(place)) if (row.config, row.seed) == (run.key(), run.seed)]
     arm = Arm(run.variant.name, rows[-1:])
     greedy = [way for row in arm.rows for way in row.decoding["greedy"].by_heads.values()]
+    data, scored = scale_of(place).config.data, arm.rows[0].text
+    text_bytes = sum(
+        len(text.encode(errors="replace"))
+        for text in split(open_source(data), data.validation_fraction, validation=False)
+    )
     return {
         "variant": run.variant.name,
         "seed": run.seed,
@@ -88,6 +94,8 @@ def trained(place: Place, run: Run) -> Result:
         "train_seconds": arm.mean("seconds"),
         "steps": arm.mean("steps"),
         "tokens": arm.mean("tokens"),
+        "text_bytes": text_bytes,
+        "times_text": arm.mean("tokens") * sum(scored.bytes) / sum(scored.weight) / text_bytes,
         "main_ce": mean_of(arm.main_ce()).mean,
         "texts_that_differ": sum(way.different or 0 for way in greedy),
         "decoding": {
