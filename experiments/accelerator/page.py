@@ -154,7 +154,8 @@ def _trained(found: Mapping[str, Result]) -> list[Table]:
     note = (
         f"Trained at `--scale=gpu` on the source code of the installed packages ({', '.join(sizes)}). One prompt at a "
         "time, wall clock, prefill included, over the fastest plain decoding. More heads than a model has are looped, "
-        f"untrained. Greedy texts that differ from plain decoding's by more than a tie: {different}. The goal is 2.5 times plain."
+        f"untrained. Greedy texts that differ from plain decoding's by more than a tie: {different}. The goal is 2.5 "
+        "times plain."
     )
     return [Table("A trained model", columns, rows, note)]
 
