@@ -53,6 +53,8 @@ class DataConfig(Section, tag="source", default="python"):
 class TokenizerConfig(Section):
     path: str = field("")  # a tokenizer.json; empty: train a byte-level BPE on the training documents
     end_token: str = field("<|endoftext|>", given("the token that ends a document"))  # must be in a given tokenizer
+    # Other tokens that end a text in decoding: those of a model that was taught several.
+    more_end_tokens: tuple[str, ...] = field((), resumable=True, as_before=())
     train_bytes: int = field(200_000_000, POSITIVE)  # of training text that the BPE is trained on, at most
 
 
@@ -72,6 +74,9 @@ class ModelConfig(Section):
     feed_forward: Literal["gated"] = field("gated", as_before="gated")  # the layer after attention: SwiGLU
     mlp_width: int = field(2048, POSITIVE)  # of the gated feed-forward layer
     rope_theta: float = field(10_000.0, POSITIVE)
+    # Slower rotation for longer texts than a model was first trained on, as of Llama 3.1: factor, low_freq_factor,
+    # high_freq_factor, and the length of texts before; see model.views. Empty: none.
+    rope_llama3: tuple[float, ...] = field((), POSITIVE, as_before=())
     norm_epsilon: float = field(1e-6, POSITIVE)
     qk_norm: bool = field(True)  # RMSNorm on queries and keys, each head by itself
     qkv_bias: bool = field(False)
@@ -89,6 +94,9 @@ class ModelConfig(Section):
         """Checks values beside each other; see ``Config.validate``."""
         expected = f"a divisor of model.query_heads = {self.query_heads}"
         require(self.query_heads % self.kv_heads == 0, "model.kv_heads", self.kv_heads, expected)
+        expected = "nothing, or factor, low_freq_factor, a larger high_freq_factor, and a length"
+        holds = not self.rope_llama3 or (len(self.rope_llama3) == 4 and self.rope_llama3[1] < self.rope_llama3[2])
+        require(holds, "model.rope_llama3", self.rope_llama3, expected)
         length = config.training.sequence_length
         expected = f"at least training.sequence_length = {length}, or None"
         require(config.context >= length, "model.context", self.context, expected)

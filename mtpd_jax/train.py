@@ -272,7 +272,8 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
 
 
 def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """The tokenizer, whose every id has to have a row in the embedding."""
+    """The tokenizer, whose every id has to have a row in the embedding, and which has to have all end tokens."""
+    tokenizer.ids_of(config.tokenizer.more_end_tokens, "config.tokenizer.more_end_tokens")
     if tokenizer.size > config.model.vocabulary_size:
         raise ValueError(
             f"config.model.vocabulary_size = {config.model.vocabulary_size}: expected at least {tokenizer.size}, "

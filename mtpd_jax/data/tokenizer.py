@@ -80,6 +80,18 @@ class Tokenizer:
             raise ValueError(f"tokenizer {str(path)!r}: expected a readable tokenizer.json ({error})") from error
         return cls(library_tokenizer, end_token)
 
+    def ids_of(self, tokens: Sequence[str], what: str) -> list[int]:
+        """The ids of tokens by their names.
+
+        Raises:
+          ValueError: one is not in the vocabulary; ``what`` they are, for the message.
+        """
+        ids = {token: self._tokenizer.token_to_id(token) for token in tokens}
+        unknown = [token for token, id in ids.items() if id is None]
+        if unknown:
+            raise ValueError(f"{what} = {unknown[0]!r}: not in the tokenizer's vocabulary")
+        return [int(id) for id in ids.values() if id is not None]
+
     def to_json(self) -> str:
         """The contents of a tokenizer.json."""
         return self._tokenizer.to_str()

@@ -43,9 +43,7 @@ class Rotation:
     def of(cls, positions: Positions, config: ModelConfig) -> "Rotation":
         """The pair (i, i + H/2) at a position turns by position * theta^(-2i/H) (RoFormer, arXiv 2104.09864)."""
         # One angle per pair and position.
-        half = config.head_size // 2
-        frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        angles_BxTxh = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+        angles_BxTxh = positions[:, :, None].astype(jnp.float32) * _frequencies(config)[None, None, :]
         return cls(jnp.cos(angles_BxTxh), jnp.sin(angles_BxTxh))
 
     def apply(self, x: Float[Array, "B T *heads H"]) -> Float[Array, "B T *heads H"]:
@@ -56,6 +54,22 @@ class Rotation:
         sign = jnp.array([[-1.0], [1.0]])
         turned = halves * cos + jnp.flip(halves, axis=-2) * (sin * jnp.expand_dims(sign, range(x.ndim - 1)))
         return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    """Radians per position by which each pair turns.
+
+    As of Llama 3.1, a pair that turns less than ``low`` times in the length of texts before turns slower by the factor,
+    one that turns more than ``high`` times as it did, and those between by something between, in line with their turns.
+    """
+    half = config.head_size // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if not config.rope_llama3:
+        return frequencies
+    factor, low, high, length = config.rope_llama3
+    turns = length * frequencies / (2 * jnp.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
 
 
 @runtime_checkable

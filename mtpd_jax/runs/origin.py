@@ -53,6 +53,10 @@ def _complete(config: Config, source: Config) -> Config:
     require(fraction <= most, "data.validation_fraction", fraction, expected)
     expected = f"nothing with objective.mode = {mode!r}, which takes the tokenizer of {where}"
     require(not config.tokenizer.path, "tokenizer.path", config.tokenizer.path, expected)
+    # The tokenizer is that run's, and so is what ends its texts, unless somebody says otherwise.
+    tokenizer = config.tokenizer
+    more = tokenizer.more_end_tokens or source.tokenizer.more_end_tokens
+    config = dataclasses.replace(config, tokenizer=dataclasses.replace(tokenizer, more_end_tokens=more))
     config = METHODS[config.objective.mode].complete(config, source)
     config.validate()
     return config

@@ -16,6 +16,7 @@ from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
 from mtpd_jax.runs.checkpoint import restore_parameters
+from mtpd_jax.runs.origin import completed
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
 from mtpd_jax.training.optimizer import make_optimizer
@@ -283,6 +284,19 @@ def test_what_does_not_fit_is_refused_before_anything_is_created(longer_config, 
     assert all(word in str(raised.value) for word in words), raised.value
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_what_ends_a_text_is_taken_over(base, longer_config, tmp_path):
+    """With the tokenizer, from the run that is extended, unless the new one says otherwise."""
+    source, folder = tmp_path / "source", open_workdir(str(tmp_path / "new"))
+    shutil.copytree(base, source)
+    tree = json.loads((source / "config.json").read_text())
+    tree["tokenizer"]["more_end_tokens"] = ["a", "b"]
+    (source / "config.json").write_text(json.dumps(tree))
+    config = replace(longer_config, objective__source=str(source))
+    assert completed(config, folder).tokenizer.more_end_tokens == ("a", "b")
+    config = replace(config, tokenizer__more_end_tokens=("c",))
+    assert completed(config, folder).tokenizer.more_end_tokens == ("c",)
 
 
 def test_a_run_without_a_checkpoint_cannot_be_extended(base, longer_config, tmp_path):

@@ -94,6 +94,35 @@ def test_rotation_turns_dot_products_into_functions_of_distance():
     assert score(0, 0) == pytest.approx(float(jnp.sum(query * key)), abs=1e-6)
 
 
+def test_rotation_of_llama_3_1_is_slower_where_it_was_slow():
+    """The rule as its release states it, pair by pair: by wavelengths, in whole, not at all, or something between."""
+    config = tiny_config(
+        model__rope_theta=500_000.0, model__head_size=64, model__rope_llama3=(8.0, 1.0, 4.0, 8192.0)
+    ).model
+    expected = []
+    for pair in range(32):
+        frequency = 500_000.0 ** (-2 * pair / 64)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 8192 / 4:
+            expected.append(frequency)
+        elif wavelength > 8192 / 1:
+            expected.append(frequency / 8)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    rotation = Rotation.of(jnp.array([[1]]), config)  # where no pair has turned further than arctan tells
+    found = np.arctan2(rotation.sin, rotation.cos)[0, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    unscaled = [500_000.0 ** (-2 * pair / 64) for pair in range(32)]
+    assert {0.125, 1.0} < {round(a / b, 6) for a, b in zip(expected, unscaled, strict=True)}  # and between
+
+
+@pytest.mark.parametrize("wrong", [(8.0, 1.0, 4.0), (8.0, 4.0, 4.0, 8192.0), (8.0, 0.0, 4.0, 8192.0)])
+def test_rope_scaling_that_says_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"config.model.rope_llama3 = \("):
+        tiny_config(model__rope_llama3=wrong)
+
+
 def wide(parameters, index=None):
     """Parameters in float64; of one layer or head, where they are stacked."""
     return jax.tree.map(lambda leaf: np.asarray(leaf if index is None else leaf[index], np.float64), parameters)

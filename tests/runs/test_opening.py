@@ -1,6 +1,7 @@
 """Opening a run: parameters alone, on as many devices as it takes, in one line of a notebook."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,23 @@ def test_a_text_ends_before_its_stop_string(workdir):
     for bad in ("text", [""], [3]):
         with pytest.raises(ValueError, match="stop"):
             run.generate(["the cat"], stop=bad)
+
+
+def test_any_of_a_models_end_tokens_ends_a_text(workdir, tmp_path):
+    """Said in the config, which may be changed later, of a tokenizer that has it."""
+    shutil.copytree(workdir, tmp_path / "run")
+    whole = mtpd_jax.open_run(str(workdir)).generate(["the cat"], max_new_tokens=20)[0]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    vocabulary = json.loads((tmp_path / "run" / "tokenizer.json").read_text())["model"]["vocab"]
+    name = next(token for token, id in vocabulary.items() if id == whole.tokens[-1])
+    config["tokenizer"]["more_end_tokens"] = [name]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    cut = mtpd_jax.open_run(str(tmp_path / "run")).generate(["the cat"], max_new_tokens=20)[0]
+    assert cut.tokens == whole.tokens[: whole.tokens.index(whole.tokens[-1]) + 1] != ()
+    config["tokenizer"]["more_end_tokens"] = ["<|nothing|>"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config.tokenizer.more_end_tokens = '<\|nothing\|>': not in the tokenizer"):
+        mtpd_jax.open_run(str(tmp_path / "run")).generate(["the cat"])
 
 
 def test_public_names_import_nothing_else():
