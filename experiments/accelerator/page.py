@@ -26,7 +26,7 @@ it is started again; another kind of device needs another folder.
 ```
 python -m experiments.accelerator --out=DIR                 # nine minutes of it; again for the rest
 python -m experiments.accelerator --out=DIR --only=loss     # one piece
-python -m experiments.accelerator --out=DIR --tiny          # all of it, in tiny sizes, on a CPU: two minutes
+python -m experiments.accelerator --out=OTHER --tiny        # all of it, in tiny sizes, on a CPU: two minutes
 python -m experiments.accelerator --out=DIR --page          # writes this page
 ```
 
