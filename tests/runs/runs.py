@@ -62,10 +62,8 @@ def command(config, workdir, **more):
     for section, fields in replace(config, **more).to_dict().items():
         for name, value in fields.items():
             if value is not None:
-                text = ",".join(f"'{item}'" for item in value) + "," if isinstance(value, list | tuple) else value
-                overrides.append(
-                    f"--config.{section}.{name}={f'({text})' if isinstance(value, list | tuple) else text}"
-                )
+                text = repr(tuple(value)) if isinstance(value, list | tuple) else value
+                overrides.append(f"--config.{section}.{name}={text}")
     return [sys.executable, "-m", "mtpd_jax.train", "--config=configs/base.py", f"--workdir={workdir}", *overrides]
 
 
