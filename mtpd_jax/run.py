@@ -55,9 +55,8 @@ class Run:
     @functools.cached_property
     def decoder(self) -> Decoder:
         """Decodes token ids."""
-        trained, tokenizer = self.trained, self.tokenizer
-        more = tokenizer.ids_of(self.config.tokenizer.more_end_tokens, "config.tokenizer.more_end_tokens")
-        return Decoder(trained.model, trained.parameters, [tokenizer.end_id, *more], trained.mesh)
+        trained = self.trained
+        return Decoder(trained.model, trained.parameters, trained.tokenizer.end_ids, trained.mesh)
 
     def scorer(self, batch_size: int) -> Scorer:
         """Scores token ids, so many windows at a time.

@@ -248,11 +248,13 @@ def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | N
 
 def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | None) -> None:
     """Writes config and tokenizer; one that is not given is trained, on training documents only."""
+    wanted = config.tokenizer
     tokenizer = given or Tokenizer.train(
         split(source, config.data.validation_fraction, validation=False),
         config.model.vocabulary_size,
-        config.tokenizer.end_token,
-        config.tokenizer.train_bytes,
+        wanted.end_token,
+        wanted.train_bytes,
+        wanted.more_end_tokens,
     )
     folder.write_config(config)
     write_atomically(folder.tokenizer_file, tokenizer.to_json())
@@ -267,13 +269,13 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
     if config.objective.source_run is not None:
         return _checked(source_of(config).read_tokenizer(config), config)
     if config.tokenizer.path:
-        return _checked(Tokenizer.load(config.tokenizer.path, config.tokenizer.end_token), config)
+        wanted = config.tokenizer
+        return _checked(Tokenizer.load(wanted.path, wanted.end_token, wanted.more_end_tokens), config)
     return None
 
 
 def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """The tokenizer, whose every id has to have a row in the embedding, and which has to have all end tokens."""
-    tokenizer.ids_of(config.tokenizer.more_end_tokens, "config.tokenizer.more_end_tokens")
+    """The tokenizer, whose every id has to have a row in the embedding."""
     if tokenizer.size > config.model.vocabulary_size:
         raise ValueError(
             f"config.model.vocabulary_size = {config.model.vocabulary_size}: expected at least {tokenizer.size}, "

@@ -97,9 +97,9 @@ class Results:
 
     def missing(self, piece: Piece, place: Place) -> list[Case]:
         """The cases of a piece that have no result, in order; those that were tried and failed come last."""
-        there, rows = self.of(piece.name), self.rows()
-        missing = [case for case in piece.cases(place) if case.name not in there]
-        return sorted(missing, key=lambda case: (piece.name, case.name) in rows)
+        rows = {case: row for (of, case), row in self.rows().items() if of == piece.name}
+        missing = [case for case in piece.cases(place) if "result" not in rows.get(case.name, {})]
+        return sorted(missing, key=lambda case: case.name in rows)
 
     def check_device(self, kind: str) -> None:
         """Checks that the results are of one kind of device.

@@ -13,15 +13,15 @@ from mtpd_jax.model.layers import compute_dtype
 
 # WIDTHxLAYERS in the quickstart's proportions: 131 million and a billion parameters, without the heads.
 SIZES = {"130m": "768x15", "1b": "2048x19"}
-TINY_SIZE = "64x2"
+_TINY_SIZE = "64x2"
 _VOCABULARY = 32_768
 # What the rounds of a call with sixteen heads may write: the same room for all numbers of heads.
 _ROOM = 416
 
 
 def subject_of(size: str, place: Place, heads: int) -> Subject:
-    """A model with random parameters: what rounds cost does not depend on them."""
-    return random_subject(size, 300 if place.tiny else _VOCABULARY, heads)
+    """A model with random parameters: what rounds cost does not depend on them. One of ``SIZES``, or the tiny one."""
+    return random_subject(_TINY_SIZE, 300, heads) if place.tiny else random_subject(SIZES[size], _VOCABULARY, heads)
 
 
 def floor_of(model: ModelConfig, config: HeadsConfig, heads: int, batch: int, slots: int) -> tuple[float, float]:
@@ -56,7 +56,7 @@ def rounds(place: Place, size: str, prompt: int, batch: int) -> Result:
             numbers, (1, 2, 5, 17), parts=(1, 4, 16), products=False, prompt=prompt, new_tokens=_ROOM, repeats=5,
             in_turn=False,
         )  # fmt: skip
-    subject = subject_of(TINY_SIZE if place.tiny else SIZES[size], place, max(numbers))
+    subject = subject_of(size, place, max(numbers))
     parts, predicted = measure(subject, batch, study)
     ceilings, found = Ceilings.of(place), []
     for row in parts:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.accelerator.battery import Case, Piece, Place, Result, Results
+from experiments.bench.timing import interleaved
 from mtpd_jax.platform import platform_of
 
 _REPEATS = 7
@@ -24,13 +25,8 @@ def seconds_of(step: Callable[[Any, Any], Any], start: Any, other: Any, times: i
     ``other`` is an argument, whose value the compiler does not know: it can make no shorter way of several steps.
     """
     run = jax.jit(lambda state, other: jax.lax.fori_loop(0, times, lambda _, now: step(now, other), state))
-    jax.block_until_ready(run(start, other))
-    taken = []
-    for _ in range(_REPEATS):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(start, other))
-        taken.append((time.perf_counter() - begin) / times)
-    return taken
+    taken = interleaved({"": lambda: run(start, other)}, _REPEATS, "measuring")[""]
+    return [seconds / times for seconds in taken]
 
 
 def product(size: int, times: int) -> Result:

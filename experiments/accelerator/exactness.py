@@ -128,7 +128,7 @@ def _prompts(opened: Run, place: Place) -> list[np.ndarray]:
 def decoding(place: Place, dtype: str, bit_exact: bool) -> Result:
     """Greedy speculative text against plain decoding's, for several numbers of heads, looped ones too."""
     opened, sizes = open_run(_trained(place)), _sizes(place)
-    decoder = Decoder(_with_dtype(opened, dtype), opened.parameters, [opened.tokenizer.end_id])
+    decoder = Decoder(_with_dtype(opened, dtype), opened.parameters, opened.tokenizer.end_ids)
     prompts, numbers = _prompts(opened, place), sizes.numbers
     options = Options(0, sizes.new_tokens)
     ways = ways_of(options.sharing_width(max(numbers)) if bit_exact else options, numbers)

@@ -61,9 +61,8 @@ def attention_case(name: str, tiny: bool) -> Result:
     return {"ok": all(error <= _ATTENTION[what.split()[0]] for what, error in found.items()), **found}
 
 
-def selection_case(tiny: bool) -> Result:
-    """The N largest of rows of many kinds, all ties included, against sorting: exactly the same entries."""
-    size, n = (2_000, 100) if tiny else (122_880, 10_000)
+def rows_of_logits(size: int) -> np.ndarray:
+    """Bell curves, heavy tails, a lone peak, few distinct values, equal values, a long tail: [6, V] in float32."""
     rng = np.random.default_rng(0)
     rows = [
         rng.normal(size=size) * 3,
@@ -73,11 +72,17 @@ def selection_case(tiny: bool) -> Result:
         np.full(size, 0.7),
         rng.lognormal(size=size) ** 3,
     ]
-    values = np.asarray(rows, np.float32)
+    return np.asarray(rows, np.float32)
+
+
+def selection_case(tiny: bool) -> Result:
+    """The N largest of rows of many kinds, all ties included, against sorting: exactly the same entries."""
+    size, n = (2_000, 100) if tiny else (122_880, 10_000)
+    values = rows_of_logits(size)
     on_cpu = platform_of(jax.devices()[0]).on_cpu
     threshold = jax.jit(lambda values: nth_largest(values, n, LastAxis(None, on_cpu)))(values)
     marked, expected = values >= np.asarray(threshold)[:, None], values >= np.sort(values, axis=1)[:, -n, None]
-    return {"ok": bool(np.array_equal(marked, expected)), "rows": len(rows), "marked": int(marked.sum())}
+    return {"ok": bool(np.array_equal(marked, expected)), "rows": len(values), "marked": int(marked.sum())}
 
 
 def loss_case(tiny: bool) -> Result:

@@ -14,7 +14,7 @@ import jax
 
 from configs import gpu
 from experiments.accelerator.battery import Case, Piece, Place, Result
-from experiments.accelerator.decoding import SIZES, TINY_SIZE, subject_of
+from experiments.accelerator.decoding import subject_of
 from experiments.accelerator.training import config_of, tiny_config
 from experiments.bench.decode_programs import Parts
 from experiments.bench.training import CompiledStep
@@ -130,7 +130,7 @@ def training_step(place: Place) -> Result:
 def decoding_round(place: Place) -> Result:
     """A round of one prompt with four heads, of several in a row."""
     heads = 1 if place.tiny else 4
-    subject = subject_of(TINY_SIZE if place.tiny else SIZES["130m"], place, heads)
+    subject = subject_of("130m", place, heads)
     network = Network(subject.model, platform_of(jax.devices()[0]))
     parts = Parts(network, jax.jit(network.parameters)(subject.parameters), 1, 64, 128)
     program = parts.round(heads)

@@ -2,7 +2,6 @@
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,12 +10,14 @@ import jax
 from configs import base, gpu, mtpd_2b
 from experiments.accelerator.battery import Case, Piece, Place, Result
 from experiments.accelerator.device import Ceilings
-from experiments.bench.loss import memory_limit, within_memory
+from experiments.bench.loss import within_memory
+from experiments.bench.timing import interleaved
 from experiments.bench.training import CompiledStep
 from mtpd_jax.config import Config
 from mtpd_jax.editing import change
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.platform import platform_of
+from mtpd_jax.training.feasibility import device_memory
 
 # Of a device's memory that a step may ask for, by the compiler's figures. With more XLA begins to compute things twice.
 _SHARE = 0.9
@@ -71,7 +72,7 @@ def largest_batch(make: Callable[[int], Config], most: int) -> tuple[int, Compil
     Raises:
       ValueError: what was predicted does not fit, nor do several smaller batches.
     """
-    few, limit = min(8, most), _SHARE * memory_limit()
+    few, limit = min(8, most), _SHARE * device_memory(jax.devices()[0], 1)
     small = {rows: CompiledStep(make(rows)) for rows in (1, few)}
     one, more = (memory_of(small[rows]) for rows in (1, few))
     per_row = max(1.0, (more - one) / max(1, few - 1))
@@ -94,13 +95,7 @@ def _run(step: CompiledStep) -> Any:
 
 def timed(step: CompiledStep, place: Place) -> dict[str, Any]:
     """Times steps, one after the other as training runs them."""
-    for _ in range(2):
-        _run(step)
-    taken = []
-    for _ in range(_STEPS):
-        begin = time.perf_counter()
-        _run(step)
-        taken.append(time.perf_counter() - begin)
+    taken = interleaved({"": step}, _STEPS, "training steps")[""]
     seconds, ceilings = statistics.median(taken), Ceilings.of(place)
     peak, rate = platform_of(jax.devices()[0]).peak_flops, step.model_flops / seconds
     memory = step.compiled.memory_analysis()

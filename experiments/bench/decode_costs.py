@@ -130,6 +130,7 @@ def measure(subject: Subject, rows: int, study: Study) -> tuple[list[dict[str, A
     for programs in study.programs(subject, rows):
         seconds |= _seconds(programs, rows, study.repeats, f"{subject.name}, batch {rows}")
         programs.clear()  # and with them their states
+    scanned = study.network(subject).scanned
     medians = {key: max(0.0, statistics.median(each)) for key, each in seconds.items()}  # less than nothing: noise
     found = [
         {
@@ -141,7 +142,7 @@ def measure(subject: Subject, rows: int, study: Study) -> tuple[list[dict[str, A
             "seconds_min": min(each),
             "seconds_max": max(each),
             "over_plain": medians[part, count] / medians["round", 0] if medians["round", 0] else None,
-            "scanned": study.network(subject).scanned,
+            "scanned": scanned,
         }
         for (part, count), each in seconds.items()
     ]

@@ -9,7 +9,6 @@ count takes the body of a loop once.
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +34,7 @@ from experiments.environment import environment
 from experiments.figures import curves
 from mtpd_jax import frontdoor
 from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.training.feasibility import device_memory
 
 # Chunk sizes from which the chunked form with rematerialisation takes its fastest: of a CPU, and of accelerators.
 REMAT_CHUNKS = {True: (32, 64, 128), False: (256, 512, 1024)}
@@ -75,14 +75,6 @@ def cases(flags: argparse.Namespace) -> list[dict[str, int]]:
     return [base, *({**base, name: value} for name, values in lists.items() for value in values[1:])]
 
 
-def memory_limit() -> int:
-    """Bytes that a program may use on this device."""
-    statistics_ = jax.devices()[0].memory_stats()
-    if statistics_ and "bytes_limit" in statistics_:
-        return int(statistics_["bytes_limit"])
-    return int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
 def tuned_remat(arguments: tuple[jax.Array, ...], distillation: Any, rows: int) -> jax.stages.Compiled:
     """The chunked form at its best chunk size."""
     on_cpu = jax.default_backend() == "cpu"
@@ -112,7 +104,7 @@ def fits(program: jax.stages.Compiled, run: Callable[[], Any]) -> bool:
     memory = program.memory_analysis()
     assert memory  # CPUs and accelerators give it
     needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    if needed > _SHARE * memory_limit():
+    if needed > _SHARE * device_memory(jax.devices()[0], 1):
         return False
     return within_memory(lambda: jax.block_until_ready(run())) is not None
 

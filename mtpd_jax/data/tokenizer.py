@@ -20,28 +20,41 @@ class Tokenizer:
 
     Attributes:
       end_id: the id of the token that ends every document.
+      end_ids: those of all tokens that end a text in decoding, that one first.
       size: the largest id, and one: the rows that an embedding must have. Ids may have gaps.
     """
 
-    def __init__(self, library_tokenizer: tokenizers.Tokenizer, end_token: str):
+    def __init__(self, library_tokenizer: tokenizers.Tokenizer, end_token: str, more_end_tokens: Sequence[str] = ()):
         """Wraps a tokenizer of the ``tokenizers`` library.
 
         Raises:
-          ValueError: the end token is not in its vocabulary.
+          ValueError: an end token is not in its vocabulary.
         """
-        end_id = library_tokenizer.token_to_id(end_token)
-        if end_id is None:
-            raise ValueError(f"config.tokenizer.end_token = {end_token!r}: not in the tokenizer's vocabulary")
+
+        def id_of(token: str, field: str) -> int:
+            found = library_tokenizer.token_to_id(token)
+            if found is None:
+                raise ValueError(f"config.tokenizer.{field} = {token!r}: not in the tokenizer's vocabulary")
+            return found
+
         # A document that spells out the end token must not be able to end itself.
         library_tokenizer.encode_special_tokens = True
         library_tokenizer.no_truncation()
         library_tokenizer.no_padding()
         self._tokenizer = library_tokenizer
-        self.end_id: int = end_id
+        self.end_id = id_of(end_token, "end_token")
+        self.end_ids = (self.end_id, *(id_of(token, "more_end_tokens") for token in more_end_tokens))
         self.size: int = 1 + max(library_tokenizer.get_vocab(with_added_tokens=True).values())
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocabulary_size: int, end_token: str, limit: int) -> "Tokenizer":
+    def train(
+        cls,
+        documents: Iterable[str],
+        vocabulary_size: int,
+        end_token: str,
+        limit: int,
+        more_end_tokens: Sequence[str] = (),
+    ) -> "Tokenizer":
         """Trains a byte-level BPE.
 
         Args:
@@ -49,6 +62,7 @@ class Tokenizer:
           vocabulary_size: ids, at most; a small text yields fewer.
           end_token: becomes id 0.
           limit: stop reading after this many bytes of text.
+          more_end_tokens: others that end a text, of those that come out.
         """
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,14 +74,14 @@ class Tokenizer:
             show_progress=False,
         )
         bpe.train_from_iterator(_at_most(documents, limit), trainer)
-        return cls(bpe, end_token)
+        return cls(bpe, end_token, more_end_tokens)
 
     @classmethod
-    def load(cls, path: epath.PathLike, end_token: str) -> "Tokenizer":
+    def load(cls, path: epath.PathLike, end_token: str, more_end_tokens: Sequence[str] = ()) -> "Tokenizer":
         """Loads a tokenizer.json.
 
         Raises:
-          ValueError: the file is missing or is not a tokenizer, or lacks the end token.
+          ValueError: the file is missing or is not a tokenizer, or lacks an end token.
         """
         try:
             text = epath.Path(path).read_bytes().decode("utf-8")
@@ -78,19 +92,7 @@ class Tokenizer:
             raise ValueError(f"tokenizer {str(path)!r}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
             raise ValueError(f"tokenizer {str(path)!r}: expected a readable tokenizer.json ({error})") from error
-        return cls(library_tokenizer, end_token)
-
-    def ids_of(self, tokens: Sequence[str], what: str) -> list[int]:
-        """The ids of tokens by their names.
-
-        Raises:
-          ValueError: one is not in the vocabulary; ``what`` they are, for the message.
-        """
-        ids = {token: self._tokenizer.token_to_id(token) for token in tokens}
-        unknown = [token for token, id in ids.items() if id is None]
-        if unknown:
-            raise ValueError(f"{what} = {unknown[0]!r}: not in the tokenizer's vocabulary")
-        return [int(id) for id in ids.values() if id is not None]
+        return cls(library_tokenizer, end_token, more_end_tokens)
 
     def to_json(self) -> str:
         """The contents of a tokenizer.json."""

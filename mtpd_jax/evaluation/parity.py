@@ -18,7 +18,7 @@ from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows
 from mtpd_jax.decoding.stops import Stops
-from mtpd_jax.decoding.strategies.speculative import Speculative, SpeculativeState, accept
+from mtpd_jax.decoding.strategies.speculative import Speculative, SpeculativeState
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.platform import Platform
@@ -53,7 +53,7 @@ def rounds(
     Yields:
       The rows before the round, the drafts, how many of them each row accepted, [B], and the rows after it.
     """
-    stops, drafter, width = Stops(()), strategy.drafter, max(map(len, prompts))
+    stops, width = Stops(()), max(map(len, prompts))
     padded = jnp.asarray(np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts]), jnp.int32)
     lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)))
@@ -62,10 +62,7 @@ def rounds(
         return prefill(strategy, parameters, padded, lengths, keys, stops, width)
 
     def one_round(parameters: DecodingParameters, rows: Rows, state: SpeculativeState) -> Any:
-        drafts, drafting = drafter.draft(parameters, rows, state.drafter, keys)
-        candidates, accepted, cache, hidden = strategy.verify(parameters, rows, state.cache, drafts, keys)
-        after = accept(rows, drafts, candidates, accepted, stops)
-        return drafts, accepted, after, SpeculativeState(cache, drafter.confirm(drafting, rows, after, hidden))
+        return strategy.play(parameters, rows, state, keys, stops)
 
     batch, play = strategy.network.jit(start)(parameters), strategy.network.jit(one_round)
     rows, state, before = batch.rows, batch.state, jax.device_get(batch.rows)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.accelerator import decoding, kernels, loss, profile, training
+from experiments.accelerator import decoding, device, exactness, kernels, loss, profile, training
 from experiments.accelerator.battery import Place
 from experiments.accelerator.device import Ceilings
 from experiments.bench import loss as bench_loss
@@ -16,6 +16,7 @@ from experiments.bench.decode_costs import random_subject
 from experiments.bench.training import CompiledStep
 from experiments.lines import append_line
 from mtpd_jax.decoding.network import Network
+from mtpd_jax.evaluation.speed import RoundCosts
 from mtpd_jax.losses.select import nth_largest
 from mtpd_jax.model.attention import attend_by_triton, attend_densely
 from mtpd_jax.platform import Platform
@@ -88,7 +89,7 @@ def test_kernels_of_a_gpu_are_those_on_its_streams(monkeypatch, tmp_path):
 
 
 def test_a_loss_that_does_not_fit_is_a_dash(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_loss, "memory_limit", lambda: 1)
+    monkeypatch.setattr(bench_loss, "device_memory", lambda *_: 1)
     result = loss.rows(Place(tmp_path, tmp_path, tiny=True), 1)
     assert result["mtp_d_over_mtp"] is None and {row["seconds"] for row in result["rows"]} == {None}
     assert loss.summary(result) == "nothing fits"
@@ -109,7 +110,7 @@ def test_the_largest_batch_is_the_one_that_fits(monkeypatch):
         return SimpleNamespace(rows=rows)
 
     monkeypatch.setattr(training, "CompiledStep", step)
-    monkeypatch.setattr(training, "memory_limit", lambda: 1000 / training._SHARE)
+    monkeypatch.setattr(training, "device_memory", lambda *_: 1000 / training._SHARE)
     monkeypatch.setattr(training, "_run", lambda step: step)
     monkeypatch.setattr(training, "memory_of", lambda step: 100 + 7 * step.rows)
     assert training.largest_batch(lambda rows: rows, 512)[0] == 128 and made == [1, 8, 128]
@@ -162,3 +163,39 @@ def test_kernels_that_are_wrong_do_not_hold(monkeypatch):
     assert kernels.selection_case(tiny=True)["ok"]
     monkeypatch.setattr(kernels, "nth_largest", lambda values, n, axis: nth_largest(values, n + 1, axis))
     assert not kernels.selection_case(tiny=True)["ok"]
+
+
+def test_resuming_with_other_bits_does_not_hold(tmp_path, monkeypatch):
+    """Nor does a run that did not move between its middle and its end, of which nothing would be learned."""
+    place = Place(tmp_path, tmp_path, tiny=True)
+    (tmp_path / "exactness").mkdir()
+    monkeypatch.setattr(exactness, "_train", lambda config, workdir, *_: str(workdir))
+    end, middle = {"a": np.ones(3), "b": np.zeros(2)}, {"a": np.zeros(3), "b": np.ones(2)}
+    other = {**end, "a": np.array([1.0, 1.0, 1 + 1e-7])}
+    for resumed, begun, holds, differing in ((end, middle, True, 0), (other, middle, False, 1), (end, end, False, 0)):
+
+        def load(folder, step=None, resumed=resumed, begun=begun):
+            found = begun if step else resumed if folder.endswith("resumed") else end
+            return SimpleNamespace(parameters=found)
+
+        monkeypatch.setattr(exactness, "load_run", load)
+        assert exactness.resume(place) == {"ok": holds, "arrays": 2, "differing": differing}
+
+
+def test_rates_are_work_over_time(monkeypatch):
+    """A product is two FLOPs per multiplication, and two of them to a step; a copy reads, and writes."""
+    monkeypatch.setattr(device, "seconds_of", lambda *_: [1.0, 4.0, 2.0])
+    assert device.product(8, 1)["flops_per_second"] == 2 * 8**3 and device.product(8, 1)["fastest"] == 4 * 8**3
+    assert device.copy(100, 1)["bytes_per_second"] == 2 * 400 / 2.0
+
+
+def test_rounds_stand_beside_what_the_speed_model_says_and_their_floor(tmp_path, monkeypatch):
+    place = Place(tmp_path, tmp_path, tiny=True)
+    predicted = RoundCosts(2, {1: 3.0, 3: 5.0}, {2: 0.5}, {0: 0.25, 2: 0.25})
+    row = {"part": "round", "heads": 2, "seconds": 8.0, "over_plain": 2.0}
+    monkeypatch.setattr(decoding, "measure", lambda *_: ([row, {"part": "verify"}], predicted))
+    (without,) = decoding.rounds(place, "tiny", 64, 2)["rounds"]
+    assert without["predicted_seconds"] == 5.75 and without["floor_seconds"] is None and without["break_even"] == 2.0
+    monkeypatch.setattr(Ceilings, "of", lambda _: Ceilings(without["flops"], without["bytes"] / 4))
+    (found,) = decoding.rounds(place, "tiny", 64, 2)["rounds"]
+    assert found["floor_seconds"] == 4.0 and found["over_floor"] == 2.0

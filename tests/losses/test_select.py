@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from experiments.accelerator.kernels import rows_of_logits
 from mtpd_jax.losses import select
 from mtpd_jax.losses.select import nth_largest, ordered_key, value_of_key
 from mtpd_jax.sharding import LastAxis
@@ -43,17 +44,8 @@ def test_marks_the_n_largest_and_all_ties(values, n, vocabulary):
 @pytest.mark.parametrize("vocabulary", PLATFORMS, ids=str)
 def test_rows_of_logits(vocabulary):
     """Bell curves, heavy tails, a lone peak, few distinct values, equal values: each in its own number of passes."""
-    rng = np.random.default_rng(0)
     size = 5_000
-    rows = [
-        rng.normal(size=size) * 3,
-        rng.standard_t(2, size=size) * 1e3,
-        np.append(rng.normal(size=size - 1) * 0.1, 40.0),
-        np.round(rng.normal(size=size) * 2),
-        np.full(size, 0.7),
-        rng.lognormal(size=size) ** 3,
-    ]
-    values = np.asarray(rows, np.float32)
+    values = rows_of_logits(size)
     for n in (1, 7, 500, size - 1, size):
         threshold = np.asarray(search(jnp.asarray(values), n, vocabulary))
         np.testing.assert_array_equal(values >= threshold[:, None], by_sorting(values, n), err_msg=str(n))

@@ -69,6 +69,13 @@ class Speculative(Strategy, name="speculative"):
     def round(
         self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
     ) -> tuple[Rows, SpeculativeState]:
+        _, _, after, new = self.play(parameters, rows, state, keys, stops)
+        return after, new
+
+    def play(
+        self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
+    ) -> tuple[Drafts, Int[Array, " B"], Rows, SpeculativeState]:
+        """A round, and what went on in it: the drafts, how many of them were accepted, and what ``round`` returns."""
         # Profiles show a round by these names.
         with jax.named_scope("draft"):
             drafts, drafter = self.drafter.draft(parameters, rows, state.drafter, keys)
@@ -76,7 +83,7 @@ class Speculative(Strategy, name="speculative"):
             candidates, accepted, cache, hidden = self.verify(parameters, rows, state.cache, drafts, keys)
         with jax.named_scope("accept"):
             after = accept(rows, drafts, candidates, accepted, stops)
-        return after, SpeculativeState(cache, self.drafter.confirm(drafter, rows, after, hidden))
+        return drafts, accepted, after, SpeculativeState(cache, self.drafter.confirm(drafter, rows, after, hidden))
 
     def verify(
         self, parameters: DecodingParameters, rows: Rows, cache: Caches, drafts: Drafts, keys: Array
