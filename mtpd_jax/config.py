@@ -53,11 +53,16 @@ class DataConfig(Section, tag="source", default="python"):
 class TokenizerConfig(Section):
     path: str = field("")  # a tokenizer.json; empty: train a byte-level BPE on the training documents
     end_token: str = field("<|endoftext|>", given("the token that ends a document"))  # must be in a given tokenizer
+    # The token before every document and prompt, where the tokenizer is of a model that was taught so; empty: none.
+    begin_token: str = field("", as_before="")
     # Other tokens that end a text in decoding: those of a model that was taught several.
     more_end_tokens: tuple[str, ...] = field((), resumable=True, as_before=())
     train_bytes: int = field(200_000_000, POSITIVE)  # of training text that the BPE is trained on, at most
 
 
+# What parameters are kept in, in memory and on disk: those that are trained in float32, what is read of others' models
+# as it came. (What products run in is ``model.dtype``.)
+Weights = Literal["float32", "bfloat16", "float16"]
 _EVEN = Constraint(lambda size: size % 2 == 0, "an even number (RoPE rotates pairs)")
 
 
@@ -83,6 +88,7 @@ class ModelConfig(Section):
     tied_unembedding: bool = field(True)  # the unembedding is the embedding
     scale_embedding: bool = field(True)  # multiply input embeddings by sqrt(width)
     remat: bool = field(False)  # recompute each block's activations in the backward pass
+    weights: Weights = field("float32", as_before="float32")  # of embedding, backbone and unembedding
     # Of activations; auto: bfloat16 on accelerators, float32 on CPU.
     dtype: Literal["auto", "float32", "bfloat16"] = field("auto")
     # The kernel of training; auto: splash on TPU, triton on GPU, dense on CPU and where a kernel cannot be used.
@@ -108,6 +114,7 @@ class HeadsConfig(Section):
     # cascade: K modules; recurrent: one module, applied K times; see model.heads.
     kind: str = field("cascade", given("a kind of head"))
     pass_normed: bool = field(True)  # a head hands its normed state to the next one (False: the state before its norm)
+    weights: Weights = field("float32", as_before="float32")  # of the heads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Measures a trained run: ``python -m mtpd_jax.evaluate --workdir=DIR [--text=FILE …] [--split=…] [--prompts=FILE]``.
 
 Text is scored teacher-forced: cross entropy, bits per byte, each head's agreement with the main head. Prompts (a file
-with one JSON object with the field "prompt" per line) are decoded with several numbers of heads: acceptance, tokens
-per pass, wall clock against plain decoding on the same prompts. Greedy text that differs from plain decoding's by more
-than a tie exits with status 1.
+with one JSON object per line, with the field "prompt", or "messages" of a conversation) are decoded with several
+numbers of heads: acceptance, tokens per pass, wall clock against plain decoding on the same prompts. Greedy text that
+differs from plain decoding's by more than a tie exits with status 1.
 """
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import rich.console
 
 from mtpd_jax import frontdoor
+from mtpd_jax.data.chat import Prompt, check_prompt
 from mtpd_jax.data.files import json_field, read_text
 from mtpd_jax.data.sources import expand
 from mtpd_jax.decoding.drafters import DRAFTERS
@@ -112,7 +115,7 @@ def run(
       workdir: of a trained run.
       text: files, or globs; each file is one document.
       split_name: "validation" scores the run's own held-out documents.
-      prompts: a JSON-lines file with a field "prompt".
+      prompts: a JSON-lines file with a field "prompt" or "messages".
       heads: numbers of drafts, one by each head, to decode with; 0 (plain) and 1 always run; more than the model has
         loops them. None: 0, 1, 2, 4, … and all.
       limit: at most this many documents of the split and prompts.
@@ -205,10 +208,10 @@ class _Decoding:
 
     @classmethod
     def of(
-        cls, opened: Run, prompts: Sequence[str], ways: Ways, batch_size: int, seed: int, stop: Sequence[str]
+        cls, opened: Run, prompts: Sequence[Prompt], ways: Ways, batch_size: int, seed: int, stop: Sequence[str]
     ) -> "_Decoding":
         """Checks that all of it can be done."""
-        ids = [opened.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [opened.encode(prompt) for prompt in prompts]
         for options in ways.values():
             opened.decoder.check(ids, options, batch_size)
         transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
@@ -240,8 +243,8 @@ def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
     return sorted({0, *([1] if most else []), *heads})
 
 
-def read_prompts(path: str, limit: int | None = None) -> list[str]:
-    """The prompts of a file of JSON lines, at most ``limit`` of them.
+def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
+    """The prompts of a file of JSON lines, at most ``limit`` of them: texts, and conversations.
 
     Raises:
       ValueError: there is no such file, it holds no prompt, or a line has none.
@@ -253,7 +256,19 @@ def read_prompts(path: str, limit: int | None = None) -> list[str]:
     lines = [(number, line) for number, line in enumerate(read_text(file, "--prompts").split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"--prompts={path}: holds no prompt")
-    return [json_field(line, "prompt", f"--prompts={path}, line {number}") for number, line in lines[:limit]]
+    return [_prompt_of(line, f"--prompts={path}, line {number}") for number, line in lines[:limit]]
+
+
+def _prompt_of(line: str, where: str) -> Prompt:
+    row = None
+    with contextlib.suppress(ValueError, RecursionError):  # which are said below
+        row = json.loads(line)
+    if not isinstance(row, dict) or "messages" not in row:
+        return json_field(line, "prompt", where)
+    if "prompt" in row or isinstance(row["messages"], str):
+        raise ValueError(f"{where}: expected one of prompt, a text, and messages, a list")
+    check_prompt(row["messages"], where)
+    return row["messages"]
 
 
 def main() -> int:
@@ -262,7 +277,7 @@ def main() -> int:
     parser.add_argument("--workdir", required=True, help="of a trained run")
     parser.add_argument("--text", action="append", default=[], help="a file or glob to score; may be given again")
     parser.add_argument("--split", help="validation: score the run's own held-out documents")
-    parser.add_argument("--prompts", help='a file of JSON lines with a field "prompt" to decode')
+    parser.add_argument("--prompts", help='a file of JSON lines with a field "prompt" or "messages"')
     parser.add_argument("--heads", type=frontdoor.integers, help="numbers of heads to decode with, such as 0,1,2,4")
     parser.add_argument("--limit", type=int, help="at most this many documents and prompts")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded together (default: 1)")

@@ -11,6 +11,7 @@ from typing import Any
 import rich.console
 
 from mtpd_jax import frontdoor
+from mtpd_jax.data.chat import Prompt, messages_of
 from mtpd_jax.data.files import read_text
 from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.evaluation.generation import Generation, check_prompts, show
@@ -21,7 +22,7 @@ from mtpd_jax.runs.checkpoint import NEWEST
 
 def run(
     workdir: str,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     checkpoint: int | str = NEWEST,
     devices_per_model: int | None = None,
@@ -31,7 +32,7 @@ def run(
 
     Args:
       workdir: of a trained run.
-      prompts: texts, none of them empty.
+      prompts: texts or conversations; see ``Run.generate``.
       checkpoint, devices_per_model: see ``open_run``.
       options: what ``Run.generate`` takes.
 
@@ -49,6 +50,8 @@ def main() -> int:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompt_file", help="a file with the text to continue")
+    parser.add_argument("--chat", action="store_true", help="the text is a message, which the model answers")
+    parser.add_argument("--system", help="with --chat: what the model is told before")
     parser.add_argument(
         "--heads", type=int, help="drafts per pass; 0 decodes plainly, more than there are loop them (default: all)"
     )
@@ -60,16 +63,20 @@ def main() -> int:
     flags = parser.parse_args()
     frontdoor.check_json_path(flags.json)
     text = flags.prompt if flags.prompt is not None else read_text(flags.prompt_file, "--prompt_file")
-    check_prompts([text])
+    if flags.system is not None and not flags.chat:
+        raise ValueError("--system: expected --chat beside it, for only a conversation has a system message")
+    asked: Prompt = messages_of(text, flags.system) if flags.chat else text
+    check_prompts([asked])
     sampling = frontdoor.sampling_of(flags)
     # The text, in colours, and its figures.
     opened = open_run(flags.workdir, flags.checkpoint, flags.devices_per_model)
     generation = opened.generate(
-        [text], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed,
+        [asked], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed,
         min_confidence=flags.min_confidence, bit_exact=flags.bit_exact, drafter=flags.drafter,
         strategy=flags.strategy, stop=flags.stop, compare=flags.compare,
     )[0]  # fmt: skip
-    show(rich.console.Console(highlight=False), text, generation, opened.tokenizer.decode)
+    shown = text if not flags.chat else f"{text}\n\n"
+    show(rich.console.Console(highlight=False), shown, generation, opened.tokenizer.decode)
     if flags.json:
         write_json(flags.json, dataclasses.asdict(generation))
     return int(generation.failed)

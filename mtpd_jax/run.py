@@ -3,14 +3,16 @@
 import functools
 from collections.abc import Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
+from mtpd_jax.data.chat import Prompt, encode_prompt
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.evaluation.generation import Generation, check_prompts, generate
+from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate
 from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
 from mtpd_jax.evaluation.scoring import ScoredText, Scorer
 from mtpd_jax.runs.checkpoint import NEWEST
@@ -93,9 +95,13 @@ class Run:
         options.validate()
         return options.sharing_width(heads) if bit_exact else options
 
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """Token ids of a prompt, [T] int32; see ``data.chat.encode_prompt``."""
+        return encode_prompt(prompt, self.tokenizer, self.trained.chat)
+
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         heads: int | None = None,
         max_new_tokens: int = 128,
@@ -112,7 +118,8 @@ class Run:
         """Continues prompts.
 
         Args:
-          prompts: texts, none of them empty.
+          prompts: texts to continue, none of them empty; or conversations to answer, lists of messages
+            ``{"role": "user", "content": …}``, for a model with a chat template.
           heads: drafts per round; 0 for plain decoding, None for as many as the model has heads; more loop them.
           max_new_tokens: per prompt.
           sampling: None is greedy.
@@ -133,8 +140,9 @@ class Run:
         check_stop(stop)
         check_count("batch_size", batch_size)
         options = self.options(heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy)
+        encoded = [self.encode(prompt) for prompt in prompts]
         return generate(
-            self.decoder, self.tokenizer, prompts, options,
+            self.decoder, self.tokenizer, encoded, options,
             stop=stop, batch_size=batch_size, seed=seed, compare=compare,
         )  # fmt: skip
 
@@ -150,7 +158,7 @@ class Run:
         Raises:
           ValueError: something is no text, or a batch needs more memory than there is.
         """
-        check_prompts(texts)
+        check_texts(texts)
         # Encoded as they are asked for.
         encoded = map(self.tokenizer.encode_document_and_bytes, texts)
         return list(self.scorer(batch_size).score(self.parameters, encoded))
@@ -160,7 +168,7 @@ class Run:
     ) -> list[LogLikelihood]:
         """Log-likelihoods of continuations, each after the context at the same place; see ``evaluation.likelihood``."""
         for texts in (contexts, continuations):
-            check_prompts(texts)
+            check_texts(texts)
         return loglikelihoods(self.scorer(batch_size), self.parameters, contexts, continuations)
 
 

@@ -45,7 +45,7 @@ from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Evaluate, Trainer
-from mtpd_jax.training.feasibility import check_attention, check_training
+from mtpd_jax.training.feasibility import check_attention, check_training, check_weights
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
@@ -105,6 +105,7 @@ def run(
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
+    check_weights(method)
     notes = [check_training(method), check_attention(method)]
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
@@ -255,6 +256,7 @@ def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | 
         wanted.end_token,
         wanted.train_bytes,
         wanted.more_end_tokens,
+        wanted.begin_token,
     )
     folder.write_config(config)
     write_atomically(folder.tokenizer_file, tokenizer.to_json())
@@ -270,7 +272,8 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
         return _checked(source_of(config).read_tokenizer(config), config)
     if config.tokenizer.path:
         wanted = config.tokenizer
-        return _checked(Tokenizer.load(wanted.path, wanted.end_token, wanted.more_end_tokens), config)
+        ends = wanted.end_token, wanted.more_end_tokens
+        return _checked(Tokenizer.load(wanted.path, *ends, wanted.begin_token), config)
     return None
 
 

@@ -24,6 +24,7 @@ from experiments.bench.decode_costs import LAYOUTS, Study, Subject, measure, ran
 from experiments.environment import environment
 from experiments.figures import curves
 from mtpd_jax import frontdoor
+from mtpd_jax.data.chat import Prompt
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
@@ -69,7 +70,7 @@ def verify_table(name: str, rows: Sequence[dict[str, Any]], widths: Sequence[int
 
 
 def predict(
-    opened: Run, costs: Sequence[RoundCosts], prompts: Sequence[str], sampling: Sampling, flags: Any
+    opened: Run, costs: Sequence[RoundCosts], prompts: Sequence[Prompt], sampling: Sampling, flags: Any
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Decodes the prompts in every way at every batch size, and puts the prediction beside it.
 
@@ -80,7 +81,7 @@ def predict(
       One row per batch size and way, and the cumulative acceptance of all heads.
     """
     decoder = opened.decoder
-    ids = [opened.tokenizer.encode(prompt) for prompt in prompts]
+    ids = [opened.encode(prompt) for prompt in prompts]
     numbers, cumulative, found = (0, *flags.heads), [], []
     for cost in costs:
         batch = cost.rows
@@ -183,7 +184,7 @@ def draw(path: str, rows: Sequence[dict[str, Any]], predictions: Sequence[dict[s
     curves(path, panels)
 
 
-def trained_run(flags: argparse.Namespace) -> tuple[Run | None, list[str]]:
+def trained_run(flags: argparse.Namespace) -> tuple[Run | None, Sequence[Prompt]]:
     """The run to measure, on one device, as all costs here are of one; and its prompts. None without ``--workdir``.
 
     Raises:

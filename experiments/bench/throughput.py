@@ -41,7 +41,7 @@ def unequal_prompts(opened: Run, path: str, count: int) -> list[np.ndarray]:
     Raises:
       ValueError: there are too few.
     """
-    texts = [opened.tokenizer.encode(text) for text in read_prompts(path)]
+    texts = [opened.encode(prompt) for prompt in read_prompts(path)]
     whole = [ids for ids in texts if len(ids) >= _LONGEST][:count]
     if len(whole) < count:
         raise ValueError(f"--prompts={path}: {len(whole)} prompts of at least {_LONGEST} tokens; expected {count}")

@@ -278,6 +278,16 @@ class TfdsData(DataConfig, case="tfds"):
         return TfdsSource(self.name, self.split, self.directory, self.field)
 
 
+@dataclasses.dataclass(frozen=True)
+class UnknownData(DataConfig, case="unknown"):
+    """What an imported model was trained on: it is not here, and nothing of it can be held out."""
+
+    def open(self) -> Source:
+        raise ValueError(
+            "config.data.source = 'unknown': what an imported model was trained on is not here; score files with --text"
+        )
+
+
 def _json_lines(file: File, field: str) -> Iterator[tuple[int, int]]:
     """Yields the ranges of lines that are not empty."""
     for number, (start, raw) in enumerate(file.pieces(b"\n"), 1):

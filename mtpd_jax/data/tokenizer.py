@@ -19,16 +19,23 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
+      begin_ids: of the token before every document and prompt; empty where there is none.
       end_id: the id of the token that ends every document.
       end_ids: those of all tokens that end a text in decoding, that one first.
       size: the largest id, and one: the rows that an embedding must have. Ids may have gaps.
     """
 
-    def __init__(self, library_tokenizer: tokenizers.Tokenizer, end_token: str, more_end_tokens: Sequence[str] = ()):
-        """Wraps a tokenizer of the ``tokenizers`` library.
+    def __init__(
+        self,
+        library_tokenizer: tokenizers.Tokenizer,
+        end_token: str,
+        more_end_tokens: Sequence[str] = (),
+        begin_token: str = "",
+    ):
+        """Wraps a tokenizer of the ``tokenizers`` library; for the other arguments see ``TokenizerConfig``.
 
         Raises:
-          ValueError: an end token is not in its vocabulary.
+          ValueError: one of the tokens is not in its vocabulary.
         """
 
         def id_of(token: str, field: str) -> int:
@@ -42,6 +49,7 @@ class Tokenizer:
         library_tokenizer.no_truncation()
         library_tokenizer.no_padding()
         self._tokenizer = library_tokenizer
+        self.begin_ids = (id_of(begin_token, "begin_token"),) if begin_token else ()
         self.end_id = id_of(end_token, "end_token")
         self.end_ids = (self.end_id, *(id_of(token, "more_end_tokens") for token in more_end_tokens))
         self.size: int = 1 + max(library_tokenizer.get_vocab(with_added_tokens=True).values())
@@ -54,6 +62,7 @@ class Tokenizer:
         end_token: str,
         limit: int,
         more_end_tokens: Sequence[str] = (),
+        begin_token: str = "",
     ) -> "Tokenizer":
         """Trains a byte-level BPE.
 
@@ -62,7 +71,7 @@ class Tokenizer:
           vocabulary_size: ids, at most; a small text yields fewer.
           end_token: becomes id 0.
           limit: stop reading after this many bytes of text.
-          more_end_tokens: others that end a text, of those that come out.
+          more_end_tokens, begin_token: of those that come out.
         """
         bpe = tokenizers.Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,37 +83,60 @@ class Tokenizer:
             show_progress=False,
         )
         bpe.train_from_iterator(_at_most(documents, limit), trainer)
-        return cls(bpe, end_token, more_end_tokens)
+        return cls(bpe, end_token, more_end_tokens, begin_token)
 
     @classmethod
-    def load(cls, path: epath.PathLike, end_token: str, more_end_tokens: Sequence[str] = ()) -> "Tokenizer":
+    def load(
+        cls, path: epath.PathLike, end_token: str, more_end_tokens: Sequence[str] = (), begin_token: str = ""
+    ) -> "Tokenizer":
         """Loads a tokenizer.json.
 
         Raises:
-          ValueError: the file is missing or is not a tokenizer, or lacks an end token.
+          ValueError: the file is missing or is not a tokenizer, or lacks one of the tokens.
         """
+        return cls(cls.open(path), end_token, more_end_tokens, begin_token)
+
+    @staticmethod
+    def open(path: epath.PathLike) -> tokenizers.Tokenizer:
+        """Opens a tokenizer.json as the library does; see ``load``."""
         try:
             text = epath.Path(path).read_bytes().decode("utf-8")
-            library_tokenizer = tokenizers.Tokenizer.from_str(text)
+            return tokenizers.Tokenizer.from_str(text)
         except UnicodeDecodeError as error:
             raise ValueError(f"tokenizer {str(path)!r}: byte {error.start} is not UTF-8") from error
         except OSError as error:
             raise ValueError(f"tokenizer {str(path)!r}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
             raise ValueError(f"tokenizer {str(path)!r}: expected a readable tokenizer.json ({error})") from error
-        return cls(library_tokenizer, end_token, more_end_tokens)
 
     def to_json(self) -> str:
         """The contents of a tokenizer.json."""
         return self._tokenizer.to_str()
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, [T] int32, without an end token."""
+        """Token ids of a text, [T] int32, without any token around it."""
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids of a text that is to be continued, [T] int32: those of a document's beginning."""
+        return np.concatenate([np.asarray(self.begin_ids, np.int32), self.encode(text)])
+
+    def encode_rendered(self, text: str) -> np.ndarray:
+        """Token ids of what a chat template wrote, [T] int32: special tokens are those that their names stand for."""
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def encode_document(self, text: str) -> np.ndarray:
         """Token ids of a document and the end token after it, [T+1] int32."""
-        return np.append(self.encode(text), np.int32(self.end_id))
+        return np.append(self.encode_prompt(text), np.int32(self.end_id))
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Names of the special tokens."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; special tokens write nothing."""
@@ -126,7 +158,8 @@ class Tokenizer:
     def encode_document_and_bytes(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a document with its end token, and the UTF-8 bytes that each stands for, both [T+1].
 
-        The end token stands for none. A character that is split over several tokens counts with the first of them.
+        The tokens around the text stand for none. A character that is split over several tokens counts with the first
+        of them.
         """
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = np.asarray([*encoding.ids, self.end_id], np.int32)
@@ -137,7 +170,8 @@ class Tokenizer:
         character_bytes = [len(character.encode("utf-8", errors="replace")) for character in text]
         bytes_before = np.concatenate([[0], np.cumsum(character_bytes, dtype=np.int64)])
         lengths = np.diff(bytes_before[np.maximum.accumulate(ends)], prepend=0)
-        return ids, np.append(lengths, 0)
+        before = np.asarray(self.begin_ids, np.int32)
+        return np.concatenate([before, ids]), np.concatenate([np.zeros_like(before), lengths, [0]])
 
 
 def _writer_of(decoder: dict[str, Any] | None) -> Callable[[str], bytes]:

@@ -8,7 +8,7 @@ import rich.console
 import rich.table
 import rich.text
 
-from mtpd_jax.data.files import check_text
+from mtpd_jax.data.chat import Prompt, check_prompt
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.drafters.drafter import COPIED
@@ -87,7 +87,7 @@ class Generation:
 def generate(
     decoder: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[np.ndarray],
     options: Options,
     *,
     stop: Sequence[str] = (),
@@ -99,7 +99,7 @@ def generate(
 
     Args:
       decoder, tokenizer: of the run.
-      prompts: texts, none of them empty.
+      prompts: token ids.
       options: how to decode.
       stop: strings that end a text, which is cut before them.
       batch_size: prompts that are decoded together.
@@ -110,17 +110,15 @@ def generate(
       ValueError: bad prompt or option.
     """
     check_seed(seed)
-    check_prompts(prompts)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
     # What is looked for while writing.
     transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
     # The text, and the baselines that were asked for.
     ways: dict[int | str, Options] = {_OWN: options}
     if compare:
         ways |= ways_of(options, [0])
-    decoded = decode_prompts(decoder, encoded, ways, batch_size=batch_size, seed=seed, transitions=transitions)
-    absent = [None] * len(encoded)
-    by_prompt = zip(encoded, decoded[_OWN], *(decoded.get(name, absent) for name in (0, PADDED_PLAIN)), strict=True)
+    decoded = decode_prompts(decoder, prompts, ways, batch_size=batch_size, seed=seed, transitions=transitions)
+    absent = [None] * len(prompts)
+    by_prompt = zip(prompts, decoded[_OWN], *(decoded.get(name, absent) for name in (0, PADDED_PLAIN)), strict=True)
     return [_generation(decoder, tokenizer, options, stop, *of_prompt) for of_prompt in by_prompt]
 
 
@@ -167,18 +165,28 @@ def cut_before(text: str, stop: Sequence[str]) -> str:
     return text[: min([place for string in stop if (place := text.find(string)) >= 0], default=len(text))]
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Checks that prompts are texts.
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Checks that prompts are texts or conversations.
 
     Raises:
-      ValueError: naming the prompt, and what in it is no text.
+      ValueError: naming the prompt, and what in it is neither.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts = {prompts!r:.80}: expected a list of texts")
     for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {number} = {prompt!r:.80}: expected a text")
-        check_text(prompt, f"prompt {number}")
+        check_prompt(prompt, f"prompt {number}")
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Checks that texts are some.
+
+    Raises:
+      ValueError: naming what is none.
+    """
+    check_prompts(texts)
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"text {number} = {text!r:.80}: expected a text")
 
 
 def show(

@@ -66,7 +66,7 @@ def _together(scorer: Scorer, context: str, continuation: str) -> tuple[np.ndarr
     # Where the context's own tokens end.
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
-    before, whole = (scorer.tokenizer.encode(text) for text in (stripped, stripped + continuation))
+    before, whole = (scorer.tokenizer.encode_prompt(text) for text in (stripped, stripped + continuation))
     if not len(before):
         before, whole = (np.concatenate([[scorer.tokenizer.end_id], ids]).astype(np.int32) for ids in (before, whole))
     return whole, len(whole) - len(before)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, HeadsConfig
@@ -70,6 +72,8 @@ class Extension(HeadsMethod, section=ExtensionConfig):
     @classmethod
     def complete(cls, config: Config, source: Config) -> Config:
         where = config.objective.source_run
+        # What is frozen stays as it is stored.
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=source.model.weights))
         # All but the number of heads has to be the source's.
         wanted, there = (_shape(one) for one in (config, source))
         for name, value in wanted.items():
@@ -89,7 +93,10 @@ class Extension(HeadsMethod, section=ExtensionConfig):
     def initial_parameters(self, key: Array, source: Parameters | None) -> Parameters:
         if source is None:
             return super().initial_parameters(key, None)
-        return extend_heads(source, self.config.heads.num_heads)
+        extended = extend_heads(source, self.config.heads.num_heads)
+        # All heads are kept as those that are trained.
+        weights = jnp.dtype(self.config.heads.weights)
+        return {**extended, "heads": jax.tree.map(lambda leaf: leaf.astype(weights), extended["heads"])}
 
     def split(self, parameters: Parameters) -> tuple[Parameters, Parameters | None]:
         return cut_heads(parameters, self._frozen_heads)

@@ -12,7 +12,7 @@ from mtpd_jax.config import Config, HeadsConfig, ModelConfig
 from mtpd_jax.model.block import Block, scanned
 from mtpd_jax.model.forward import run_backbone, run_heads
 from mtpd_jax.model.heads import Heads
-from mtpd_jax.model.layers import norm, partitioned
+from mtpd_jax.model.layers import norm, partitioned, weights_dtype
 from mtpd_jax.model.shift import shift
 from mtpd_jax.model.views import PackedRows, View
 from mtpd_jax.platform import Platform
@@ -71,9 +71,9 @@ class LanguageModel(nn.Module):
         # One matrix, or two: what tokens go in by, and what logits come out by.
         shape = (config.vocabulary_size, config.width)
         initializer = partitioned(nn.initializers.normal(config.width**-0.5), "vocabulary", "width")
-        self.embedding = self.param("embedding", initializer, shape, jnp.float32)
+        self.embedding = self.param("embedding", initializer, shape, weights_dtype(config))
         if not config.tied_unembedding:
-            self.unembedding = self.param("unembedding", initializer, shape, jnp.float32)
+            self.unembedding = self.param("unembedding", initializer, shape, weights_dtype(config))
         self.backbone = Backbone(config)
         if self.heads_config.num_heads:
             self.heads = Heads(config, self.heads_config)

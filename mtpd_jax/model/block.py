@@ -9,7 +9,7 @@ from flax import struct
 
 from mtpd_jax.config import ModelConfig
 from mtpd_jax.model.feed_forward import FEED_FORWARDS
-from mtpd_jax.model.layers import NormScale, compute_dtype, constrain_activation, norm, partitioned
+from mtpd_jax.model.layers import NormScale, compute_dtype, constrain_activation, norm, partitioned, weights_dtype
 from mtpd_jax.model.views import View
 from mtpd_jax.shapes import Hidden
 
@@ -41,6 +41,7 @@ class Attention(nn.Module):
             (groups, per_group + 2, config.head_size),
             use_bias=config.qkv_bias,
             dtype=compute_dtype(config),
+            param_dtype=weights_dtype(config),
             kernel_init=partitioned(nn.initializers.lecun_normal(), "width", "kv_heads", None, "head_size"),
             bias_init=partitioned(nn.initializers.zeros_init(), "kv_heads", None, "head_size"),
             name="qkv",
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         # Queries and keys are normalised and rotated together.
         both_BxTxGxRxH, value_BxTxGxH = qkv_BxTxGxRxH[:, :, :, :-1], qkv_BxTxGxRxH[:, :, :, -1]
         if config.qk_norm:
-            query_scale, key_scale = (NormScale(config.head_size, name=name)() for name in ("query_norm", "key_norm"))
+            query_scale, key_scale = (NormScale(config, name=name)() for name in ("query_norm", "key_norm"))
             scale_RxH = jnp.stack([query_scale] * per_group + [key_scale])
             wide = both_BxTxGxRxH.astype(jnp.float32)
             inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + config.norm_epsilon)
@@ -64,6 +65,7 @@ class Attention(nn.Module):
             axis=(-2, -1),
             use_bias=False,
             dtype=compute_dtype(config),
+            param_dtype=weights_dtype(config),
             # Zero, so that every block starts as the identity: at a few hundred steps this is worth tenths of a nat.
             kernel_init=partitioned(nn.initializers.zeros_init(), "query_heads", "head_size", "width"),
             name="out",

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 
 from mtpd_jax.config import ModelConfig
-from mtpd_jax.model.layers import compute_dtype, partitioned
+from mtpd_jax.model.layers import compute_dtype, partitioned, weights_dtype
 from mtpd_jax.shapes import Hidden
 from mtpd_jax.sharding import constrain
 
@@ -27,7 +27,12 @@ class GatedMLP(nn.Module):
 
         def dense(features: int | tuple[int, int], name: str, kernel_init: Any) -> nn.DenseGeneral:
             return nn.DenseGeneral(
-                features, use_bias=False, dtype=compute_dtype(config), kernel_init=kernel_init, name=name
+                features,
+                use_bias=False,
+                dtype=compute_dtype(config),
+                param_dtype=weights_dtype(config),
+                kernel_init=kernel_init,
+                name=name,
             )
 
         # Gate and values by one product; the product of both back to the width.

@@ -15,7 +15,7 @@ from flax import struct
 
 from mtpd_jax.config import ModelConfig
 from mtpd_jax.model.block import Block, BlockOutput
-from mtpd_jax.model.layers import compute_dtype, constrain_activation, norm, partitioned
+from mtpd_jax.model.layers import compute_dtype, constrain_activation, norm, partitioned, weights_dtype
 from mtpd_jax.model.views import View
 from mtpd_jax.shapes import Array, Float, Hidden
 
@@ -58,6 +58,7 @@ class Head(nn.Module):
             config.width,
             use_bias=False,
             dtype=compute_dtype(config),
+            param_dtype=weights_dtype(config),
             kernel_init=partitioned(nn.initializers.lecun_normal(), "width", None),
             name="projection",
         )(both_BxTx2D)

@@ -54,5 +54,6 @@ class Heads(nn.Module):
         stacked = {"metadata_params": {nn.PARTITION_NAME: "heads"}}
         kind = HEAD_KINDS[self.heads.kind]
         options = shared if kind.shared else stacked
-        head = scanned(kind.module, self.config, self.heads.num_heads, (0, nn.broadcast), **options)
-        return head(self.config, self.heads.pass_normed, name="head")(state, embedded, view)
+        config = dataclasses.replace(self.config, weights=self.heads.weights)  # its own block's, too
+        head = scanned(kind.module, config, self.heads.num_heads, (0, nn.broadcast), **options)
+        return head(config, self.heads.pass_normed, name="head")(state, embedded, view)

@@ -16,6 +16,11 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(config.dtype)
 
 
+def weights_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype that parameters are kept in."""
+    return jnp.dtype(config.weights)
+
+
 def apply(module: nn.Module, parameters: Parameters, *inputs: Any, **options: Any) -> Any:
     """Runs a Linen module as a pure function. Nothing here has mutable collections, so outputs are all it returns."""
     return module.apply({"params": parameters}, *inputs, **options)
@@ -34,14 +39,21 @@ def constrain_activation(x: Hidden) -> Hidden:
 def norm(config: ModelConfig, name: str | None = None) -> nn.RMSNorm:
     """RMSNorm over the last axis, computed in float32, with a learned scale that starts at one."""
     scale_init = partitioned(nn.initializers.ones_init(), None)
-    return nn.RMSNorm(epsilon=config.norm_epsilon, dtype=compute_dtype(config), scale_init=scale_init, name=name)
+    return nn.RMSNorm(
+        epsilon=config.norm_epsilon,
+        dtype=compute_dtype(config),
+        param_dtype=weights_dtype(config),
+        scale_init=scale_init,
+        name=name,
+    )
 
 
 class NormScale(nn.Module):
-    """The learned scale of an RMSNorm, [H], for whoever applies several of them in one go."""
+    """The learned scale of an RMSNorm over heads, [H], for whoever applies several of them in one go."""
 
-    size: int
+    config: ModelConfig
 
     @nn.compact
     def __call__(self) -> Float[Array, " H"]:
-        return self.param("scale", partitioned(nn.initializers.ones_init(), None), (self.size,), jnp.float32)
+        ones = partitioned(nn.initializers.ones_init(), None)
+        return self.param("scale", ones, (self.config.head_size,), weights_dtype(self.config))

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
+from mtpd_jax.data.chat import ChatTemplate, read_chat_template
 from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.methods.method import method_of
@@ -28,6 +29,7 @@ class TrainedRun:
 
     Attributes:
       config, tokenizer, model: of the run.
+      chat: its template for conversations; None without any.
       parameters: the averaged ones if the run keeps an average.
       mesh: where they lie, whatever mesh the run was trained on; see ``load_run``.
       step: optimizer steps done.
@@ -37,6 +39,7 @@ class TrainedRun:
 
     config: Config
     tokenizer: Tokenizer
+    chat: ChatTemplate | None
     model: LanguageModel
     parameters: Parameters
     mesh: Mesh
@@ -96,4 +99,5 @@ def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: in
         say(note)
     sources = tuple(trained_on(restored.record))
     parameters = jax.block_until_ready(restored.tree)
-    return TrainedRun(config, tokenizer, method.model, parameters, method.mesh, restored.step, sources)
+    chat = read_chat_template(folder.path)
+    return TrainedRun(config, tokenizer, chat, method.model, parameters, method.mesh, restored.step, sources)

@@ -7,6 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, differences
+from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS, method_of
 from mtpd_jax.runs.checkpoint import latest_step, read_record, restore_parameters
@@ -50,13 +51,15 @@ def _complete(config: Config, source: Config) -> Config:
     expected = (
         f"at most {most}, that of the run in {where}; with more, text that it was trained on would count as held out"
     )
-    require(fraction <= most, "data.validation_fraction", fraction, expected)
+    known = source.data.source != UnknownData.case
+    require(fraction <= most or not known, "data.validation_fraction", fraction, expected)
     expected = f"nothing with objective.mode = {mode!r}, which takes the tokenizer of {where}"
     require(not config.tokenizer.path, "tokenizer.path", config.tokenizer.path, expected)
-    # The tokenizer is that run's, and so is what ends its texts, unless somebody says otherwise.
+    # The tokenizer is that run's, and so is what begins its texts, and what ends them, unless somebody says otherwise.
     tokenizer = config.tokenizer
     more = tokenizer.more_end_tokens or source.tokenizer.more_end_tokens
-    config = dataclasses.replace(config, tokenizer=dataclasses.replace(tokenizer, more_end_tokens=more))
+    tokenizer = dataclasses.replace(tokenizer, more_end_tokens=more, begin_token=source.tokenizer.begin_token)
+    config = dataclasses.replace(config, tokenizer=tokenizer)
     config = METHODS[config.objective.mode].complete(config, source)
     config.validate()
     return config

@@ -136,7 +136,8 @@ class Workdir:
             raise ValueError(
                 f"{self.tokenizer_file}: not the tokenizer that the run was trained with; its own has to be put back"
             )
-        return Tokenizer.load(self.tokenizer_file, config.tokenizer.end_token, config.tokenizer.more_end_tokens)
+        wanted = config.tokenizer
+        return Tokenizer.load(self.tokenizer_file, wanted.end_token, wanted.more_end_tokens, wanted.begin_token)
 
     def tokenizer_digest(self) -> str:
         """A hash of tokenizer.json, as it lies there."""

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, ModelConfig
@@ -43,7 +44,7 @@ def check_training(method: Method) -> str:
     config, mesh, costs = method.config, method.mesh, method.costs()
     training, model = config.training, config.model
     numbers = 3 + (config.optimizer.ema_decay is not None)  # a parameter, two moments, and the average
-    state = 4 * (numbers * costs.trained + costs.frozen) // parameter_parts(mesh)
+    state = (4 * numbers * costs.trained + _stored_bytes(config) * costs.frozen) // parameter_parts(mesh)
     rows = training.batch_size // training.micro_batches // parts_of(mesh, "batch")
     # With rematerialisation a block keeps its input for the backward pass, and without it more than that.
     activations = 2 * max(rows, 1) * training.sequence_length * model.width * costs.differentiated_blocks
@@ -56,6 +57,23 @@ def check_training(method: Method) -> str:
     host = 3 * 4 * batches * training.sequence_length
     _require(host, host_memory(), "reading its batches on the host", "batch_size, sequence_length or shuffle_window")
     return _time(method)
+
+
+def check_weights(method: Method) -> None:
+    """Checks that what is trained is kept in float32: steps are smaller than what shorter numbers can tell apart.
+
+    Raises:
+      ValueError: naming the field that says otherwise.
+    """
+    trained, _ = abstract_parameters(method)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        section = "heads" if jax.tree_util.keystr(path, simple=True, separator="/").startswith("heads/") else "model"
+        require(leaf.dtype == jnp.float32, f"{section}.weights", str(leaf.dtype), "float32, for it is trained")
+
+
+def _stored_bytes(config: Config) -> int:
+    """Of a parameter, at least."""
+    return min(jnp.dtype(weights).itemsize for weights in (config.model.weights, config.heads.weights))
 
 
 def _time(method: Method) -> str:
@@ -116,7 +134,7 @@ def check_decoding(model: ModelConfig, num_drafts: int, heads: int, rows: int, t
 def devices_per_copy(config: Config, devices: Sequence[jax.Device]) -> int:
     """How many devices have to share one copy of a model, to read it and decode with it: as few as it fits on.
 
-    The parameters lie there as they were stored, in float32, and once more as decoding lays them out.
+    The parameters lie there as they were stored, and once more as decoding lays them out.
 
     Args:
       config: of the run.
@@ -128,7 +146,7 @@ def devices_per_copy(config: Config, devices: Sequence[jax.Device]) -> int:
     method = method_of(config, data_mesh(list(devices[:1])))
     costs, itemsize = method.costs(), compute_dtype(method.model.config).itemsize
     # As stored, and as laid out; caches come on top, and are checked when it is known what is decoded.
-    needed = (4 + itemsize) * (costs.trained + costs.frozen)
+    needed = (_stored_bytes(config) + itemsize) * (costs.trained + costs.frozen)
     limit = device_memory(devices[0], 1)
     fitting = [number for number in _divisors(len(devices)) if needed <= limit * number]
     for number in fitting:

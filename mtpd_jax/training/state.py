@@ -24,14 +24,14 @@ class TrainState:
     Attributes:
       step: optimizer steps done.
       parameters: those that are trained, in float32.
-      optimizer: optax's state, of those only.
+      optimizer: optax's state, of those only; None of an imported model, which has none.
       average: the exponential moving average of the parameters, or None if the config asks for none.
       frozen: the parameters that are not trained, or None (see ``Method.split``).
     """
 
     step: Int[Array, ""]
     parameters: Parameters
-    optimizer: optax.OptState
+    optimizer: optax.OptState | None
     average: Parameters | None
     frozen: Parameters | None
 

@@ -93,7 +93,8 @@ def make_step(
         loss, sums, weights, gradients = gradients_of_batch(method, state.parameters, state.frozen, batch, state.step)
         # The update, of the trained parameters only.
         with jax.named_scope("optimizer"):
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+            assert state.optimizer is not None  # only an imported model has none, and is not trained
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
             parameters: Any = optax.apply_updates(state.parameters, updates)
         # The average follows what was just updated.
         average: Any = state.average

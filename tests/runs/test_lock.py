@@ -102,7 +102,7 @@ def run_config(text_file):
 def test_a_run_where_another_trains_changes_nothing(run_config, tmp_path):
     place = open_workdir(str(tmp_path / "run"))
     with take_lock(place):
-        with pytest.raises(ValueError, match="has been training here since"):
+        with pytest.raises(ValueError, match="has been at work here since"):
             train.run(run_config, str(tmp_path / "run"))
         assert [file.name for file in (tmp_path / "run").iterdir()] == ["lock"]
         assert train.run(run_config, str(tmp_path / "run"), break_lock=True).finished
@@ -128,7 +128,7 @@ def test_where_files_cannot_be_locked_a_lease_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
     with take_lock(open_workdir(str(tmp_path))) as lock:
         assert isinstance(lock, lock_module._Lease)
-        with pytest.raises(ValueError, match="has been training here"):
+        with pytest.raises(ValueError, match="has been at work here"):
             take_lock(open_workdir(str(tmp_path)))
     assert not (tmp_path / "lock").exists()
 
