@@ -4,6 +4,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(VERSION)
 LIBTPU := 0.0.51
+TORCH := 2.13.0
 MINUTES ?= 50
 SEED ?= 0
 
@@ -12,15 +13,15 @@ SEED ?= 0
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
-test: $(INSTALLED) .cache/libtpu
+test: $(INSTALLED) .cache/libtpu .cache/transformers
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(INSTALLED) .cache/libtpu
+test-all: $(INSTALLED) .cache/libtpu .cache/transformers
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 	OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m optimised
 
 # One-line faults, each against the tests beside it; prints those that no test notices. Forty minutes on two cores.
-mutants: $(INSTALLED) .cache/libtpu
+mutants: $(INSTALLED) .cache/libtpu .cache/transformers
 	$(BIN)/python -m tests.mutation.run
 
 # Kills, signals, full disks, flipped bits and bad input, from a seed, for so many minutes.
@@ -48,4 +49,13 @@ $(INSTALLED): requirements.txt pyproject.toml
 # platform: without it, the tests that need it are skipped.
 .cache/libtpu: $(INSTALLED)
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ libtpu==$(LIBTPU) || mkdir -p $@
+	touch $@
+
+# What exported and imported models are compared with; apart from .venv, whose packages are the quickstart's text. PyTorch
+# for CPUs: from the package index where that has it (200 MB), else from PyTorch's own. Without it, the tests that need it
+# are skipped.
+.cache/transformers: $(INSTALLED) tests/requirements.txt
+	rm -rf $@
+	$(BIN)/pip install --quiet --no-deps --target $@ -r tests/requirements.txt
+	$(BIN)/pip install --quiet --no-deps --target $@ torch==$(TORCH)+cpu 2> /dev/null || $(BIN)/pip install --quiet --no-deps --target $@ --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) || echo "no PyTorch for CPUs: tests against transformers are skipped"
 	touch $@

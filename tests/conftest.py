@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import sys
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 # Threads for eight devices on fewer cores: collectives of one step wait side by side, and would wait for ever for those
@@ -21,6 +22,8 @@ CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XDG_CACHE_HOME"] = str(CACHE.parent / "user")
+# What models are compared with is installed apart, and found last.
+sys.path.append(str(CACHE.parent / "transformers"))
 
 import jaxtyping  # noqa: E402
 

@@ -108,6 +108,8 @@ def _types_of_heads(_: ModelConfig, heads: int) -> Settings:
     return {"mtp_layer_types": ["full_attention"] * heads} if heads else {}
 
 
+# Where a window is used, and neither how wide it is nor from which layer on is said.
+_QWEN_WINDOW = {"sliding_window": 4096, "max_window_layers": 28}
 _LLAMA_BLOCK = (*BLOCK, *OUT_BIAS)
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -118,10 +120,12 @@ FAMILIES: dict[str, Family] = {
         "Mistral", "MistralForCausalLM", defaults={"sliding_window": 4096}, own=lambda *_: {"sliding_window": None},
         needs=_no_biases,
     ),
-    "qwen2": Family("Qwen2", "Qwen2ForCausalLM", qkv_bias=True, window_by_choice=True),
+    "qwen2": Family(
+        "Qwen2", "Qwen2ForCausalLM", qkv_bias=True, window_by_choice=True, defaults={**_QWEN_WINDOW},
+    ),
     "qwen3": Family(
         "Qwen3", "Qwen3ForCausalLM", qk_norm=True, qkv_bias="attention_bias", block=_LLAMA_BLOCK,
-        head_block=_LLAMA_BLOCK, defaults={"head_dim": 128}, own=_types_of_heads, window_by_choice=True,
+        head_block=_LLAMA_BLOCK, defaults={"head_dim": 128, **_QWEN_WINDOW}, own=_types_of_heads, window_by_choice=True,
     ),
     "glm4_moe": Family(
         "GLM-4.5", "Glm4MoeForCausalLM", qk_norm="use_qk_norm", qkv_bias="attention_bias",
@@ -134,7 +138,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mellum": Family(
         "Mellum", "MellumForCausalLM", qk_norm=True, own=_none_sliding, needs=_one_head, heads=lambda _: FLAT,
-        rope_by_type=True, window_by_choice=True,
+        rope_by_type=True, window_by_choice=True, defaults={"sliding_window": 1024},
     ),
 }  # fmt: skip
 # Feed-forward layers of experts are not here yet; dense models of the last three are above.

@@ -150,7 +150,7 @@ def _window(settings: Settings, family: Family) -> int | None:
     """How far back a layer sees, if some do not see everything."""
     if family.window_by_choice:
         layers = _number(settings, "num_hidden_layers")
-        some = settings.get("use_sliding_window") and settings.get("max_window_layers", layers) < layers
+        some = settings.get("use_sliding_window") and settings.get("max_window_layers", 0) < layers
         if not some and "sliding_attention" not in (settings.get("layer_types") or []):
             return None
     return settings.get("sliding_window")

@@ -92,9 +92,9 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepResult]:
         loss, sums, weights, gradients = gradients_of_batch(method, state.parameters, state.frozen, batch, state.step)
         # The update, of the trained parameters only.
+        assert state.optimizer is not None  # an imported model has none, and is not trained as it is
         with jax.named_scope("optimizer"):
-            assert state.optimizer is not None  # only an imported model has none, and is not trained
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
             parameters: Any = optax.apply_updates(state.parameters, updates)
         # The average follows what was just updated.
         average: Any = state.average

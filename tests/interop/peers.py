@@ -1,0 +1,147 @@
+"""Small models of transformers and of ours, as folders, and what transformers makes of them."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+from etils import epath
+
+from mtpd_jax.config import Config
+from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.decoding.network import Network
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.strategies.speculative import Speculative
+from mtpd_jax.evaluation.parity import rounds
+from mtpd_jax.interop.writing import plan, write_settings, write_tensors
+from mtpd_jax.runs.workdir import Workdir
+from tests.builders import model_and_parameters, platform, tiny_config
+
+torch = pytest.importorskip("torch", reason="no PyTorch for CPUs is installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+VOCABULARY, END, BEGIN = 320, 0, 1
+
+
+@functools.cache
+def tokenizer_json(begins=False):
+    """A byte-level tokenizer of a few words; perhaps with a token that it puts before a text."""
+    words = ["the cat sat on the mat, naïve as ever; a dog ran by 🐈"] * 9
+    ours = Tokenizer.train(words, VOCABULARY - 4, "<|endoftext|>", 10_000)
+    library = tokenizers.Tokenizer.from_str(ours.to_json())
+    library.add_special_tokens(["<s>", "<|turn|>", "<|done|>"])
+    if begins:
+        begin = library.token_to_id("<s>")
+        library.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
+    return library.to_str()
+
+
+def small(kind, **settings):
+    """A config of transformers for a model of a few thousand numbers."""
+    shared = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": END,
+        "bos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    return getattr(transformers, f"{kind}Config")(**{**shared, **settings})
+
+
+def save_peer(folder, config, dtype="float32", **options):
+    """Saves a random model of transformers with a tokenizer."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, values in model.named_parameters():
+        noise = torch.randn_like(values)
+        of_output = name.endswith("o_proj.bias")  # which ours has not
+        values.data = 1 + 0.1 * noise if "norm" in name else 0 * noise if of_output else 0.3 * noise
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **options)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+
+
+def logits_of(folder, ids, **options):
+    """Transformers' logits, in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model(torch.tensor(ids)).logits.numpy()
+
+
+def tiny(**overrides):
+    """A config of ours."""
+    return tiny_config(**{"model__vocabulary_size": VOCABULARY, "model__context": 160, "model__dtype": "auto", **overrides})
+
+
+def random_run(config, seed=0):
+    """Model and parameters; projections of heads that make some drafts agree."""
+    return model_and_parameters(config, seed=seed, scale=0.7)
+
+
+def export(config, parameters, format, folder, tokenizer=None, beside=None):
+    """Writes a model without a run on disk."""
+    origin = folder.with_name(f"{folder.name}_origin")
+    origin.mkdir()
+    folder.mkdir()
+    (origin / "tokenizer.json").write_text(tokenizer or tokenizer_json())
+    for name, text in (beside or {}).items():
+        (origin / name).write_text(text if isinstance(text, str) else json.dumps(text))
+    planned = plan(config, format)
+    loaded = Workdir(epath.Path(origin)).read_tokenizer(config)
+    write_settings(planned, config, loaded, origin, folder)
+    write_tensors(planned, parameters, folder, lambda: None)
+    return planned
+
+
+def load(folder, remote_code=False):
+    """The model in transformers; without remote code, with the line that model cards give."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote_code)
+    settings = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    if not remote_code and settings["model_type"] in ("llama", "qwen3", "mistral", "glm4_moe"):
+        first = model.config.num_hidden_layers
+        model._keys_to_ignore_on_load_unexpected = {
+            rf"model\.layers\.{layer}\." for layer in range(first, first + settings["num_mtp_layers"])
+        }
+    return model
+
+
+def transformers_rounds(model, prompt, new_tokens):
+    """Greedy text of ``generate(use_mtp=True)``, and the drafts of every round."""
+    generator = transformers.generation.candidate_generator.MTPCandidateGenerator
+    original, drafts = generator.get_candidates, []
+
+    def get_candidates(self, input_ids, *arguments, **options):
+        ids, logits = original(self, input_ids, *arguments, **options)
+        if ids.shape[1] > input_ids.shape[1]:
+            drafts.append(ids[0, input_ids.shape[1] :].tolist())
+        return ids, logits
+
+    generator.get_candidates = get_candidates
+    try:
+        text = generate(model, prompt, new_tokens, use_mtp=True)
+    finally:
+        generator.get_candidates = original
+    return text, drafts
+
+
+def generate(model, prompt, new_tokens, **options):
+    """Greedy text of transformers, without an end token."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([list(map(int, prompt))])
+    written = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
+    )
+    return written[0, ids.shape[1] :].tolist()
+
+
+def our_rounds(config: Config, model, parameters, prompt, new_tokens):
+    """Our greedy text, and the drafts of every round."""
+    network = Network(model, platform())
+    options = Options(config.heads.num_heads, new_tokens)
+    played = rounds(Speculative(network, options), jax.jit(network.parameters)(parameters), [np.asarray(prompt)])
+    drafts, after = [], None
+    for _, drafted, _, after in played:
+        drafts.append(drafted.tokens[0].tolist())
+    return after.tokens[0, len(prompt) : len(prompt) + new_tokens].tolist(), drafts
