@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import tokenizers
 from etils import epath
 
+from experiments.bench.peer import Peer
 from mtpd_jax.config import Config
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.network import Network
@@ -72,7 +72,9 @@ def logits_of(folder, ids, **options):
 
 def tiny(**overrides):
     """A config of ours."""
-    return tiny_config(**{"model__vocabulary_size": VOCABULARY, "model__context": 160, "model__dtype": "auto", **overrides})
+    return tiny_config(
+        **{"model__vocabulary_size": VOCABULARY, "model__context": 160, "model__dtype": "auto", **overrides}
+    )
 
 
 def random_run(config, seed=0):
@@ -95,45 +97,11 @@ def export(config, parameters, format, folder, tokenizer=None, beside=None):
     return planned
 
 
-def load(folder, remote_code=False):
-    """The model in transformers; without remote code, with the line that model cards give."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote_code)
-    settings = json.loads((pathlib.Path(folder) / "config.json").read_text())
-    if not remote_code and settings["model_type"] in ("llama", "qwen3", "mistral", "glm4_moe"):
-        first = model.config.num_hidden_layers
-        model._keys_to_ignore_on_load_unexpected = {
-            rf"model\.layers\.{layer}\." for layer in range(first, first + settings["num_mtp_layers"])
-        }
-    return model
-
-
-def transformers_rounds(model, prompt, new_tokens):
-    """Greedy text of ``generate(use_mtp=True)``, and the drafts of every round."""
-    generator = transformers.generation.candidate_generator.MTPCandidateGenerator
-    original, drafts = generator.get_candidates, []
-
-    def get_candidates(self, input_ids, *arguments, **options):
-        ids, logits = original(self, input_ids, *arguments, **options)
-        if ids.shape[1] > input_ids.shape[1]:
-            drafts.append(ids[0, input_ids.shape[1] :].tolist())
-        return ids, logits
-
-    generator.get_candidates = get_candidates
-    try:
-        text = generate(model, prompt, new_tokens, use_mtp=True)
-    finally:
-        generator.get_candidates = original
-    return text, drafts
-
-
-def generate(model, prompt, new_tokens, **options):
-    """Greedy text of transformers, without an end token."""
-    model.generation_config.eos_token_id = None
-    ids = torch.tensor([list(map(int, prompt))])
-    written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
-    )
-    return written[0, ids.shape[1] :].tolist()
+def transformers_rounds(folder, prompt, new_tokens, heads, remote_code=False):
+    """Greedy text of ``generate(use_mtp=True)``, that of plain ``generate``, and the drafts of every round."""
+    peer = Peer(folder, remote_code)
+    text = peer.generate(prompt, new_tokens, heads)
+    return text, peer.generate(prompt, new_tokens, 0), peer.drafts
 
 
 def our_rounds(config: Config, model, parameters, prompt, new_tokens):

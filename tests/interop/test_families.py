@@ -106,7 +106,12 @@ def test_windows_that_are_not_used_are_none(tmp_path):
     assert look(tmp_path).config.context == 128
     rewrite(tmp_path, max_window_layers=..., sliding_window=...)  # from layer 28 on
     assert look(tmp_path).config.context == 128
-    rewrite(tmp_path, use_sliding_window=False, sliding_window=24, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    rewrite(
+        tmp_path,
+        use_sliding_window=False,
+        sliding_window=24,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    )
     assert look(tmp_path).config.context == 24
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.bench.peer import accepted
 from mtpd_jax.interop.reading import look, read_parameters
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
@@ -14,8 +15,6 @@ from tests.decoding.models import small_vocabulary
 from tests.interop.peers import (
     VOCABULARY,
     export,
-    generate,
-    load,
     logits_of,
     our_rounds,
     random_run,
@@ -108,12 +107,12 @@ DRAFTING = [(name, format) for name, format in CASES if format != "backbone" and
 def test_every_draft_of_every_round_is_ours(name, format, runs, tmp_path):
     config, model, parameters = runs(name)
     export(config, parameters, format, tmp_path / "out")
-    peer, tokens = load(tmp_path / "out"), 24
+    tokens = 24
     for seed, length in enumerate((20, 31)):
         prompt = np.random.default_rng(seed).integers(1, VOCABULARY, length)
         text, drafts = our_rounds(config, model, parameters, prompt, tokens)
-        found, theirs = transformers_rounds(peer, prompt, tokens)
-        assert found == text == generate(peer, prompt, tokens)
+        found, plain, theirs = transformers_rounds(tmp_path / "out", prompt, tokens, config.heads.num_heads)
+        assert found == text == plain
         assert len(drafts) == len(theirs)
         # The last of them may be cut where the text ends.
         for ours, others in zip(drafts, theirs, strict=True):
@@ -130,18 +129,13 @@ def test_drafts_that_are_accepted_go_on_alike(kind, tmp_path):
     config = dataclasses.replace(config, heads=dataclasses.replace(config.heads, pass_normed=True))
     model = LanguageModel(model.config, config.heads)
     export(config, parameters, "hf", tmp_path / "out")
-    peer, prompt = load(tmp_path / "out"), [1, 2, 5, 4, 3, 2, 1, 6, 6, 2, 3, 1]
+    prompt = [1, 2, 5, 4, 3, 2, 1, 6, 6, 2, 3, 1]
     text, drafts = our_rounds(config, model, parameters, prompt, 60)
-    found, theirs = transformers_rounds(peer, prompt, 60)
-    assert found == text and len(theirs) == len(drafts)
+    found, plain, theirs = transformers_rounds(tmp_path / "out", prompt, 60, 4)
+    assert found == text == plain and len(theirs) == len(drafts)
     assert all(others == ours[: len(others)] for ours, others in zip(drafts, theirs, strict=True))
     # Rounds of which some, all and none of the drafts stood.
-    lengths, at = set(), 1
-    for drafted in drafts:
-        stood = next((k for k, draft in enumerate(drafted) if text[at : at + k + 1][-1:] != [draft]), len(drafted))
-        lengths.add(stood)
-        at += stood + 1
-    assert len(lengths) >= 3
+    assert len({stood for _, stood in accepted(drafts, text)}) >= 3
 
 
 def test_the_folder_serves_clients_that_trust_its_code(runs, tmp_path):
@@ -149,7 +143,7 @@ def test_the_folder_serves_clients_that_trust_its_code(runs, tmp_path):
     export(config, parameters, "hf", tmp_path / "out")
     prompt = np.random.default_rng(5).integers(1, VOCABULARY, 20)
     text, drafts = our_rounds(config, model, parameters, prompt, 12)
-    found, theirs = transformers_rounds(load(tmp_path / "out", remote_code=True), prompt, 12)
+    found, _, theirs = transformers_rounds(tmp_path / "out", prompt, 12, 4, remote_code=True)
     assert found == text and theirs[0] == drafts[0]
 
 
