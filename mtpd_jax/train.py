@@ -45,7 +45,7 @@ from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Evaluate, Trainer
-from mtpd_jax.training.feasibility import check_attention, check_training, check_weights
+from mtpd_jax.training.feasibility import check_attention, check_training
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
@@ -105,7 +105,6 @@ def run(
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
-    check_weights(method)
     notes = [check_training(method), check_attention(method)]
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)

@@ -22,6 +22,7 @@ FILES = {
     "A training method": ("mtpd_jax/methods/thinned.py", "mtpd_jax/methods/__init__.py", 1),
     "A drafter": ("mtpd_jax/decoding/drafters/stammer.py", "mtpd_jax/decoding/drafters/__init__.py", 1),
     "A decoding strategy": ("mtpd_jax/decoding/strategies/trusting.py", "mtpd_jax/decoding/strategies/__init__.py", 1),
+    "A family of pretrained models": ("mtpd_jax/interop/fused.py", "mtpd_jax/interop/families.py", 2),
     "An experiment": ("experiments/depth.py", None, 0),
 }
 # Run in the copy; ``tree`` is a tiny config, ``run`` a trained run's folder.
@@ -100,6 +101,51 @@ PROGRAMS = {
         report = evaluate.run(run, prompts="prompts.jsonl", heads=[3], strategy="trusting", max_new_tokens=8)
         for part in report.decoding.values():
             assert not part.heads["3"].identical and not part.heads["3"].lossless and not part.failed
+        """,
+    "A family of pretrained models": """
+        import pathlib
+        import jax, numpy as np, safetensors.numpy
+        from mtpd_jax.convert import from_hf
+        rng, sizes = np.random.default_rng(0), dict(D=32, F=48, V=320, N=4, G=2, H=8)
+        D, F, V, N, G, H = sizes.values()
+        settings = {
+            "vocab_size": V, "hidden_size": D, "intermediate_size": F, "num_hidden_layers": 2, "eos_token_id": 0,
+            "num_attention_heads": N, "num_key_value_heads": G, "max_position_embeddings": 64,
+        }
+        shapes = {"model.embed_tokens.weight": (V, D), "lm_head.weight": (V, D), "model.norm.weight": (D,)}
+        parts = {
+            "self_attn.qkv_proj": [(f"self_attn.{x}_proj", rows * H) for x, rows in (("q", N), ("k", G), ("v", G))],
+            "mlp.gate_up_proj": [("mlp.gate_proj", F), ("mlp.up_proj", F)],
+        }
+        for layer in range(2):
+            below = f"model.layers.{layer}."
+            shapes |= {below + "input_layernorm.weight": (D,), below + "post_attention_layernorm.weight": (D,)}
+            shapes |= {below + "self_attn.o_proj.weight": (D, N * H), below + "mlp.down_proj.weight": (D, F)}
+            shapes |= {f"{below}{name}.weight": (rows, D) for own in parts.values() for name, rows in own}
+        llama = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        fused = dict(llama)
+        for layer in range(2):
+            below = f"model.layers.{layer}."
+            for name, own in parts.items():
+                fused[f"{below}{name}.weight"] = np.concatenate([fused.pop(f"{below}{part}.weight") for part, _ in own])
+        for kind, tensors in (("llama", llama), ("fused", fused)):
+            folder = pathlib.Path(kind)
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps({**settings, "model_type": kind}))
+            shutil.copy(f"{run}/tokenizer.json", folder)
+            safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+            from_hf(kind, f"{kind}_run")
+        one, two = (jax.tree.leaves(mtpd_jax.open_run(f"{kind}_run").parameters) for kind in ("llama", "fused"))
+        assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+        # The other way.
+        from mtpd_jax.config import HeadsConfig
+        from mtpd_jax.interop.families import FAMILIES
+        from mtpd_jax.interop.layout import places_of
+        opened = mtpd_jax.open_run("fused_run")
+        model = opened.config.model
+        for place in places_of(model, HeadsConfig(num_heads=0), FAMILIES["fused"]):
+            for name, tensor in place.get(model, opened.parameters).items():
+                assert np.array_equal(tensor, fused[name]), name
         """,
     "An experiment": """
         import pathlib

@@ -1,4 +1,4 @@
-"""An exported model in transformers: its text, plain and with heads, and what the heads drafted.
+"""An exported model in transformers, beside the same model here: its text, and what its heads drafted.
 
 transformers and PyTorch are needed for this alone: ``pip install -r tests/requirements.txt torch``.
 """
@@ -8,6 +8,17 @@ import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
+
+import jax
+import numpy as np
+
+from mtpd_jax.decoding.network import Network
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.strategies.speculative import Speculative
+from mtpd_jax.evaluation.parity import rounds
+from mtpd_jax.model.backbone import LanguageModel
+from mtpd_jax.platform import platform_of
+from mtpd_jax.shapes import Parameters
 
 
 class Peer:
@@ -101,3 +112,23 @@ def accepted(drafts: Sequence[Sequence[int]], text: Sequence[int]) -> list[tuple
         found.append((min(stood + 1, len(tried)), stood))
         at += stood + 1
     return found
+
+
+def our_rounds(
+    model: LanguageModel, parameters: Parameters, prompt: Sequence[int], new_tokens: int, heads: int
+) -> tuple[list[int], list[list[int]]]:
+    """Our own greedy text, without an end, and the drafts of every round."""
+    network = Network(model, platform_of(jax.devices()[0]))
+    strategy = Speculative(network, Options(heads, new_tokens))
+    played = list(rounds(strategy, jax.jit(network.parameters)(parameters), [np.asarray(prompt)]))
+    tokens = played[-1][3].tokens[0]
+    return tokens[len(prompt) : len(prompt) + new_tokens].tolist(), [
+        drafts.tokens[0].tolist() for _, drafts, _, _ in played
+    ]
+
+
+def same_rounds(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> bool:
+    """Whether all drafts of all rounds are the same; transformers cuts the last ones where the text has to end."""
+    if len(ours) != len(theirs):
+        return False
+    return all(others == list(own[: len(others)]) and others for own, others in zip(ours, theirs, strict=True))

@@ -116,14 +116,14 @@ def _split_bias(config: ModelConfig, ours: np.ndarray) -> list[np.ndarray]:
     return [part[:, 0] for part in _split_qkv(config, ours[None])]
 
 
-_QKV = Form(_qkv_shapes, _join_qkv, _split_qkv)
+QKV = Form(_qkv_shapes, _join_qkv, _split_qkv)
 _QKV_BIAS = Form(lambda config: [shape[:1] for shape in _qkv_shapes(config)], _join_bias, _split_bias)
 _OUT = Form(
     lambda config: [(config.width, config.query_heads * config.head_size)],
     lambda config, parts: parts[0].T.reshape(config.query_heads, config.head_size, config.width),
     lambda config, ours: [ours.reshape(-1, config.width).T],
 )
-_GATE_UP = Form(
+GATE_UP = Form(
     lambda config: [(config.mlp_width, config.width)] * 2,
     lambda _, parts: np.stack([part.T for part in parts], axis=1),
     lambda _, ours: [ours[:, 0].T, ours[:, 1].T],
@@ -192,7 +192,7 @@ def _has_bias(config: ModelConfig) -> bool:
 # Attention as Llama and its descendants name it, below the prefix of a block.
 ATTENTION = (
     Entry("attention_norm/scale", ("input_layernorm.weight",), vector(_width)),
-    Entry("attention/qkv/kernel", tuple(f"self_attn.{name}.weight" for name in _PROJECTIONS), _QKV),
+    Entry("attention/qkv/kernel", tuple(f"self_attn.{name}.weight" for name in _PROJECTIONS), QKV),
     Entry("attention/qkv/bias", tuple(f"self_attn.{name}.bias" for name in _PROJECTIONS), _QKV_BIAS, _has_bias),
     *(
         Entry(
@@ -210,7 +210,7 @@ OUT_BIAS = (Entry("", ("self_attn.o_proj.bias",), zeros(lambda config: (config.w
 
 def _mlp(prefix: str) -> tuple[Entry, ...]:
     return (
-        Entry("mlp/gate_up/kernel", (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"), _GATE_UP),
+        Entry("mlp/gate_up/kernel", (f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"), GATE_UP),
         Entry("mlp/down/kernel", (f"{prefix}.down_proj.weight",), _DOWN),
     )
 

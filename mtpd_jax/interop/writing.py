@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  or NumPy would not know bfloat16
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mtpd_jax.config import Config
@@ -137,7 +138,10 @@ def write_tensors(planned: Plan, tree: Any, folder: pathlib.Path, on_shard: Call
             for name, tensor in place.get(planned.config.model, tree).items():
                 if name in names:
                     tensors[name] = np.ascontiguousarray(tensor, _dtype_of(place, planned.config))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / file}: cannot be written ({error})") from error
         file_of |= dict.fromkeys(tensors, file)
         on_shard()
         _check_written(folder, file, tensors)

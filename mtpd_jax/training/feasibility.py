@@ -39,8 +39,10 @@ def check_training(method: Method) -> str:
       What has to be said of the time that it takes; nothing where there is nothing to say.
 
     Raises:
-      ValueError: it needs more memory than a device or the host has, with both numbers.
+      ValueError: it needs more memory than a device or the host has, with both numbers; or what is trained is not kept
+        in float32.
     """
+    _check_weights(method)
     config, mesh, costs = method.config, method.mesh, method.costs()
     training, model = config.training, config.model
     numbers = 3 + (config.optimizer.ema_decay is not None)  # a parameter, two moments, and the average
@@ -59,12 +61,8 @@ def check_training(method: Method) -> str:
     return _time(method)
 
 
-def check_weights(method: Method) -> None:
-    """Checks that what is trained is kept in float32: steps are smaller than what shorter numbers can tell apart.
-
-    Raises:
-      ValueError: naming the field that says otherwise.
-    """
+def _check_weights(method: Method) -> None:
+    """Steps are smaller than what shorter numbers can tell apart."""
     trained, _ = abstract_parameters(method)
     for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
         section = "heads" if jax.tree_util.keystr(path, simple=True, separator="/").startswith("heads/") else "model"

@@ -3,22 +3,15 @@
 import functools
 import json
 
-import jax
-import numpy as np
 import pytest
 import tokenizers
 from etils import epath
 
 from experiments.bench.peer import Peer
-from mtpd_jax.config import Config
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.decoding.network import Network
-from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.strategies.speculative import Speculative
-from mtpd_jax.evaluation.parity import rounds
 from mtpd_jax.interop.writing import plan, write_settings, write_tensors
 from mtpd_jax.runs.workdir import Workdir
-from tests.builders import model_and_parameters, platform, tiny_config
+from tests.builders import model_and_parameters, tiny_config
 
 torch = pytest.importorskip("torch", reason="no PyTorch for CPUs is installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -26,7 +19,7 @@ torch.set_grad_enabled(False)
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-VOCABULARY, END, BEGIN = 320, 0, 1
+VOCABULARY, END = 320, 0
 
 
 @functools.cache
@@ -102,14 +95,3 @@ def transformers_rounds(folder, prompt, new_tokens, heads, remote_code=False):
     peer = Peer(folder, remote_code)
     text = peer.generate(prompt, new_tokens, heads)
     return text, peer.generate(prompt, new_tokens, 0), peer.drafts
-
-
-def our_rounds(config: Config, model, parameters, prompt, new_tokens):
-    """Our greedy text, and the drafts of every round."""
-    network = Network(model, platform())
-    options = Options(config.heads.num_heads, new_tokens)
-    played = rounds(Speculative(network, options), jax.jit(network.parameters)(parameters), [np.asarray(prompt)])
-    drafts, after = [], None
-    for _, drafted, _, after in played:
-        drafts.append(drafted.tokens[0].tolist())
-    return after.tokens[0, len(prompt) : len(prompt) + new_tokens].tolist(), drafts
