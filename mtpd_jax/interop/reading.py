@@ -90,6 +90,9 @@ def look(path: pathlib.Path, tie: bool = False) -> Found:
         model = {**described.model, "tied_unembedding": tied}
         tokens, notes = _tokens_of(path, settings)
         config = _config(described, model, tokens, {})
+        layers = config.model.layers + config.heads.num_heads
+        if layers > len(folder.tensors):  # and all their names are written out below
+            raise ValueError(f"config.json describes {layers} layers, and there are {len(folder.tensors)} tensors")
         check_described(settings, described, config)
         places = _places(config, described, embedding)
         notes = [*described.notes, *notes, *_check_tensors(places, config, folder, spare)]

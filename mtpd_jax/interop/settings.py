@@ -65,6 +65,13 @@ def describe(settings: Settings) -> Described:
     Raises:
       ValueError: it has something that is not here, or lacks a setting.
     """
+    try:
+        return _described(settings)
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        raise ValueError(f"config.json: a setting is of another kind than it should be ({error})") from error
+
+
+def _described(settings: Settings) -> Described:
     kind, family = family_of(settings)
     said: Settings = {**family.defaults, **settings}
     for name, only in _ONLY.items():

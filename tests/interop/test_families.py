@@ -223,6 +223,11 @@ REFUSED = {
     "another order of heads": ({"mtp_hidden_states_first": True}, "mtp_hidden_states_first"),
     "no width": ({"hidden_size": None}, "hidden_size = None: expected a number"),
     "a width that is a text": ({"hidden_size": "wide"}, "hidden_size = 'wide': expected a number"),
+    "no heads of attention": ({"num_attention_heads": 0, "head_dim": None}, "a setting is of another kind"),
+    "layers without end": ({"num_hidden_layers": 10**9}, "describes 1000000000 layers, and there are 30 tensors"),
+    "windows that are texts": (
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "all"}, "a setting is of another kind",
+    ),
     "heads that are not there": ({"num_mtp_layers": 1}, r"is missing \(13 of"),
 }  # fmt: skip
 
