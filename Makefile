@@ -13,15 +13,15 @@ SEED ?= 0
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
-test: $(INSTALLED) .cache/libtpu .cache/transformers
+test: $(INSTALLED) .cache/libtpu .cache/transformers/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(INSTALLED) .cache/libtpu .cache/transformers
+test-all: $(INSTALLED) .cache/libtpu .cache/transformers/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 	OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m optimised
 
 # One-line faults, each against the tests beside it; prints those that no test notices. Forty minutes on two cores.
-mutants: $(INSTALLED) .cache/libtpu .cache/transformers
+mutants: $(INSTALLED) .cache/libtpu .cache/transformers/.installed
 	$(BIN)/python -m tests.mutation.run
 
 # Kills, signals, full disks, flipped bits and bad input, from a seed, for so many minutes.
@@ -53,9 +53,11 @@ $(INSTALLED): requirements.txt pyproject.toml
 
 # What exported and imported models are compared with; apart from .venv, whose packages are the quickstart's text. PyTorch
 # for CPUs: from the package index where that has it (200 MB), else from PyTorch's own. Without it, the tests that need it
-# are skipped.
-.cache/transformers: $(INSTALLED) tests/requirements.txt
-	rm -rf $@
-	$(BIN)/pip install --quiet --no-deps --target $@ -r tests/requirements.txt
-	$(BIN)/pip install --quiet --no-deps --target $@ torch==$(TORCH)+cpu 2> /dev/null || $(BIN)/pip install --quiet --no-deps --target $@ --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH) || echo "no PyTorch for CPUs: tests against transformers are skipped"
-	touch $@
+# are skipped, and the next time it is tried again.
+PEER_INSTALL = $(BIN)/pip install --quiet --no-deps --target $(@D)
+.cache/transformers/.installed: $(INSTALLED) tests/requirements.txt
+	rm -rf $(@D)
+	$(PEER_INSTALL) -r tests/requirements.txt
+	if $(PEER_INSTALL) torch==$(TORCH)+cpu 2> /dev/null || \
+	    $(PEER_INSTALL) --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH); \
+	then touch $@; else echo "no PyTorch for CPUs: tests against transformers are skipped"; fi

@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
-from mtpd_jax.data.chat import Prompt, encode_prompt
+from mtpd_jax.data.chat import ChatTemplate, Prompt, encode_prompt, read_chat_template
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
@@ -96,8 +96,20 @@ class Run:
         return options.sharing_width(heads) if bit_exact else options
 
     def encode(self, prompt: Prompt) -> np.ndarray:
-        """Token ids of a prompt, [T] int32; see ``data.chat.encode_prompt``."""
-        return encode_prompt(prompt, self.tokenizer, self.trained.chat)
+        """Token ids of a prompt, [T] int32; see ``data.chat.encode_prompt``.
+
+        Raises:
+          ValueError: as there; or the tokenizer has more tokens than the model, and the prompt one of those.
+        """
+        ids = encode_prompt(prompt, self.tokenizer, None if isinstance(prompt, str) else self._template)
+        if ids.max(initial=0) >= self.config.model.vocabulary_size:
+            raise ValueError(f"the prompt has the token {ids.max()}, and the model {self.config.model.vocabulary_size}")
+        return ids
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate | None:
+        """The model's template for conversations; None without any."""
+        return read_chat_template(self.trained.folder.path)
 
     def generate(
         self,

@@ -60,8 +60,8 @@ def contents(place):
     }
 
 
-def change(folder, alter, file="model.safetensors"):
-    path = folder / file
+def change(folder, alter):
+    path = folder / "model.safetensors"
     tensors = {name: value.copy() for name, value in safetensors.numpy.load_file(path).items()}
     alter(tensors)
     path.unlink()
@@ -96,8 +96,24 @@ def test_there_and_back_is_the_same_run(call, workdir, exported, tmp_path):
     assert before.score(["the cat sat"])[0].ce.tolist() == after.score(["the cat sat"])[0].ce.tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back"]
     assert sorted(path.name for path in (tmp_path / "back").iterdir()) == [
-        "checkpoints", "config.json", "tokenizer.json", "tokenizer_config.json",
+        "checkpoints", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
+
+
+def test_others_may_read_what_is_written(exported):
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
+
+
+def test_what_was_written_is_read_back(call, workdir, tmp_path, monkeypatch):
+    """A library that writes something else is noticed."""
+    from mtpd_jax.interop import writing
+
+    def garbage(tensors, path, metadata):
+        safetensors.numpy.save_file({name: np.flip(value).copy() for name, value in tensors.items()}, path)
+
+    monkeypatch.setattr(writing, "save_file", garbage)
+    status, _, errors = call("to_hf", f"--workdir={workdir}", tmp_path / "out")
+    assert status == 2 and "is not what was written" in errors and not list(tmp_path.iterdir())
 
 
 def test_sharded_folders_are_read_alike(exported, folder, tmp_path):
@@ -266,8 +282,10 @@ def test_damage_is_one_line_and_nothing_is_written(name, call, folder, tmp_path,
         (["from_hf", "{folder}", "--workdir=gs://bucket/run"], "expected a local folder"),
         (["from_hf", "{folder}", "--workdir="], "expected a local folder"),
         (["from_hf", "{folder}"], "--workdir"),
+        (["from_hf", "~nobody-of-that-name/model", "--workdir=run"], "--folder=~nobody-of-that-name/model"),
+        (["to_hf", "--workdir={workdir}", "out", "--report={folder}/config.json"], "expected what mtpd_jax.evaluate"),
         (["to_hf", "--workdir={workdir}", "out", "--format=onnx"], "invalid choice: 'onnx'"),
-        (["to_hf", "--workdir={workdir}", "out", "--format=mellum"], "Mellum needs one head"),
+        (["to_hf", "--workdir={workdir}", "out", "--format=mellum"], "Mellum wants one head"),
         (["to_hf", "--workdir={workdir}", "out", "--checkpoint=3"], "checkpoint = 3"),
         (["to_hf", "--workdir={workdir}", "out", "--report=nothing.json"], "nothing.json: there is no such file"),
         (["to_hf", "--workdir=nowhere", "out"], "holds no run"),
@@ -308,12 +326,16 @@ def test_an_error_on_the_way_leaves_nothing(call, exported, tmp_path, monkeypatc
     status, _, errors = call("from_hf", exported, f"--workdir={tmp_path / 'run'}")
     assert status == 2 and "Input/output error" in errors and not list(tmp_path.iterdir())
     monkeypatch.undo()
-    left = tmp_path / "run.incomplete" / "checkpoints" / "0"
+    left = tmp_path / ".run.mtpd_jax_incomplete" / "checkpoints" / "0"
     left.mkdir(parents=True)
     (left / "half").write_text("x")
-    (tmp_path / "run.incomplete" / "config.json").write_text("{")
+    (tmp_path / ".run.mtpd_jax_incomplete" / "config.json").write_text("{")
     convert.from_hf(str(exported), str(tmp_path / "run"))
-    assert open_run(str(tmp_path / "run")).step == 0 and not (tmp_path / "run.incomplete").exists()
+    assert open_run(str(tmp_path / "run")).step == 0 and [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / ".other.mtpd_jax_incomplete").symlink_to(tmp_path / "run")
+    with pytest.raises(ValueError, match="is a link, and would be emptied"):
+        convert.from_hf(str(exported), str(tmp_path / "other"))
+    assert open_run(str(tmp_path / "run")).step == 0
 
 
 def test_no_room_is_said_before_anything_is_written(call, workdir, exported, tmp_path, monkeypatch):
@@ -332,7 +354,7 @@ def test_a_disk_that_is_full_after_all(workdir, exported, tmp_path):
         disk = Disk(tmp_path / "disk")
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no disk can be mounted here")
-    unchecked = "from mtpd_jax import convert, frontdoor; convert.check_free = lambda *_: None; "
+    unchecked = "from mtpd_jax import convert, conversion, frontdoor; conversion.check_free = lambda *_: None; "
     program = [sys.executable, "-c", f"{unchecked} frontdoor.guarded(convert.main)"]
     try:
         for arguments in (
@@ -368,7 +390,7 @@ def test_killed_at_any_moment(direction, workdir, exported, tmp_path):
         assert contents(source) == before
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert sorted(contents(target)) == expected and not target.with_name("target.incomplete").exists()
+    assert sorted(contents(target)) == expected and not list(tmp_path.glob(".target*"))
 
 
 def test_generate_finds_no_template(call, workdir):

@@ -25,7 +25,7 @@ from experiments.bench.decode import on_one_device
 from experiments.bench.peer import Peer, accepted
 from experiments.environment import environment
 from mtpd_jax import frontdoor
-from mtpd_jax.convert import to_hf
+from mtpd_jax.conversion import to_hf
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of

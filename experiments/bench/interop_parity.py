@@ -23,7 +23,7 @@ from experiments.bench.decode import on_one_device
 from experiments.bench.peer import Peer, our_rounds, same_rounds
 from experiments.environment import environment
 from mtpd_jax import frontdoor
-from mtpd_jax.convert import from_hf, to_hf
+from mtpd_jax.conversion import from_hf, to_hf
 from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.model.backbone import unembedding_of
@@ -60,7 +60,7 @@ def exported(opened: Run, prompts: Sequence[np.ndarray], flags: argparse.Namespa
             peer = Peer(folder)
             apart = logits_apart(opened, peer, prompts)
             for heads in flags.heads:
-                rounds, drafts, texts = 0, 0, 0
+                rounds, drafts, texts, alike = 0, 0, 0, 0
                 for prompt in prompts:
                     text, ours = our_rounds(
                         opened.trained.model, opened.parameters, prompt.tolist(), flags.max_new_tokens, heads
@@ -68,15 +68,14 @@ def exported(opened: Run, prompts: Sequence[np.ndarray], flags: argparse.Namespa
                     peer.drafts.clear()
                     theirs = peer.generate(prompt.tolist(), flags.max_new_tokens, heads)
                     texts += text == theirs
-                    same = same_rounds(ours, peer.drafts)
-                    rounds += len(ours) if same else 0
-                    drafts += sum(map(len, peer.drafts)) if same else 0
+                    alike += same_rounds(ours, peer.drafts)
+                    rounds, drafts = rounds + len(ours), drafts + sum(map(len, peer.drafts))
                     progress.advance()
                 rows.append(
                     {
                         "model": flags.workdir, "format": format, "heads": heads, "prompts": len(prompts),
-                        "logits_apart": apart, "same_text": texts, "rounds_with_the_same_drafts": rounds,
-                        "drafts": drafts, "same": texts == len(prompts) and rounds > 0 and apart <= _TOLERANCE,
+                        "logits_apart": apart, "same_text": texts, "same_drafts": alike, "rounds": rounds,
+                        "drafts": drafts, "same": texts == alike == len(prompts) and apart <= _TOLERANCE,
                     }
                 )  # fmt: skip
     return rows
@@ -108,7 +107,7 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
         texts = row.get("same_text", row.get("same_ids"))
         made.add_row(
             pathlib.Path(row["model"]).name, row["format"], str(row["heads"]), f"{row['logits_apart']:.1e}",
-            f"{texts}/{row['prompts']}", number(row.get("rounds_with_the_same_drafts"), 0),
+            f"{texts}/{row['prompts']}", number(row.get("rounds"), 0),
             number(row.get("drafts"), 0), "yes" if row["same"] else "NO",
         )  # fmt: skip
     return made

@@ -16,6 +16,7 @@ from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.strategies.speculative import Speculative
 from mtpd_jax.evaluation.parity import rounds
+from mtpd_jax.interop.families import FAMILIES
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.platform import platform_of
 from mtpd_jax.shapes import Parameters
@@ -40,11 +41,14 @@ class Peer:
         from transformers import modeling_layers  # pyright: ignore[reportMissingImports]
         from transformers.generation import candidate_generator  # pyright: ignore[reportMissingImports]
 
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=remote_code)
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            str(folder), trust_remote_code=remote_code, dtype="float32"
+        )
+        self._ends = self.model.generation_config.eos_token_id
         self._generator, self.drafts = candidate_generator.MTPCandidateGenerator, list[list[int]]()
         settings = json.loads((pathlib.Path(folder) / "config.json").read_text())
         heads, first = settings.get("num_mtp_layers", 0), settings["num_hidden_layers"]
-        if heads and not remote_code and settings["model_type"] not in ("exaone_moe", "mellum"):
+        if heads and not remote_code and not FAMILIES[settings["model_type"]].declares_heads:
             self.model._keys_to_ignore_on_load_unexpected = {
                 rf"model\.layers\.{layer}\." for layer in range(first, first + heads)
             }
@@ -62,13 +66,10 @@ class Peer:
         import torch  # pyright: ignore[reportMissingImports]
 
         ids = torch.tensor([list(map(int, prompt))])
-        ending = {} if ends else {"eos_token_id": None}
-        generation = self.model.generation_config
-        generation.eos_token_id = generation.eos_token_id if ends else None
+        self.model.generation_config.eos_token_id = self._ends if ends else None
         call = functools.partial(
-            self.model.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False,
-            **ending,
-        )  # fmt: skip
+            self.model.generate, ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
+        )
         with torch.no_grad():
             written = self._drafting(call, heads) if heads else call()
         return written[0, ids.shape[1] :].tolist()

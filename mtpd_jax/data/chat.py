@@ -2,13 +2,14 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jinja2
 import jinja2.ext
 import numpy as np
 from etils import epath
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mtpd_jax.data.files import check_text
@@ -17,8 +18,9 @@ from mtpd_jax.data.tokenizer import Tokenizer
 Message = Mapping[str, Any]
 # A text that is continued; or messages, the answer to which is written.
 Prompt = str | Sequence[Message]
-# Tokens that templates write by these names.
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+# Files beside tokenizer.json that say how it is used.
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+SPECIAL_TOKENS = "special_tokens_map.json"
 
 
 class _Generation(jinja2.ext.Extension):
@@ -27,8 +29,9 @@ class _Generation(jinja2.ext.Extension):
     tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)  # names that are set in it end with it
 
 
 class ChatTemplate:
@@ -51,7 +54,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         try:
             self._template = environment.from_string(template)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"chat template, line {getattr(error, 'lineno', '?')}: {error}") from error
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -61,14 +64,17 @@ class ChatTemplate:
           ValueError: the template refuses it, as some refuse a system message, or roles that do not take turns.
         """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._tokens)
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
+            beside = {"tools": None, "documents": None, "add_generation_prompt": True}
+            return self._template.render(messages=messages, **beside, **self._tokens)
+        except Exception as error:  # it is a stranger's program, and raises what it likes
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """Jinja's own would escape what HTML would read otherwise."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> None:
@@ -79,26 +85,46 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
+def read_tokenizer_settings(folder: epath.Path) -> dict[str, Any]:
+    """How a tokenizer is used: tokenizer_config.json, and what older folders say in special_tokens_map.json.
+
+    Raises:
+      ValueError: one of them is no JSON object.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        path = folder / name
+        try:
+            found[name] = json.loads(path.read_bytes()) if path.exists() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not readable as JSON ({error})") from error
+        if not isinstance(found[name], dict):
+            raise ValueError(f"{path}: expected a JSON object")
+    # As transformers has it.
+    own = found[TOKENIZER_CONFIG]
+    return own if "added_tokens_decoder" in own else {**own, **found[SPECIAL_TOKENS]}
+
+
 def read_chat_template(folder: epath.Path) -> ChatTemplate | None:
     """The template of a model's folder: a file of its own, or a field of tokenizer_config.json; None without any.
 
     Raises:
       ValueError: there is one that cannot be used.
     """
-    own, beside = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    settings = {}
-    try:
-        settings = json.loads(beside.read_bytes()) if beside.exists() else {}
-        found = own.read_bytes().decode("utf-8") if own.exists() else settings.get("chat_template")
-        # Several, by name: the one that is for nothing in particular.
-        if isinstance(found, list):
-            found = next((one["template"] for one in found if one["name"] == "default"), None)
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{beside}: not readable ({error})") from error
-    if not found:
+    settings, own = read_tokenizer_settings(folder), folder / CHAT_TEMPLATE
+    found = settings.get("chat_template")
+    if own.exists():
+        found = own.read_bytes().decode("utf-8", errors="replace")
+    # Several, by name: the one that is for nothing in particular.
+    if isinstance(found, list):
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, Mapping)}
+        found = named.get("default")
+    if found is None or found == "":
         return None
-    named = {name: settings.get(name) for name in _NAMED}
-    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in named.items()}
+    if not isinstance(found, str):
+        raise ValueError(f"{folder}: chat_template = {found!r:.80}: expected a text")
+    tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in tokens.items()}
     return ChatTemplate(found, {name: text for name, text in texts.items() if isinstance(text, str)})
 
 
@@ -128,17 +154,41 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, template: ChatTemplate |
     are tokens; a message cannot write such a token, with which it could end its turn.
 
     Raises:
-      ValueError: there is no template, it refuses the messages, or a message holds the name of a special token.
+      ValueError: there is no template, it refuses the messages, or a message holds the name of such a token.
     """
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
     if template is None:
         raise ValueError("the model has no chat template, and so no way to read messages; give it a text to continue")
-    for number, message in enumerate(prompt, 1):
-        held = next((name for name in tokenizer.special_tokens if name in message["content"]), None)
+    said = [{name: value for name, value in message.items() if value is not None} for message in prompt]
+    # Tokens that stand between messages, though not all are called special: those around nothing in particular.
+    added, special = tokenizer.added_tokens, tokenizer.special_tokens
+    plain = tokenizer.encode_rendered(template.render([{**message, "content": "a"} for message in said]))
+    around = {*tokenizer.end_ids, *plain.tolist()}
+    guarded = [name for name, id in added.items() if name in special or id in around]
+    for number, message in enumerate(said, 1):
+        held = next((name for text in _texts(message) for name in guarded if name in text), None)
         if held is not None:
             raise ValueError(f"message {number}: holds {held!r}, which would be read as that token, and not as text")
-    return tokenizer.encode_rendered(template.render(prompt))
+    ids = tokenizer.encode_rendered(template.render(said))
+    # Nor by what the template makes of it: there are as many of them as around nothing in particular.
+    guarded_ids = [added[name] for name in guarded]
+    if np.isin(ids, guarded_ids).sum() != np.isin(plain, guarded_ids).sum():
+        raise ValueError("the chat template turns a part of a message into a special token; say it otherwise")
+    return ids
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _texts(name)
+            yield from _texts(part)
+    elif isinstance(value, Sequence):
+        for part in value:
+            yield from _texts(part)
 
 
 def messages_of(text: str, system: str | None) -> list[Message]:

@@ -134,9 +134,14 @@ class Tokenizer:
         return np.append(self.encode_prompt(text), np.int32(self.end_id))
 
     @property
-    def special_tokens(self) -> list[str]:
-        """Names of the special tokens."""
-        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+    def special_tokens(self) -> set[str]:
+        """Names of the tokens that write nothing in a text."""
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that were added to the vocabulary, special or not, by name."""
+        return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids; special tokens write nothing."""

@@ -1,6 +1,7 @@
 """The model card: what the folder holds, how it is loaded, and what was measured, with definitions."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,13 +36,16 @@ class Measurements:
     decoding: Mapping[str, Mapping[str, Any]]
 
 
-def card(planned: Plan, config: Config, measured: Measurements) -> str:
+def card(planned: Plan, config: Config, step: int, measured: Measurements) -> str:
     """The text of README.md in an exported folder.
 
     Args:
       planned: what is written.
-      config: of the run.
+      config, step: of the run.
       measured: of the run.
+
+    Raises:
+      ValueError: a report is not one; naming it.
     """
     written, family = planned.config, FAMILIES[planned.kind]
     number = written.heads.num_heads
@@ -52,7 +56,8 @@ def card(planned: Plan, config: Config, measured: Measurements) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- multi-token-prediction\n---",
         f"# A {family.title} model{' with multi-token-prediction heads' if number else ''}",
         f"Backbone of {model.layers} layers, width {model.width}, vocabulary {model.vocabulary_size:,}{heads}; "
-        f"{FORMATS[planned.format].title}. Written by mtpd_jax; `mtpd_config.json` is the config of the run.",
+        f"{FORMATS[planned.format].title}. Written by mtpd_jax after step {step:,} of the run that `mtpd_config.json` "
+        "is the config of.",
         "## Loading",
         _loading(planned),
     ]
@@ -70,21 +75,27 @@ def _loading(planned: Plan) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "model = AutoModelForCausalLM.from_pretrained(folder)",
     ]
-    if number and planned.format in ("hf", "glm4_moe"):
+    if number and not FAMILIES[planned.kind].declares_heads:
         lines += [
             "first = model.config.num_hidden_layers  # the heads lie behind the last layer",
             f"heads = range(first, first + {number})",
             'model._keys_to_ignore_on_load_unexpected = {rf"model\\.layers\\.{layer}\\." for layer in heads}',
         ]
     drafting = ", use_mtp=True" if number else ""
+    lines += ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    if number > 1:
+        lines += [
+            'length = inputs["input_ids"].shape[1]  # of at least as many tokens as there are heads',
+            f"model.config.num_mtp_layers = min({number}, length)",
+        ]
     lines += [
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         f"written = model.generate(**inputs, max_new_tokens=64, do_sample=False{drafting})",
         "print(tokenizer.decode(written[0]))",
     ]
     text = ["```python", *lines, "```"]
     if number:
-        text += ["", f"transformers 5.16 or later; one prompt at a time, of at least {number} tokens."]
+        since = FAMILIES[planned.kind].since
+        text += ["", f"transformers {since} or later; one prompt at a time, of at least as many tokens as heads."]
     if number and FORMATS[planned.format].remote_code:
         text += [
             "With `trust_remote_code=True` the three lines about `heads` are not needed (`modeling_mtpd.py` has them); "
@@ -102,8 +113,11 @@ def _measured(number: int, measured: Measurements) -> list[str]:
         shown = [f"{share:.3f}" for share in agreement if share is not None]
         parts.append(text + (f", agreement of the heads {', '.join(shown)}." if shown else "."))
     for name, report in measured.decoding.items():
-        for prompts, decoded in report.get("decoding", {}).items():
-            parts.append(_decoding_table(f"`{prompts}` (`{name}`)", decoded["heads"]))
+        try:
+            for prompts, decoded in report["decoding"].items():
+                parts.append(_decoding_table(f"`{pathlib.Path(prompts).name}`", decoded["heads"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{name}: expected what mtpd_jax.evaluate --prompts=FILE --json=FILE writes") from error
     if number and not measured.decoding:
         parts.append("Acceptance was not measured: `python -m mtpd_jax.evaluate --prompts=FILE --json=FILE` does that.")
     return parts or ["Nothing was measured."]
@@ -116,7 +130,7 @@ def _decoding_table(title: str, by_heads: Mapping[str, Mapping[str, Any]]) -> st
         "|---|---|---|---|---|---|---|---|",
     ]
     for number, score in by_heads.items():
-        same = {True: "identical", False: "differs", None: "sampled"}[score.get("identical")]
+        same = {True: "identical", False: "differs", None: "sampled"}[score["identical"]]
         accepted = [_all(score["acceptance"][name]) for name in ("conditional", "cumulative")]
         figures = [_interval(score.get(name)) for name in ("tokens_per_pass", "tokens_per_pass_without_bonus")]
         speed = _interval(score.get("speedup_over_plain"))

@@ -41,6 +41,9 @@ class Family:
       needs: what a model has to have or to be for this family; empty if that is so.
       rope_by_type: whether the rotation is given for each type of layer.
       window_by_choice: whether a sliding window counts only where another setting says so.
+      theta: the base of the rotation, where none is said.
+      declares_heads: whether transformers' class knows which tensors are heads; else a client has to say so.
+      since: the version of transformers from which on heads of it draft.
     """
 
     title: str
@@ -55,6 +58,9 @@ class Family:
     needs: Callable[[ModelConfig, HeadsConfig], str] = lambda model, heads: ""
     rope_by_type: bool = False
     window_by_choice: bool = False
+    theta: float = 1e4
+    declares_heads: bool = False
+    since: str = "5.16"
 
 
 def _whole_heads(model: ModelConfig, _: HeadsConfig) -> str:
@@ -62,19 +68,19 @@ def _whole_heads(model: ModelConfig, _: HeadsConfig) -> str:
 
 
 def _no_biases(model: ModelConfig, _: HeadsConfig) -> str:
-    return "no biases" if model.qkv_bias else ""
+    return "a model without biases" if model.qkv_bias else ""
 
 
 def _qk_norm_alone(model: ModelConfig, _: HeadsConfig) -> str:
-    return "" if model.qk_norm and not model.qkv_bias else "norms of queries and keys, and no biases"
+    return "" if model.qk_norm and not model.qkv_bias else "norms of queries and keys, and a model without biases"
 
 
 def _one_head(model: ModelConfig, heads: HeadsConfig) -> str:
     return _qk_norm_alone(model, heads) or ("" if heads.num_heads == 1 else "one head")
 
 
-def _wide_enough(model: ModelConfig, _: HeadsConfig) -> str:
-    return "" if model.mlp_width >= 8 else "a feed-forward layer of a width of at least 8"
+def _of_eights(model: ModelConfig, _: HeadsConfig) -> str:
+    return "" if model.mlp_width % 8 == 0 else "a feed-forward layer whose width is a multiple of 8"
 
 
 def _layer_types(model: ModelConfig, heads: int, attention: str) -> dict[str, list[str]]:
@@ -129,16 +135,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm4_moe": Family(
         "GLM-4.5", "Glm4MoeForCausalLM", qk_norm="use_qk_norm", qkv_bias="attention_bias",
-        head_block=SHARED_EXPERT_BLOCK, defaults={"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1},
-        own=_shared_expert, needs=_wide_enough,
+        head_block=SHARED_EXPERT_BLOCK, own=_shared_expert, needs=_of_eights,
+        defaults={"partial_rotary_factor": 0.5, "num_nextn_predict_layers": 1, "rms_norm_eps": 1e-5},
     ),
     "exaone_moe": Family(
         "EXAONE-MoE", "ExaoneMoEForCausalLM", qk_norm=True, own=_all_sliding, needs=_qk_norm_alone,
-        heads=lambda number: FLAT if number == 1 else MTP_LAYERS, defaults={"sliding_window": 4096},
+        heads=lambda number: FLAT if number == 1 else MTP_LAYERS, declares_heads=True,
+        defaults={"sliding_window": 4096, "rms_norm_eps": 1e-5},
     ),
     "mellum": Family(
         "Mellum", "MellumForCausalLM", qk_norm=True, own=_none_sliding, needs=_one_head, heads=lambda _: FLAT,
-        rope_by_type=True, window_by_choice=True, defaults={"sliding_window": 1024},
+        rope_by_type=True, window_by_choice=True, declares_heads=True, since="5.20",
+        defaults={"sliding_window": 1024}, theta=5e5,
     ),
 }  # fmt: skip
 # Feed-forward layers of experts are not here yet; dense models of the last three are above.
@@ -159,6 +167,23 @@ def family_of(settings: Settings) -> tuple[str, Family]:
     if isinstance(kind, str) and kind in _OF_EXPERTS:
         raise _no_experts(kind)
     raise ValueError(f"model_type = {kind!r}: expected one of {', '.join(FAMILIES)}")
+
+
+def check_dense(settings: Settings, kind: str) -> None:
+    """Checks that a model of a family that may have layers of experts has none.
+
+    Raises:
+      ValueError: it has some.
+    """
+    if kind not in _OF_EXPERTS:
+        return
+    if kind == "glm4_moe":
+        dense = settings.get("first_k_dense_replace", 1) >= settings.get("num_hidden_layers", 0)
+    else:
+        kinds = settings.get("mlp_layer_types")
+        dense = isinstance(kinds, list) and set(kinds) == {"dense"}
+    if not dense:
+        raise _no_experts(kind)
 
 
 def check_own(settings: Settings, kind: str, model: ModelConfig, heads: int) -> None:

@@ -34,7 +34,7 @@ def _own_family(model: ModelConfig) -> str:
     """Qwen3 has norms of queries and keys; Llama wants a width that its heads divide, and Mistral no biases."""
     if model.qk_norm:
         return "qwen3"
-    return "llama" if model.width % model.query_heads == 0 else "mistral"
+    return "llama" if model.width % model.query_heads == 0 or model.qkv_bias else "mistral"
 
 
 FORMATS = {
@@ -68,7 +68,7 @@ def written_as(config: Config, name: str) -> tuple[str, Config]:
     kind = chosen.kind(model)
     needed = FAMILIES[kind].needs(model, config.heads)
     if needed:
-        raise ValueError(f"--format={name}: {FAMILIES[kind].title} needs {needed}, which this model has not")
+        raise ValueError(f"--format={name}: this model does not fit: {FAMILIES[kind].title} wants {needed}")
     return kind, config
 
 

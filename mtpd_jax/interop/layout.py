@@ -21,17 +21,14 @@ class Place:
       path: of the array in the tree of parameters; empty for tensors that are nothing of ours.
       index: of the layer, and the number of layers in the stack; None: all of the array.
       names: of the tensors.
+      of_heads: whether it is part of a head.
     """
 
     entry: Entry
     path: str
     index: tuple[int, int] | None
     names: tuple[str, ...]
-
-    @property
-    def of_heads(self) -> bool:
-        """Whether it is part of a head."""
-        return self.path.startswith("heads/")
+    of_heads: bool
 
     def shapes(self, model: ModelConfig) -> dict[str, Shape]:
         """The shapes of the tensors, by name."""
@@ -56,7 +53,8 @@ def places_of(model: ModelConfig, heads: HeadsConfig, family: Family) -> Iterato
         for entry in entries:
             if entry.present(model):
                 ours = f"{path}{entry.ours}" if entry.ours else ""
-                yield Place(entry, ours, index, tuple(prefix + name for name in entry.theirs))
+                names = tuple(prefix + name for name in entry.theirs)
+                yield Place(entry, ours, index, names, path.startswith("heads/"))
 
     yield from below("", TRUNK, "", None)
     for layer in range(model.layers):

@@ -146,8 +146,9 @@ def _join_tied(config: ModelConfig, parts: Sequence[np.ndarray]) -> np.ndarray:
     return parts[1]
 
 
-_TABLE = vector(lambda config: config.vocabulary_size)
-_TABLE = dataclasses.replace(_TABLE, shapes=lambda config: [(config.vocabulary_size, config.width)])
+_TABLE = Form(
+    lambda config: [(config.vocabulary_size, config.width)], lambda _, parts: parts[0], lambda _, ours: [ours]
+)
 _SCALED_TIED = Form(
     lambda config: [(config.vocabulary_size, config.width)] * 2,
     _join_tied,
@@ -222,8 +223,8 @@ _EXPERTS = 2
 
 
 def expert_width(config: ModelConfig) -> int:
-    """The width of an expert, of which the shared one is a multiple: no fewer than transformers' kernels take."""
-    return next(width for width in range(8, config.mlp_width + 1) if config.mlp_width % width == 0)
+    """The width of an expert, of which the shared one is a multiple; transformers' kernels take multiples of 8."""
+    return next((width for width in range(8, config.mlp_width, 8) if config.mlp_width % width == 0), config.mlp_width)
 
 
 _NO_EXPERTS = (

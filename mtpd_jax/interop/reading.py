@@ -12,8 +12,10 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  or NumPy would not know bfloat16
 import numpy as np
+from etils import epath
 
 from mtpd_jax.config import Config
+from mtpd_jax.data.chat import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG, read_chat_template
 from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.families import FAMILIES
@@ -27,8 +29,8 @@ _FOLLOWS = re.compile(r".*\.rotary_emb\.inv_freq")
 # The dtypes that are kept, by safetensors' names.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Files of a tokenizer, of which the first is what it does, and the others how it is used.
-TOKENIZER = "tokenizer.json"
-BESIDE_TOKENIZER = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+BESIDE_TOKENIZER = (TOKENIZER_CONFIG, CHAT_TEMPLATE, SPECIAL_TOKENS, GENERATION)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Found:
       title: of the family.
       places: of all its arrays.
       folder: of the tensors.
-      tensors, bytes: that are read.
+      tensors: that are read.
+      bytes: that the parameters take, in memory and on disk.
       notes: what has to be said, such as what is ignored, and why.
     """
 
@@ -95,14 +98,14 @@ def look(path: pathlib.Path, tie: bool = False) -> Found:
             raise ValueError(f"config.json describes {layers} layers, and there are {len(folder.tensors)} tensors")
         check_described(settings, described, config)
         places = _places(config, described, embedding)
-        notes = [*described.notes, *notes, *_check_tensors(places, config, folder, spare)]
+        notes = [*described.notes, *notes, *_check_tensors(places, config, folder, spare), *_template_note(path)]
         weights, more = _weights(places, folder)
         config = _config(described, model, tokens, weights)
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
-    sizes = {name: folder.tensors[name] for place in places for name in place.names}
-    read = sum(tensor.bytes for tensor in sizes.values())
-    return Found(path, config, described.family.title, places, folder, len(sizes), read, (*notes, *more))
+    names = {name for place in places for name in place.names}
+    found = Found(path, config, described.family.title, places, folder, len(names), 0, (*notes, *more))
+    return dataclasses.replace(found, bytes=found.parameters * np.dtype(config.model.weights).itemsize)
 
 
 def _config(
@@ -167,6 +170,14 @@ def _check_tensors(places: tuple[Place, ...], config: Config, folder: TensorFold
     return notes + ([f"ignored: {spare}, which equals {EMBEDDING}, to which it is tied"] if spare else [])
 
 
+def _template_note(path: pathlib.Path) -> list[str]:
+    try:
+        read_chat_template(epath.Path(path))
+    except ValueError as error:
+        return [f"its chat template cannot be used: {error}"]
+    return []
+
+
 def _weights(places: tuple[Place, ...], folder: TensorFolder) -> tuple[dict[str, str], list[str]]:
     """The dtypes that the model and its heads are kept in: the tensors' own, or float32 where they differ."""
     found: dict[str, set[str]] = {"model": set(), "heads": set()}
@@ -193,12 +204,12 @@ def _tokens_of(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[dict[st
     """
     if not (path / TOKENIZER).exists():
         raise ValueError(f"{TOKENIZER} is missing; transformers' save_pretrained writes it, also of a tokenizer.model")
-    generation = path / "generation_config.json"
+    generation = path / GENERATION
     said = settings.get("eos_token_id")
     if generation.exists():
-        said = read_json(generation).get("eos_token_id", said)
-    ids = said if isinstance(said, list) else [said]
-    if not ids or not all(type(token) is int for token in ids):
+        said = read_json(generation).get("eos_token_id") or said
+    ids: list[Any] = said if isinstance(said, list) else [said]
+    if not ids or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ValueError(f"eos_token_id = {said!r}: expected the id of the token that ends a text, or several")
     library = Tokenizer.open(path / TOKENIZER)
     added = library.get_added_tokens_decoder()
@@ -209,14 +220,21 @@ def _tokens_of(path: pathlib.Path, settings: Mapping[str, Any]) -> tuple[dict[st
             raise ValueError(f"eos_token_id = {said!r}: {token} is no token of {TOKENIZER}")
         return name
 
-    names = [name_of(token) for token in ids if token is not None]
+    names = [name_of(token) for token in ids]
     # What it puts around a text.
+    library.no_padding()
+    library.no_truncation()
     plain, whole = (library.encode("a", add_special_tokens=special).ids for special in (False, True))
-    begin = next((at for at in range(len(whole) + 1) if whole[at : at + len(plain)] == plain), 0)
+    begin = next((at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain), None)
+    if begin is None:
+        raise ValueError(f"{TOKENIZER}: writes 'a' as {plain}, and as {whole} with what belongs around it")
     before, after = whole[:begin], whole[begin + len(plain) :]
     if len(before) > 1:
         raise ValueError(f"{TOKENIZER}: puts {len(before)} tokens before a text; expected one, or none")
-    notes = [f"{TOKENIZER} puts {len(after)} tokens after a text, which are not: it is continued"] if after else []
+    notes = [f"{TOKENIZER} puts {len(after)} tokens after a text, which is left out: it is continued"] if after else []
+    largest = max(library.get_vocab(with_added_tokens=True).values())
+    if largest >= settings["vocab_size"]:
+        notes.append(f"{TOKENIZER} has tokens up to {largest:,}, the model up to {settings['vocab_size'] - 1:,}")
     tokens = {"end_token": names[0], "more_end_tokens": tuple(names[1:])}
     return {**tokens, "begin_token": name_of(before[0]) if before else ""}, notes
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mtpd_jax.config import Config, ModelConfig
-from mtpd_jax.interop.families import FAMILIES, Family, Settings, check_own, family_of
+from mtpd_jax.interop.families import FAMILIES, Family, Settings, check_dense, check_own, family_of
 from mtpd_jax.interop.names import scaling_is_exact
 
 # Settings that say nothing of what the weights compute, or only of how a library runs them.
@@ -16,7 +16,7 @@ _SILENT = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
     "model_type", "pad_token_id", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
     "_from_model_config", "output_router_logits", "router_aux_loss_coef", "is_llama_config", "name_or_path",
-    "layer_types", "unsloth_version", "norm_topk_prob",
+    "unsloth_version", "norm_topk_prob",
 }  # fmt: skip
 # Those that are read, whatever the family.
 _READ = {
@@ -25,12 +25,12 @@ _READ = {
     "rope_scaling", "rope_parameters", "rope_interleaved", "attention_bias", "mlp_bias", "pretraining_tp",
     "sliding_window", "use_sliding_window", "max_window_layers", "partial_rotary_factor", "use_qk_norm",
     "num_mtp_layers", "num_nextn_predict_layers", "mtp_hidden_states_first", "chain_hidden_post_norm", "mtpd",
-    "quantization_config",
+    "quantization_config", "layer_types", "is_causal", "per_layer_config",
 }  # fmt: skip
 # What would compute something else, and what it has to be, beside not being there.
 _ONLY = {
     "hidden_act": "silu", "mlp_bias": False, "pretraining_tp": 1, "rope_interleaved": False,
-    "mtp_hidden_states_first": False,
+    "mtp_hidden_states_first": False, "is_causal": True,
 }  # fmt: skip
 # The setting in which this project says what no other setting can.
 _OURS = "mtpd"
@@ -74,10 +74,11 @@ def describe(settings: Settings) -> Described:
 def _described(settings: Settings) -> Described:
     kind, family = family_of(settings)
     said: Settings = {**family.defaults, **settings}
+    check_dense(said, kind)
     for name, only in _ONLY.items():
         if said.get(name) not in (only, None):
             raise ValueError(f"{name} = {said[name]!r}: expected {only!r}; anything else is not here")
-    for name in ("quantization_config", "chain_hidden_post_norm"):
+    for name in ("quantization_config", "chain_hidden_post_norm", "per_layer_config"):
         if said.get(name) is not None:
             raise ValueError(f"{name} = {said[name]!r:.80}: expected none; that is not here")
     # What is not known is said: it is taken to change nothing, as transformers takes it.
@@ -85,13 +86,13 @@ def _described(settings: Settings) -> Described:
     if not isinstance(own, Mapping):
         raise ValueError(f"{_OURS} = {own!r:.80}: expected an object")
     model, notes = _model(said, family, own)
-    number = said.get("num_mtp_layers") or said.get("num_nextn_predict_layers") or 0
+    number = _number(said, "num_mtp_layers", _number(said, "num_nextn_predict_layers", 0))
     heads = {"num_heads": number, **{name: own[name] for name in ("kind", "pass_normed") if name in own}}
     length = own.get("sequence_length", min(model["context"], _WINDOW))
     unknown = sorted(settings.keys() - _SILENT - _READ - _own_names(family))
     if unknown:
         notes.append(f"settings that are not known here, taken to change nothing: {', '.join(unknown)}")
-    tied = bool(own.get("tied", said.get("tie_word_embeddings", False)))
+    tied = own.get("tied", _flag(said, "tie_word_embeddings"))
     return Described(kind, family, model, heads, {"sequence_length": length}, tied, tuple(notes))
 
 
@@ -116,12 +117,12 @@ def _model(said: Settings, family: Family, own: Settings) -> tuple[dict[str, Any
         "width": width,
         "layers": _number(said, "num_hidden_layers"),
         "query_heads": heads,
-        "kv_heads": said.get("num_key_value_heads") or heads,
-        "head_size": said.get("head_dim") or width // heads,
+        "kv_heads": _number(said, "num_key_value_heads", heads),
+        "head_size": _number(said, "head_dim", width // heads),
         "mlp_width": _number(said, "intermediate_size"),
         "rope_theta": theta,
         "rope_llama3": llama3,
-        "norm_epsilon": float(said.get("rms_norm_eps", 1e-6)),
+        "norm_epsilon": float(_number(said, "rms_norm_eps", 1e-6)),
         "qk_norm": _says(said, family.qk_norm),
         "qkv_bias": _says(said, family.qkv_bias),
         "scale_embedding": own.get("scale_embedding", False),
@@ -131,26 +132,55 @@ def _model(said: Settings, family: Family, own: Settings) -> tuple[dict[str, Any
 
 
 def _says(settings: Settings, setting: bool | str) -> bool:
-    return bool(settings.get(setting, False)) if isinstance(setting, str) else setting
+    return _flag(settings, setting) if isinstance(setting, str) else setting
+
+
+def _flag(settings: Settings, name: str) -> bool:
+    value = settings.get(name)
+    if not isinstance(value, bool | None):
+        raise ValueError(f"{name} = {value!r:.80}: expected true or false")
+    return bool(value)
+
+
+# Base and scaling of a rotation; None where nothing is said.
+_Rotation = tuple[float | None, tuple[float, ...] | None]
 
 
 def _rotation(settings: Settings, family: Family) -> tuple[float, tuple[float, ...]]:
-    """Base and scaling of the rotation, in either spelling; the newer one, ``rope_parameters``, wins."""
-    found = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    """Base and scaling of the rotation, in either spelling; where both are there, they have to say the same.
+
+    (Which of them counts has changed from one version of transformers to the next.)
+    """
+    newer, older = (_spelled(settings, name, family) for name in ("rope_parameters", "rope_scaling"))
+    older = (_number(settings, "rope_theta", older[0]), older[1])
+    for one, other in zip(newer, older, strict=True):
+        if one is not None and other is not None and one != other:
+            raise ValueError(
+                f"rope_parameters says {one!r}, and rope_scaling or rope_theta {other!r}: expected the same of both"
+            )
+    theta = older[0] if newer[0] is None else newer[0]
+    scaling = older[1] if newer[1] is None else newer[1]
+    return float(family.theta if theta is None else theta), scaling or ()
+
+
+def _spelled(settings: Settings, name: str, family: Family) -> _Rotation:
+    """What one spelling says."""
+    found = settings.get(name)
     if family.rope_by_type and isinstance(found, Mapping) and "full_attention" in found:
         found = found["full_attention"]
-    if not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
-        raise ValueError(f"rope_parameters = {found!r:.120}: expected one kind of rotation for all layers")
+    if found is None or found == {}:
+        found = {}
+    elif not isinstance(found, Mapping) or any(isinstance(value, Mapping) for value in found.values()):
+        raise ValueError(f"{name} = {found!r:.120}: expected one kind of rotation for all layers")
     part = found.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
-    if part not in (None, 1):
+    if (family.defaults.get("partial_rotary_factor", 1) if part is None else part) != 1:
         raise ValueError(f"partial_rotary_factor = {part!r}: expected 1; heads that turn in part are not here")
-    theta = float(found.get("rope_theta") or settings.get("rope_theta") or 10_000.0)
-    kind = found.get("rope_type") or found.get("type") or "default"
-    if kind == "default":
-        return theta, ()
-    if kind != "llama3":
+    theta, kind = _number(found, "rope_theta", None), found.get("rope_type") or found.get("type")
+    if kind not in (None, "default", "llama3"):
         raise ValueError(f"rope_type = {kind!r}: expected default or llama3; other scalings are not here")
-    return theta, tuple(float(_number(found, name)) for name in _LLAMA3)
+    if kind == "llama3":
+        return theta, tuple(float(_number(found, part)) for part in _LLAMA3)
+    return theta, None if kind is None else ()
 
 
 def _window(settings: Settings, family: Family) -> int | None:
@@ -163,7 +193,10 @@ def _window(settings: Settings, family: Family) -> int | None:
     return settings.get("sliding_window")
 
 
-def _number(settings: Settings, name: str) -> Any:
+def _number(settings: Settings, name: str, *default: Any) -> Any:
+    """A number, which has to be there unless there is a default."""
+    if default and settings.get(name) is None:
+        return default[0]
     value = settings.get(name)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{name} = {value!r}: expected a number")

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  or NumPy would not know bfloat16
 import numpy as np
 import safetensors
+from etils import epath
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What others keep weights in, and what runs code when it is opened.
@@ -36,7 +37,7 @@ class Tensor:
         return math.prod(self.shape) * bits // 8
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: epath.Path | pathlib.Path) -> dict[str, Any]:
     """A file that holds a JSON object.
 
     Raises:
@@ -107,9 +108,17 @@ class TensorFolder:
         return found
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        with _open(self.tensors[name].file) as file:
-            return file.get_tensor(name)
+        """One tensor.
+
+        Raises:
+          ValueError: it is of a kind of number that NumPy does not know, or the file was damaged meanwhile.
+        """
+        tensor = self.tensors[name]
+        try:
+            with _open(tensor.file) as file:
+                return file.get_tensor(name)
+        except (safetensors.SafetensorError, TypeError, AttributeError) as error:
+            raise ValueError(f"{tensor.file}: {name} of {tensor.dtype} is not readable ({error})") from error
 
 
 def _headers(path: pathlib.Path) -> Iterator[tuple[str, Tensor]]:

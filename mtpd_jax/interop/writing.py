@@ -2,24 +2,26 @@
 
 import dataclasses
 import json
-import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  or NumPy would not know bfloat16
 import numpy as np
+from etils import epath
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mtpd_jax.config import Config
+from mtpd_jax.data.chat import CHAT_TEMPLATE, TOKENIZER_CONFIG, read_tokenizer_settings
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.families import FAMILIES
 from mtpd_jax.interop.formats import FORMATS, written_as
 from mtpd_jax.interop.layout import Place, places_of
 from mtpd_jax.interop.names import scaling_is_exact
-from mtpd_jax.interop.reading import BESIDE_TOKENIZER, TOKENIZER
+from mtpd_jax.interop.reading import GENERATION, TOKENIZER
 from mtpd_jax.interop.settings import settings_of
 from mtpd_jax.interop.tensors import INDEX, TensorFolder, read_json
 
@@ -113,12 +115,11 @@ def _notes(config: Config, written: Config) -> tuple[str, ...]:
 
 
 def _dtype_of(place: Place, config: Config) -> np.dtype:
-    """Zeros that stand for nothing of ours are of the heads' dtype, beside which they lie."""
-    return np.dtype(config.model.weights if place.path and not place.of_heads else config.heads.weights)
+    return np.dtype(config.heads.weights if place.of_heads else config.model.weights)
 
 
 def write_tensors(planned: Plan, tree: Any, folder: pathlib.Path, on_shard: Callable[[], None]) -> None:
-    """Writes the tensors, a shard at a time, and reads each back.
+    """Writes the tensors beside the settings, a shard at a time, and reads each back.
 
     Args:
       planned: of the run's config.
@@ -142,6 +143,7 @@ def write_tensors(planned: Plan, tree: Any, folder: pathlib.Path, on_shard: Call
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / file}: cannot be written ({error})") from error
+        shutil.copymode(folder / "config.json", folder / file)  # the library's own is for its writer alone
         file_of |= dict.fromkeys(tensors, file)
         on_shard()
         _check_written(folder, file, tensors)
@@ -158,7 +160,7 @@ def _check_written(folder: pathlib.Path, file: str, tensors: Mapping[str, np.nda
 
 
 def write_settings(
-    planned: Plan, config: Config, tokenizer: Tokenizer, origin: pathlib.Path, folder: pathlib.Path
+    planned: Plan, config: Config, tokenizer: Tokenizer, origin: epath.Path, folder: pathlib.Path
 ) -> None:
     """Writes everything but tensors and model card.
 
@@ -178,25 +180,24 @@ def write_settings(
         (folder / "modeling_mtpd.py").write_text(code, encoding="utf-8")
         settings["auto_map"] = {"AutoModelForCausalLM": f"modeling_mtpd.Mtpd{family.architecture}"}
     write_json(folder / "config.json", settings)
-    ends = list(tokenizer.end_ids)
-    generation = {"eos_token_id": ends if len(ends) > 1 else ends[0], "bos_token_id": begin, "pad_token_id": None}
-    write_json(folder / "generation_config.json", generation)
+    # How an imported model wants to be sampled goes on.
+    ends, there = list(tokenizer.end_ids), origin / GENERATION
+    generation = read_json(there) if there.exists() else {"bos_token_id": begin, "pad_token_id": None}
+    write_json(folder / GENERATION, {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]})
     # How the run was trained, as this project says it.
     write_json(folder / "mtpd_config.json", config.to_dict())
     # The tokenizer as it is, under the one class that does what its file says.
     (folder / TOKENIZER).write_bytes((origin / TOKENIZER).read_bytes())
-    there = origin / BESIDE_TOKENIZER[0]
-    kept = {name: value for name, value in (read_json(there) if there.exists() else {}).items() if name in _KEPT}
+    kept = {name: value for name, value in read_tokenizer_settings(origin).items() if name in _KEPT}
     ours = {"eos_token": config.tokenizer.end_token, "model_max_length": config.context}
     ours |= {"bos_token": config.tokenizer.begin_token} if begin is not None else {}
     settings = {**ours, "clean_up_tokenization_spaces": False, **kept, "tokenizer_class": "PreTrainedTokenizerFast"}
-    write_json(folder / BESIDE_TOKENIZER[0], settings)
-    template = origin / BESIDE_TOKENIZER[1]
-    if template.exists():
-        (folder / BESIDE_TOKENIZER[1]).write_bytes(template.read_bytes())
+    write_json(folder / TOKENIZER_CONFIG, settings)
+    if (origin / CHAT_TEMPLATE).exists():
+        (folder / CHAT_TEMPLATE).write_bytes((origin / CHAT_TEMPLATE).read_bytes())
 
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     """Writes a JSON object."""
     with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + os.linesep)
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -75,7 +75,7 @@ def _taken(workdir: Workdir, holder: dict[str, Any]) -> ValueError:
     who = f"process {holder.get('process', 'unknown')} on {holder.get('host', 'an unknown host')}"
     return ValueError(
         f"{workdir.path}: {who} has been at work here since {holder.get('since', 'an unknown time')}; wait for it, "
-        "stop it, or take the run from it with --break_lock"
+        "or stop it (training can take the run from it with --break_lock)"
     )
 
 

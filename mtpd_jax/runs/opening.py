@@ -8,7 +8,6 @@ import jax
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
-from mtpd_jax.data.chat import ChatTemplate, read_chat_template
 from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.methods.method import method_of
@@ -16,7 +15,7 @@ from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.runs.checkpoint import NEWEST, chosen_step, restore_parameters
 from mtpd_jax.runs.origin import trained_on
 from mtpd_jax.runs.progress import say
-from mtpd_jax.runs.workdir import open_workdir
+from mtpd_jax.runs.workdir import Workdir, open_workdir
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import copies_of, make_mesh
 from mtpd_jax.training.feasibility import devices_per_copy
@@ -28,8 +27,8 @@ class TrainedRun:
     """A checkpoint of a run, ready to use.
 
     Attributes:
+      folder: the workdir.
       config, tokenizer, model: of the run.
-      chat: its template for conversations; None without any.
       parameters: the averaged ones if the run keeps an average.
       mesh: where they lie, whatever mesh the run was trained on; see ``load_run``.
       step: optimizer steps done.
@@ -37,9 +36,9 @@ class TrainedRun:
         after its own.
     """
 
+    folder: Workdir
     config: Config
     tokenizer: Tokenizer
-    chat: ChatTemplate | None
     model: LanguageModel
     parameters: Parameters
     mesh: Mesh
@@ -99,5 +98,4 @@ def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: in
         say(note)
     sources = tuple(trained_on(restored.record))
     parameters = jax.block_until_ready(restored.tree)
-    chat = read_chat_template(folder.path)
-    return TrainedRun(config, tokenizer, chat, method.model, parameters, method.mesh, restored.step, sources)
+    return TrainedRun(folder, config, tokenizer, method.model, parameters, method.mesh, restored.step, sources)

@@ -30,27 +30,30 @@ def check_free(target: pathlib.Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def whole_folder(target: pathlib.Path) -> Iterator[tuple[Workdir, Lock]]:
-    """Yields a locked folder to write into, ``TARGET.incomplete``, which becomes the target when all of it is on disk.
+    """Yields a locked folder to write into, beside the target, which becomes it when all of it is on disk.
 
-    What a process left there that was killed is deleted; if this one fails, so is what it has written.
+    It is called ``.TARGET.mtpd_jax_incomplete``. What a process left there that was killed is deleted by the next one,
+    and if this one fails, so is what it has written.
 
     Raises:
       ValueError: another process is writing it.
     """
-    incomplete = target.with_name(f"{target.name}.incomplete")
+    incomplete = target.with_name(f".{target.name}.mtpd_jax_incomplete")
+    if incomplete.is_symlink():
+        raise ValueError(f"{incomplete}: is a link, and would be emptied; move it away")
     folder = Workdir(epath.Path(incomplete))
     held = pathlib.Path(folder.lock_file)
     with take_lock(folder) as lock:
         try:
             for left in incomplete.iterdir():
                 if left != held:
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                    shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield folder, lock
             # In this order: contents, names, and then the one name that makes it there.
             for path in [*incomplete.rglob("*"), incomplete]:
                 _to_disk(path)
-            held.unlink()
             incomplete.rename(target)
+            (target / held.name).unlink()
             _to_disk(target.parent)
         except BaseException:
             shutil.rmtree(incomplete, ignore_errors=True)

@@ -14,14 +14,14 @@ CASES = {
     "un-normed states": (
         {"heads__num_heads": 2, "heads__pass_normed": False}, "hf", "others hand the normed state from head to head",
     ),
-    "two heads": ({"heads__num_heads": 2}, "mellum", "Mellum needs one head"),
+    "two heads": ({"heads__num_heads": 2}, "mellum", "Mellum wants one head"),
     "no norms": ({"heads__num_heads": 1, "model__qk_norm": False}, "exaone_moe", "norms of queries and keys"),
-    "biases": ({"heads__num_heads": 1, "model__qkv_bias": True}, "mellum", "and no biases"),
+    "biases": ({"heads__num_heads": 1, "model__qkv_bias": True}, "mellum", "and a model without biases"),
     "biases in a width that does not divide": (
         {"heads__num_heads": 1, "model__qk_norm": False, "model__qkv_bias": True, "model__width": 34}, "hf",
-        "Mistral needs no biases",
+        "Llama wants a width that is a multiple",
     ),
-    "a narrow layer": ({"heads__num_heads": 1, "model__mlp_width": 4}, "glm4_moe", "a width of at least 8"),
+    "a layer not of eights": ({"heads__num_heads": 1, "model__mlp_width": 36}, "glm4_moe", "a multiple of 8"),
     "an unknown format": ({"heads__num_heads": 1}, "onnx", "expected one of hf, backbone"),
 }  # fmt: skip
 
