@@ -31,7 +31,7 @@ def loglikelihoods(
 
     Context and continuation are tokenized together, and split where the context's own tokens end; white space at the
     end of a context belongs to the continuation (the convention of the Language Model Evaluation Harness). A context
-    that is too long loses its beginning; an empty one is an end token.
+    that is too long loses its beginning; an empty one is what begins a text, or an end token.
 
     Args:
       scorer, parameters: of the model; the scorer's windows hold context and continuation.

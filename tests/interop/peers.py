@@ -1,17 +1,15 @@
 """Small models of transformers and of ours, as folders, and what transformers makes of them."""
 
-import functools
 import json
 
 import pytest
-import tokenizers
 from etils import epath
 
 from experiments.bench.peer import Peer
-from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.writing import plan, write_settings, write_tensors
 from mtpd_jax.runs.workdir import Workdir
 from tests.builders import model_and_parameters, tiny_config
+from tests.interop.tokens import END, VOCABULARY, tokenizer_json
 
 torch = pytest.importorskip("torch", reason="no PyTorch for CPUs is installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -19,20 +17,6 @@ torch.set_grad_enabled(False)
 torch.set_num_threads(1)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
-VOCABULARY, END = 320, 0
-
-
-@functools.cache
-def tokenizer_json(begins=False):
-    """A byte-level tokenizer of a few words; perhaps with a token that it puts before a text."""
-    words = ["the cat sat on the mat, naïve as ever; a dog ran by 🐈"] * 9
-    ours = Tokenizer.train(words, VOCABULARY - 4, "<|endoftext|>", 10_000)
-    library = tokenizers.Tokenizer.from_str(ours.to_json())
-    library.add_special_tokens(["<s>", "<|turn|>", "<|done|>"])
-    if begins:
-        begin = library.token_to_id("<s>")
-        library.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
-    return library.to_str()
 
 
 def small(kind, **settings):

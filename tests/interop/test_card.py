@@ -13,7 +13,10 @@ from mtpd_jax import convert, evaluate, generate, open_run
 from mtpd_jax.config import Config
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.reading import look
-from tests.interop.peers import export, random_run, save_peer, small, tiny, tokenizer_json, torch, transformers
+from mtpd_jax.runs.origin import completed
+from mtpd_jax.runs.workdir import open_workdir
+from tests.interop.peers import export, random_run, save_peer, small, tiny, torch, transformers
+from tests.interop.tokens import tokenizer_json
 
 TEXTS = ["the cat", " the  cat\n\tsat", "naïve 🐈", "<|endoftext|>", "a<s>b", "", "日本 mat"]
 
@@ -121,6 +124,27 @@ def test_a_conversation_goes_there_and_back(tmp_path, monkeypatch, capsys):
         str(tmp_path / "prompts.jsonl"))] == [2, "the cat"]  # fmt: skip
     report = evaluate.run(str(tmp_path / "run"), prompts=str(tmp_path / "prompts.jsonl"), max_new_tokens=4)
     assert next(iter(report.decoding.values())).heads["0"].prompts == 2
+    # A template that is none is in nobody's way who has no conversation.
+    (tmp_path / "run" / "tokenizer_config.json").write_text('{"chat_template": "{% if"}')
+    opened = open_run(str(tmp_path / "run"))
+    assert opened.generate(["the cat"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="chat template, line 1"):
+        opened.generate([messages], max_new_tokens=2)
     (tmp_path / "prompts.jsonl").write_text('{"messages": "hello"}\n')
     with pytest.raises(ValueError, match="expected one of prompt, a text, and messages, a list"):
         evaluate.read_prompts(str(tmp_path / "prompts.jsonl"))
+
+
+def test_what_begins_a_text_begins_all_of_them(tmp_path):
+    """Prompts, documents, contexts of which nothing is said; and the texts of a run that starts from it."""
+    config = tiny(heads__num_heads=1, tokenizer__begin_token="<s>")
+    export(config, random_run(config)[1], "hf", tmp_path / "out", tokenizer_json(begins=True))
+    convert.from_hf(str(tmp_path / "out"), str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
+    (begin,) = run.tokenizer.begin_ids
+    assert run.encode("the cat")[0] == begin
+    whole = run.score(["the cat"])[0].ce[0]
+    (found,) = run.loglikelihoods([""], ["the cat"])
+    assert found.nats == pytest.approx(-float(whole[:-1].sum()), rel=1e-5)
+    wanted = tiny(objective__mode="extension", objective__source=str(tmp_path / "run"), heads__num_heads=2)
+    assert completed(wanted, open_workdir(str(tmp_path / "next"))).tokenizer.begin_token == "<s>"

@@ -13,8 +13,9 @@ from mtpd_jax import open_run
 from mtpd_jax.conversion import from_hf
 from mtpd_jax.interop.reading import look, read_parameters
 from tests.builders import model_of
-from tests.interop.peers import VOCABULARY, logits_of, save_peer, small, tokenizer_json, torch
+from tests.interop.peers import logits_of, save_peer, small, torch
 from tests.interop.test_formats import our_logits
+from tests.interop.tokens import VOCABULARY, tokenizer_json
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -12,14 +12,8 @@ from mtpd_jax.interop.reading import look, read_parameters
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from tests.decoding.models import small_vocabulary
-from tests.interop.peers import (
-    VOCABULARY,
-    export,
-    logits_of,
-    random_run,
-    tiny,
-    transformers_rounds,
-)
+from tests.interop.peers import export, logits_of, random_run, tiny, transformers_rounds
+from tests.interop.tokens import VOCABULARY
 
 PLAIN = {"model__qk_norm": False, "model__scale_embedding": False}
 # What a model can be, and the formats that hold it.
