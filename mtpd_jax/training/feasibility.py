@@ -42,7 +42,6 @@ def check_training(method: Method) -> str:
       ValueError: it needs more memory than a device or the host has, with both numbers; or what is trained is not kept
         in float32.
     """
-    _check_weights(method)
     config, mesh, costs = method.config, method.mesh, method.costs()
     training, model = config.training, config.model
     numbers = 3 + (config.optimizer.ema_decay is not None)  # a parameter, two moments, and the average
@@ -58,6 +57,7 @@ def check_training(method: Method) -> str:
     batches = _HOST_BATCHES * training.batch_size + config.data.shuffle_window
     host = 3 * 4 * batches * training.sequence_length
     _require(host, host_memory(), "reading its batches on the host", "batch_size, sequence_length or shuffle_window")
+    _check_weights(method)  # last, for it traces the model
     return _time(method)
 
 

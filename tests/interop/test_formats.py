@@ -1,6 +1,7 @@
 """Models of ours in transformers: the same logits, the same text, and every draft of every round."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,22 +48,41 @@ CASES = [(name, format) for name, (_, formats) in MODELS.items() for format in f
 @pytest.fixture(scope="module")
 def runs():
     """Models by name, made when they are asked for."""
-    made = {}
 
+    @functools.cache
     def run(name):
-        if name not in made:
-            config = tiny(**MODELS[name][0])
-            made[name] = config, *random_run(config)
-        return made[name]
+        config = tiny(**MODELS[name][0])
+        return config, *random_run(config)
 
     return run
 
 
-def our_logits(model, parameters, ids):
-    rows = jnp.asarray(ids, jnp.int32)
+PROMPTS, TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 24)), 20
+
+
+@pytest.fixture(scope="module")
+def played(runs):
+    """What models write of the prompts here, and what they draft; whatever format they are written in."""
+
+    @functools.cache
+    def play(name):
+        config, model, parameters = runs(name)
+        return [our_rounds(model, parameters, prompt, TOKENS, config.heads.num_heads) for prompt in PROMPTS]
+
+    return play
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, parameters, rows):
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
     hidden = apply(model, parameters, rows, jnp.ones_like(rows), positions)
-    return np.asarray(hidden.main @ unembedding_of(parameters).astype(jnp.float32).T)
+    return hidden.main @ unembedding_of(parameters).astype(jnp.float32).T
+
+
+def our_logits(model, parameters, ids):
+    trunk = {name: part for name, part in parameters.items() if name != "heads"}
+    model = LanguageModel(model.config, dataclasses.replace(model.heads_config, num_heads=0))
+    return np.asarray(_logits(model, trunk, jnp.asarray(ids, jnp.int32)))
 
 
 def same_tree(left, right):
@@ -97,14 +117,11 @@ DRAFTING = [(name, format) for name, format in CASES if format != "backbone" and
 
 
 @pytest.mark.parametrize("name, format", DRAFTING)
-def test_every_draft_of_every_round_is_ours(name, format, runs, tmp_path):
-    config, model, parameters = runs(name)
+def test_every_draft_of_every_round_is_ours(name, format, runs, played, tmp_path):
+    config, _, parameters = runs(name)
     export(config, parameters, format, tmp_path / "out")
-    tokens = 24
-    for seed, length in enumerate((20, 31)):
-        prompt = np.random.default_rng(seed).integers(1, VOCABULARY, length)
-        text, drafts = our_rounds(model, parameters, prompt, tokens, config.heads.num_heads)
-        found, plain, theirs = transformers_rounds(tmp_path / "out", prompt, tokens, config.heads.num_heads)
+    for prompt, (text, drafts) in zip(PROMPTS, played(name), strict=True):
+        found, plain, theirs = transformers_rounds(tmp_path / "out", prompt, TOKENS, config.heads.num_heads)
         assert found == text == plain
         assert same_rounds(drafts, theirs)
         assert sum(map(len, theirs)) > 0.8 * sum(map(len, drafts))
@@ -127,12 +144,11 @@ def test_drafts_that_are_accepted_go_on_alike(kind, tmp_path):
     assert len({stood for _, stood in accepted(drafts, text)}) >= 3
 
 
-def test_the_folder_serves_clients_that_trust_its_code(runs, tmp_path):
-    config, model, parameters = runs("scaled_tied_qk_norm")
+def test_the_folder_serves_clients_that_trust_its_code(runs, played, tmp_path):
+    config, _, parameters = runs("scaled_tied_qk_norm")
     export(config, parameters, "hf", tmp_path / "out")
-    prompt = np.random.default_rng(5).integers(1, VOCABULARY, 20)
-    text, drafts = our_rounds(model, parameters, prompt, 12, 4)
-    found, _, theirs = transformers_rounds(tmp_path / "out", prompt, 12, 4, remote_code=True)
+    text, drafts = played("scaled_tied_qk_norm")[0]
+    found, _, theirs = transformers_rounds(tmp_path / "out", PROMPTS[0], TOKENS, 4, remote_code=True)
     assert found == text and same_rounds(drafts, theirs)
 
 
