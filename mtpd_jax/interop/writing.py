@@ -134,10 +134,10 @@ def write_tensors(planned: Plan, tree: Any, folder: pathlib.Path, on_shard: Call
     file_of = {}
     for file, names in planned.shards.items():
         # Contiguous, whatever they were: the library writes others as garbage, without a word (safetensors #825).
-        tensors = {}
+        tensors, wanted = {}, set(names)
         for place in dict.fromkeys(place_of[name] for name in names):
             for name, tensor in place.get(planned.config.model, tree).items():
-                if name in names:
+                if name in wanted:
                     tensors[name] = np.ascontiguousarray(tensor, _dtype_of(place, planned.config))
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
