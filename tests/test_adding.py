@@ -25,6 +25,7 @@ FILES = {
     "A family of pretrained models": ("mtpd_jax/interop/fused.py", "mtpd_jax/interop/families.py", 2),
     "An experiment": ("experiments/depth.py", None, 0),
 }
+QUICK = ("A drafter", "A family of pretrained models")
 # Run in the copy; ``tree`` is a tiny config, ``run`` a trained run's folder.
 PROGRAMS = {
     "A divergence": """
@@ -183,7 +184,7 @@ def test_the_page_has_what_is_tested():
 
 
 @pytest.mark.parametrize(
-    "title", [title if title == "A drafter" else pytest.param(title, marks=pytest.mark.slow) for title in FILES]
+    "title", [title if title in QUICK else pytest.param(title, marks=pytest.mark.slow) for title in FILES]
 )
 def test_a_toy_is_added(title, workdir, text_file, tmp_path):
     """The files that it takes are those that the page says; and it works."""
