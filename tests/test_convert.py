@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from mtpd_jax import convert, evaluate, frontdoor, generate, open_run, train
+from mtpd_jax import convert, evaluate, frontdoor, open_run, train
 from mtpd_jax.interop import reading
 from mtpd_jax.runs import whole
 from tests.builders import tiny_config
@@ -378,7 +378,12 @@ def test_killed_at_any_moment(direction, workdir, exported, tmp_path):
     command = [sys.executable, "-m", "mtpd_jax.convert", direction, *places]
     begin = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    whole_time, expected = time.monotonic() - begin, sorted(contents(target))
+    whole_time, expected = time.monotonic() - begin, contents(target)
+
+    def is_whole():
+        # A run is held to its digests; names of its files are drawn anew.
+        return open_run(str(target)).step == 0 if direction == "from_hf" else contents(target) == expected
+
     random.seed(0)
     for _ in range(10):
         shutil.rmtree(target, ignore_errors=True)
@@ -386,15 +391,7 @@ def test_killed_at_any_moment(direction, workdir, exported, tmp_path):
         time.sleep(random.uniform(0.5, 1.0) * whole_time)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not target.exists() or sorted(contents(target)) == expected
-        assert contents(source) == before
+        assert (not target.exists() or is_whole()) and contents(source) == before
     shutil.rmtree(target, ignore_errors=True)
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert sorted(contents(target)) == expected and not list(tmp_path.glob(".target*"))
-
-
-def test_generate_finds_no_template(call, workdir):
-    status, _, errors = call(f"--workdir={workdir}", "--prompt=a cat", "--chat", main=generate.main)
-    assert status == 2 and "the model has no chat template" in errors and len(errors.splitlines()) == 1
-    status, _, errors = call(f"--workdir={workdir}", "--prompt=a cat", "--system=Be brief.", main=generate.main)
-    assert status == 2 and "--system: expected --chat beside it" in errors
+    assert is_whole() and not list(tmp_path.glob(".target*"))

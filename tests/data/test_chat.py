@@ -6,6 +6,7 @@ import pytest
 import tokenizers
 from etils import epath
 
+from mtpd_jax import frontdoor, generate
 from mtpd_jax.data.chat import ChatTemplate, check_prompt, encode_prompt, messages_of, read_chat_template
 from mtpd_jax.data.tokenizer import Tokenizer
 from tests.interop.tokens import tokenizer_json
@@ -183,3 +184,14 @@ def test_texts_begin_as_documents_do(tokenizer):
 def test_what_is_no_conversation(prompt, message):
     with pytest.raises(ValueError, match=f"prompt 7.*{message}"):
         check_prompt(prompt, "prompt 7")
+
+
+def test_a_model_without_a_template_says_so(workdir, monkeypatch, capsys):
+    for flags, message in (
+        (["--chat"], "the model has no chat template"),
+        (["--system=Be brief."], "--system: expected --chat beside it"),
+    ):
+        monkeypatch.setattr("sys.argv", ["generate", f"--workdir={workdir}", "--prompt=a cat", *flags])
+        assert frontdoor.status_of(generate.main) == 2
+        errors = capsys.readouterr().err
+        assert message in errors and len(errors.splitlines()) == 1
