@@ -4,10 +4,10 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
+from mtpd_jax.data.files import read_json
 from mtpd_jax.interop.card import Measurements, card
 from mtpd_jax.interop.formats import FORMATS
 from mtpd_jax.interop.reading import look
-from mtpd_jax.interop.tensors import read_json
 from mtpd_jax.interop.writing import plan
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.runs.checkpoint import NEWEST

@@ -20,6 +20,7 @@ from mtpd_jax import convert, evaluate, frontdoor, open_run, train
 from mtpd_jax.interop import reading
 from mtpd_jax.runs import whole
 from tests.builders import tiny_config
+from tests.interop.folders import retensor
 from tests.soak.disks import Disk
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -58,14 +59,6 @@ def contents(place):
         for path in sorted(place.rglob("*"))
         if path.is_file()
     }
-
-
-def change(folder, alter):
-    path = folder / "model.safetensors"
-    tensors = {name: value.copy() for name, value in safetensors.numpy.load_file(path).items()}
-    alter(tensors)
-    path.unlink()
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def shard(folder):
@@ -168,7 +161,7 @@ def test_short_numbers_stay_short_and_are_not_trained(workdir, exported, folder,
     settings = json.loads((folder / "config.json").read_text())
     settings["mtpd"] = {name: value for name, value in settings["mtpd"].items() if name not in ("scale_embedding",)}
     (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
-    change(folder, shorten)
+    retensor(folder, shorten)
     convert.from_hf(str(folder), str(tmp_path / "short"))
     opened = open_run(str(tmp_path / "short"))
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(opened.parameters)} == {"bfloat16"}
@@ -219,18 +212,18 @@ DAMAGE = {
     "truncated": (_truncate, "damaged, or no safetensors file"),
     "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "damaged, or no safetensors file"),
     "wrong shape": (
-        lambda folder: change(folder, lambda t: t.update({"model.norm.weight": np.ones(5, np.float32)})),
+        lambda folder: retensor(folder, lambda t: t.update({"model.norm.weight": np.ones(5, np.float32)})),
         "model.norm.weight has the shape (5,): expected (32,) by config.json",
     ),
     "missing tensor": (
-        lambda folder: change(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
+        lambda folder: retensor(folder, lambda t: t.pop("model.layers.1.mlp.up_proj.weight")),
         "model.layers.1.mlp.up_proj.weight is missing",
     ),
     "missing shard": (
         lambda folder: (shard(folder), (folder / "model-2.safetensors").unlink()), "model-2.safetensors: there is no",
     ),
     "extra tensor": (
-        lambda folder: change(folder, lambda t: t.update({"model.sinks": np.ones(1, np.float32)})),
+        lambda folder: retensor(folder, lambda t: t.update({"model.sinks": np.ones(1, np.float32)})),
         "model.sinks: no such tensor is in this model",
     ),
     "a tensor in two shards": (_twice, "and the index says in model-1.safetensors"),
@@ -248,7 +241,7 @@ DAMAGE = {
         "one of them is left over",
     ),
     "whole numbers": (
-        lambda folder: change(folder, lambda t: t.update({"model.norm.weight": np.ones(32, np.int32)})),
+        lambda folder: retensor(folder, lambda t: t.update({"model.norm.weight": np.ones(32, np.int32)})),
         "model.norm.weight is of I32: expected F32, BF16, F16",
     ),
     "a pickle": (_to_pickle, "pytorch_model.bin, a pickle, which may run code"),
@@ -259,7 +252,7 @@ DAMAGE = {
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "a tokenizer that is none": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "an embedding that is not what was multiplied": (
-        lambda folder: change(folder, lambda t: t["model.embed_tokens.weight"].__setitem__((0, 0), 3.0)),
+        lambda folder: retensor(folder, lambda t: t["model.embed_tokens.weight"].__setitem__((0, 0), 3.0)),
         "model.embed_tokens.weight, lm_head.weight: expected the first to be the second times sqrt(32)",
     ),
 }  # fmt: skip

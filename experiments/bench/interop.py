@@ -31,6 +31,7 @@ from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of
 from mtpd_jax.evaluation.report import number, percent, write_json
 from mtpd_jax.run import Run
+from mtpd_jax.validation import check_count
 
 OURS, THEIRS = "mtpd_jax", "transformers"
 # A way to decode: program, and number of drafts.
@@ -133,8 +134,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", help="write the rows here")
     flags = parser.parse_args(arguments)
     for name in ("number", "repeats", "max_new_tokens"):
-        if getattr(flags, name) < 1:
-            raise ValueError(f"--{name}={getattr(flags, name)}: expected at least one")
+        check_count(name, getattr(flags, name))
     frontdoor.check_json_path(flags.json)
     try:
         import torch  # pyright: ignore[reportMissingImports]

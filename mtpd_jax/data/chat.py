@@ -12,7 +12,7 @@ from etils import epath
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mtpd_jax.data.files import check_text
+from mtpd_jax.data.files import check_text, read_json
 from mtpd_jax.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -91,18 +91,10 @@ def read_tokenizer_settings(folder: epath.Path) -> dict[str, Any]:
     Raises:
       ValueError: one of them is no JSON object.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        path = folder / name
-        try:
-            found[name] = json.loads(path.read_bytes()) if path.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not readable as JSON ({error})") from error
-        if not isinstance(found[name], dict):
-            raise ValueError(f"{path}: expected a JSON object")
+    paths = [folder / name for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS)]
+    own, named = (read_json(path) if path.exists() else {} for path in paths)
     # As transformers has it.
-    own = found[TOKENIZER_CONFIG]
-    return own if "added_tokens_decoder" in own else {**own, **found[SPECIAL_TOKENS]}
+    return own if "added_tokens_decoder" in own else {**own, **named}
 
 
 def read_chat_template(folder: epath.Path) -> ChatTemplate | None:

@@ -8,6 +8,9 @@ import pathlib
 import re
 import time
 from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
 
 _CHUNK = 1 << 24
 _BOM = b"\xef\xbb\xbf"
@@ -189,6 +192,23 @@ def read_text(path: str | pathlib.Path, name: str) -> str:
 
 def _no_text(path: str | pathlib.Path, lines_before: int, at: int, byte: int) -> ValueError:
     return ValueError(f"{path}, line {lines_before + 1}: byte {at} (0x{byte:02x}) is not UTF-8")
+
+
+def read_json(path: epath.Path | pathlib.Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+      ValueError: it is not there, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no such file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return found
 
 
 def json_field(line: str | bytes, field: str, where: str) -> str:

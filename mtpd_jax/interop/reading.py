@@ -16,13 +16,14 @@ from etils import epath
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.chat import CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG, read_chat_template
+from mtpd_jax.data.files import read_json
 from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.families import FAMILIES
 from mtpd_jax.interop.layout import Assembly, Place, places_of
 from mtpd_jax.interop.names import EMBEDDING, UNEMBEDDING
 from mtpd_jax.interop.settings import Described, check_described, describe
-from mtpd_jax.interop.tensors import TensorFolder, read_json
+from mtpd_jax.interop.tensors import TensorFolder
 
 # What old versions of libraries stored, and what follows from the config.
 _FOLLOWS = re.compile(r".*\.rotary_emb\.inv_freq")

@@ -1,8 +1,6 @@
 """A folder of safetensors files, whose tensors are read one at a time. Nothing else is ever opened: no pickle."""
 
 import dataclasses
-import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +8,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401  or NumPy would not know bfloat16
 import numpy as np
 import safetensors
-from etils import epath
+
+from mtpd_jax.data.files import read_json
 
 INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What others keep weights in, and what runs code when it is opened.
@@ -29,29 +28,6 @@ class Tensor:
     file: pathlib.Path
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def bytes(self) -> int:
-        """That it has."""
-        bits = int("".join(filter(str.isdigit, self.dtype.split("_")[0])) or 8)  # F32, BF16, F8_E4M3, BOOL
-        return math.prod(self.shape) * bits // 8
-
-
-def read_json(path: epath.Path | pathlib.Path) -> dict[str, Any]:
-    """A file that holds a JSON object.
-
-    Raises:
-      ValueError: it is not there, or holds something else.
-    """
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return found
 
 
 class TensorFolder:

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.chat import CHAT_TEMPLATE, TOKENIZER_CONFIG, read_tokenizer_settings
+from mtpd_jax.data.files import read_json
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.families import FAMILIES
 from mtpd_jax.interop.formats import FORMATS, written_as
@@ -23,7 +24,7 @@ from mtpd_jax.interop.layout import Place, places_of
 from mtpd_jax.interop.names import scaling_is_exact
 from mtpd_jax.interop.reading import GENERATION, TOKENIZER
 from mtpd_jax.interop.settings import settings_of
-from mtpd_jax.interop.tensors import INDEX, TensorFolder, read_json
+from mtpd_jax.interop.tensors import INDEX, TensorFolder
 
 # Bytes of a shard, at most: as much is copied beside the model when it is written. Our choice.
 _SHARD_BYTES = 2 << 30

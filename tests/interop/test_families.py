@@ -13,6 +13,7 @@ from mtpd_jax import open_run
 from mtpd_jax.conversion import from_hf
 from mtpd_jax.interop.reading import look, read_parameters
 from tests.builders import model_of
+from tests.interop.folders import retensor
 from tests.interop.peers import logits_of, save_peer, small, torch
 from tests.interop.test_formats import our_logits
 from tests.interop.tokens import VOCABULARY, tokenizer_json
@@ -66,15 +67,6 @@ def rewrite(folder, **settings):
     path = folder / "config.json"
     changed = {**json.loads(path.read_text()), **settings}
     path.write_text(json.dumps({name: value for name, value in changed.items() if value is not ...}))
-
-
-def retensor(folder, change):
-    """Changes what model.safetensors holds."""
-    path = folder / "model.safetensors"
-    tensors = {name: value.copy() for name, value in safetensors.numpy.load_file(path).items()}
-    change(tensors)
-    path.unlink()
-    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_both_spellings_of_the_rotation(tmp_path):

@@ -7,6 +7,7 @@ import safetensors.numpy
 from mtpd_jax.interop.formats import FORMATS, written_as
 from mtpd_jax.interop.reading import look, read_parameters
 from mtpd_jax.interop.writing import plan
+from tests.interop.folders import retensor
 from tests.interop.peers import export, random_run, tiny
 
 CASES = {
@@ -44,11 +45,8 @@ def test_a_run_without_heads_is_its_backbone():
 def test_a_shared_head_needs_copies_that_are_the_same(tmp_path):
     config = tiny(heads__num_heads=3, heads__kind="recurrent")
     export(config, random_run(config)[1], "hf", tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
-    tensors = {name: value.copy() for name, value in safetensors.numpy.load_file(path).items()}
-    tensors["model.layers.3.mlp.down_proj.weight"][0, 0] += 1
-    path.unlink()
-    safetensors.numpy.save_file(tensors, path)
+    one = "model.layers.3.mlp.down_proj.weight"
+    retensor(tmp_path / "out", lambda tensors: tensors.update({one: tensors[one] + 1}))
     with pytest.raises(
         ValueError, match=r"model.layers.3.mlp.down_proj.weight: expected the same as of the head before"
     ):

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 LAYERS, WIDTH, MLP, VOCABULARY, QUERY, KEY = 28, 2560, 6912, 32_000, 2560, 512
 # Prints the bytes that the process holds at most beside files, above those before, and the bytes of the model.
 PROGRAM = """
-    import os, pathlib, sys, threading, time
+    import math, os, pathlib, sys, threading, time
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
     from mtpd_jax.interop.reading import look
@@ -36,7 +36,7 @@ PROGRAM = """
     threading.Thread(target=watch, daemon=True).start()
     found = look(pathlib.Path(sys.argv[1]))
     import_model(found, pathlib.Path(sys.argv[2]))
-    print(most - before, found.bytes, max(tensor.bytes for tensor in found.folder.tensors.values()))
+    print(most - before, found.bytes, 2 * max(math.prod(tensor.shape) for tensor in found.folder.tensors.values()))
 """
 
 
