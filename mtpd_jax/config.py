@@ -113,6 +113,8 @@ class HeadsConfig(Section):
     num_heads: int = field(4, ZERO_OR_MORE)  # K: tokens drafted beyond the main head's; 0: next-token prediction only
     # cascade: K modules; recurrent: one module, applied K times; see model.heads.
     kind: str = field("cascade", given("a kind of head"))
+    # Keys and values of a recurrent head: of each depth by itself, or one cache for all depths; see model.chains.
+    cache: Literal["per_depth", "shared"] = field("per_depth", as_before="per_depth")
     pass_normed: bool = field(True)  # a head hands its normed state to the next one (False: the state before its norm)
     weights: Weights = field("float32", as_before="float32")  # of the heads
 

@@ -24,6 +24,7 @@ from mtpd_jax.data.pipeline import TrainingData
 from mtpd_jax.data.sources import Source, holds_out, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.scoring import Scorer, TextScore
+from mtpd_jax.interop.reading import BESIDE_TOKENIZER
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.runs.checkpoint import (
@@ -38,7 +39,8 @@ from mtpd_jax.runs.checkpoint import (
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.lock import Lock, take_lock
 from mtpd_jax.runs.metrics import MetricsLog
-from mtpd_jax.runs.origin import Origin, all_sources, beginning, completed, held_out_note, source_of
+from mtpd_jax.runs.models import all_sources, read_backbone
+from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, source_of
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
@@ -99,7 +101,7 @@ def run(
     """
     # Everything that can be wrong is looked at before anything is created.
     config, folder, chosen = Config.of(config), open_workdir(workdir), chosen_step(checkpoint)
-    config = completed(config, folder)
+    named, config = config.objective.source_run, completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
     check_chosen(folder, chosen)
     mesh = make_mesh(config.mesh)
@@ -116,7 +118,7 @@ def run(
         tokenizer = _checked(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(config, folder, abstract, chosen, data)
+        start = _restored(method, folder, abstract, chosen, data, named)
         start = start or _fresh(method, folder, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
@@ -187,12 +189,21 @@ def _fresh(
 
 
 def _restored(
-    config: Config, folder: Workdir, abstract: TrainState, checkpoint: int | None, data: TrainingData
+    method: Method, folder: Workdir, abstract: TrainState, checkpoint: int | None, data: TrainingData, named: str | None
 ) -> _Start | None:
-    """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside."""
+    """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside.
+
+    ``named`` is where what it began from lies now.
+    """
     if latest_step(folder) is None and checkpoint is None:
         return None
+    config = method.config
     restored = restore_state(folder, config, abstract, checkpoint)
+    state: TrainState = restored.tree
+    if method.names_backbone:
+        moved = named if named != config.objective.source_run else None
+        frozen = read_backbone(method, restored.record["origin"]["backbone"], moved)
+        state = dataclasses.replace(state, frozen=frozen)
     folder.read_tokenizer(config, restored.record["tokenizer"])
     data.set_state(restored.record["data"])
     # Newer checkpoints, and the metrics of their steps, give way.
@@ -208,7 +219,7 @@ def _restored(
     done, steps, record = restored.step, config.training.steps, restored.record
     message = f"resuming from step {done}" if done < steps else f"already finished, at step {done}"
     counters = record["tokens"], record["seconds"], record["origin"]
-    return _Start(restored.tree, done, *counters, f"{message} of {steps}", restored.note(folder))
+    return _Start(state, done, *counters, f"{message} of {steps}", restored.note(folder))
 
 
 def _record_config(config: Config, folder: Workdir, done: int) -> None:
@@ -258,6 +269,12 @@ def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | 
         wanted.begin_token,
     )
     folder.write_config(config)
+    # What says how a pretrained model's tokenizer is used: it goes with the model.
+    if config.objective.source_run is not None:
+        beside = source_of(config).path
+        for name in BESIDE_TOKENIZER:
+            if (beside / name).exists():
+                (beside / name).copy(folder.path / name, overwrite=True)
     write_atomically(folder.tokenizer_file, tokenizer.to_json())
 
 
@@ -268,11 +285,9 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
     if latest_step(folder) is not None:
         return folder.read_tokenizer(config)  # which says that it is missing
     if config.objective.source_run is not None:
-        return _checked(source_of(config).read_tokenizer(config), config)
+        return _checked(source_of(config).tokenizer(config), config)
     if config.tokenizer.path:
-        wanted = config.tokenizer
-        ends = wanted.end_token, wanted.more_end_tokens
-        return _checked(Tokenizer.load(wanted.path, *ends, wanted.begin_token), config)
+        return _checked(Tokenizer.load(config.tokenizer.path, config.tokenizer), config)
     return None
 
 

@@ -11,6 +11,8 @@ import tokenizers
 from etils import epath
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from mtpd_jax.config import TokenizerConfig
+
 # How SentencePiece names a token that is one byte.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -86,15 +88,13 @@ class Tokenizer:
         return cls(bpe, end_token, more_end_tokens, begin_token)
 
     @classmethod
-    def load(
-        cls, path: epath.PathLike, end_token: str, more_end_tokens: Sequence[str] = (), begin_token: str = ""
-    ) -> "Tokenizer":
-        """Loads a tokenizer.json.
+    def load(cls, path: epath.PathLike, config: TokenizerConfig) -> "Tokenizer":
+        """Loads a tokenizer.json, with the tokens around a text that a config names.
 
         Raises:
           ValueError: the file is missing or is not a tokenizer, or lacks one of the tokens.
         """
-        return cls(cls.open(path), end_token, more_end_tokens, begin_token)
+        return cls(cls.open(path), config.end_token, config.more_end_tokens, config.begin_token)
 
     @staticmethod
     def open(path: epath.PathLike) -> tokenizers.Tokenizer:

@@ -16,11 +16,12 @@ from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.block import Block
 from mtpd_jax.model.cache import Caches, KVCache, empty_cache, slots_of
+from mtpd_jax.model.chains import run_chain
 from mtpd_jax.model.forward import run_backbone, run_heads
 from mtpd_jax.model.head import HeadOutput
 from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.model.layers import apply, compute_dtype, norm
-from mtpd_jax.model.views import CachedRows
+from mtpd_jax.model.views import CachedRows, PackedRows
 from mtpd_jax.platform import Platform
 from mtpd_jax.shapes import Array, Float, Hidden, Int, Parameters
 from mtpd_jax.sharding import within
@@ -84,6 +85,11 @@ class Network:
         self._head: Any = self._kind.module(model.config, model.heads_config.pass_normed)
 
     @property
+    def shares_cache(self) -> bool:
+        """Whether all depths of the heads have one cache; see ``model.chains``."""
+        return self.heads_config.cache == "shared"
+
+    @property
     def modules(self) -> int:
         """Head modules with parameters of their own; depth j uses module (j-1) mod this (MTP-D §3.3)."""
         return 1 if self._kind.shared else self.heads_config.num_heads
@@ -109,7 +115,9 @@ class Network:
         return self._empty(batch, slots, self.config.layers, self.scanned)
 
     def empty_head_caches(self, batch: int, slots: int, depths: int) -> Caches:
-        """A cache for every depth of the heads, before anything was read."""
+        """A cache for every depth of the heads, or the one that they share, before anything was read."""
+        if self.shares_cache:
+            return empty_cache(batch, slots, self.config, self.dtype)
         return self._empty(batch, slots, depths, self.scanned_heads)
 
     def _empty(self, batch: int, slots: int, count: int, stacked: bool) -> Caches:
@@ -155,7 +163,8 @@ class Network:
           depth: from 0; past the last module the modules come round again.
           state: [B, T, D]; h^0 for depth 0, else what the depth before returned as state.
           ahead: [B, T]; the token that each position looks ahead to, t_{i+depth+1}.
-          cache, margin: of this depth; position p lies in slot p + margin.
+          cache, margin: of this depth; position p lies in slot p + margin. In one cache for all depths, depth k of the
+            chain that begins at position i has the position i+k-1.
 
         Returns:
           The state for the next depth, the normed state, and the new cache.
@@ -169,6 +178,24 @@ class Network:
 
         state, output = run_heads(self.config, parameters.embedding, head, state, ahead, view)
         return state, output.normed, output.block.cache
+
+    def run_chains(
+        self, parameters: DecodingParameters, state: Hidden, ahead: Int[Array, "K B T"], rows: PackedRows
+    ) -> Hidden:
+        """The normed states, [K, B, T, D], of heads with one cache at every depth of the chains of whole rows.
+
+        Args:
+          state: [B, T, D]; h^0.
+          ahead: [K, B, T]; t_{i+k}.
+          rows: that the chains are of.
+        """
+        weights = _layer(parameters.heads, 0)
+
+        def heads(state: Hidden, embedded: Hidden, view: PackedRows) -> tuple[Hidden, Any]:
+            return run_chain(lambda *inputs: apply(self._head, weights, *inputs), self.config, state, embedded, view)
+
+        _, outputs = run_heads(self.config, parameters.embedding, heads, state, ahead, rows)
+        return jnp.stack([output.normed for output in outputs])
 
     def logits(self, parameters: DecodingParameters, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """The shared unembedding's logits, in float32."""

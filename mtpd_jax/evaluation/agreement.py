@@ -11,6 +11,7 @@ from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.model.cache import KVCache
+from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Hidden, Int
 from mtpd_jax.sharding import WHOLE
 
@@ -30,6 +31,14 @@ def choices_of_all_heads(
     # The main head reads the text, and then each head the text itself and the state of the one before.
     main, _ = network.extend(parameters, tokens, start, network.empty_cache(batch, length))
 
+    first = WHOLE.argmax(network.logits(parameters, main))[None]
+    if depths and network.shares_cache:
+        ahead = jnp.stack([jnp.roll(tokens, -depth, axis=1) for depth in range(1, depths + 1)])
+        places = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
+        rows = PackedRows.of(jnp.ones_like(tokens), places, network.config)
+        states = network.run_chains(parameters, main, ahead, rows)
+        return jnp.concatenate([first, WHOLE.argmax(network.logits(parameters, states))])
+
     def run_head(depth: Any, state: Hidden, cache: KVCache) -> tuple[Hidden, KVCache, Array]:
         ahead = jnp.roll(tokens, -1 - depth, axis=1)  # what comes around meets no target
         state, normed, cache = network.run_head(parameters, depth, state, ahead, start, cache, margin=0)
@@ -37,7 +46,6 @@ def choices_of_all_heads(
 
     caches = network.empty_head_caches(batch, length, depths)
     _, _, chosen = over_layers(run_head, main, caches, depths)
-    first = WHOLE.argmax(network.logits(parameters, main))[None]
     return first if chosen is None else jnp.concatenate([first, chosen])
 
 

@@ -22,22 +22,28 @@ PerHead = float | tuple[float, ...] | None
 class HeadsObjectiveConfig(ObjectiveConfig):
     """The part of a method's section that says how heads learn, from the text and from the main head."""
 
-    alpha: PerHead = field(None, ZERO_OR_MORE)  # CE weight, a number or one per trained head; None: 0.3 / trained heads
-    beta: PerHead = field(None, ZERO_OR_MORE)  # KL weight, likewise; None: 1 for one head, else 0.5; 0: plain MTP
+    alpha: PerHead = field(
+        None, ZERO_OR_MORE
+    )  # CE weight, a number or one per trained head; None: see default_coefficients
+    beta: PerHead = field(None, ZERO_OR_MORE)  # KL weight, likewise; 0: plain MTP
     top_n: int = field(10_000, POSITIVE)  # tokens of the teacher's distribution that the KL compares; >= V: all
     temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL
     # forward: KL(main head || head); tv: 1 - acceptance rate; lk: -log of the acceptance rate; lk_hybrid: KL while
     # little is accepted, then tv (arXiv 2602.23881).
     kl: str = field("forward", one_of(DIVERGENCES))
 
-    def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Returns (alpha, beta), one number per head that is trained.
+    def default_coefficients(self, num_heads: int) -> tuple[float, float]:
+        """What None stands for: alpha = 0.3 / heads being trained (DeepSeek-V3's lambda spread over the heads; our
+        choice), beta = 1 with one head and 0.5 with more (MTP-D §4)."""
+        return 0.3 / max(num_heads, 1), 1.0 if num_heads == 1 else 0.5
 
-        None stands for the defaults: alpha = 0.3 / heads being trained (DeepSeek-V3's lambda spread over the heads;
-        our choice), beta = 1 with one head and 0.5 with more (MTP-D §4).
-        """
-        alpha = 0.3 / max(num_heads, 1) if self.alpha is None else self.alpha
-        beta = (1.0 if num_heads == 1 else 0.5) if self.beta is None else self.beta
+    def coefficients(self, num_heads: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Returns (alpha, beta), one number per head that is trained."""
+        defaults = self.default_coefficients(num_heads)
+        alpha, beta = (
+            default if value is None else value
+            for value, default in zip((self.alpha, self.beta), defaults, strict=True)
+        )
 
         def per_head(value: float | tuple[float, ...]) -> tuple[float, ...]:
             return value if isinstance(value, tuple) else (float(value),) * num_heads
@@ -51,6 +57,10 @@ class HeadsObjectiveConfig(ObjectiveConfig):
     def check(self, config: Config) -> None:
         kind = config.heads.kind
         require(kind in HEAD_KINDS, "heads.kind", kind, f"one of {', '.join(HEAD_KINDS)}")
+        shareable = config.heads.cache == "per_depth" or HEAD_KINDS[kind].shared
+        require(
+            shareable, "heads.cache", config.heads.cache, f"per_depth: with heads.kind = {kind!r} each head has its own"
+        )
         number = self.trained_heads(config.heads)
         for name in ("alpha", "beta"):
             value = getattr(self, name)

@@ -8,18 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, HeadsConfig
-from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.fields import POSITIVE, field, given, require
-from mtpd_jax.losses.objective import HeadsObjectiveConfig, Objective, objective_of
-from mtpd_jax.losses.terms import LossSums
-from mtpd_jax.methods.method import HeadsMethod, StepContext
+from mtpd_jax.losses.objective import HeadsObjectiveConfig
+from mtpd_jax.methods.frozen import HeadsOnFrozen
 from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
-from mtpd_jax.model import costs
-from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.heads import HEAD_KINDS
-from mtpd_jax.model.layers import apply
-from mtpd_jax.model.views import PackedRows
-from mtpd_jax.shapes import Array, Float, Parameters
+from mtpd_jax.shapes import Array, Parameters
 
 # What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
 _FREE = {"remat", "dtype", "attention", "context"}
@@ -49,25 +43,14 @@ class ExtensionConfig(HeadsObjectiveConfig, case="extension"):
         super().check(config)
 
 
-class Extension(HeadsMethod, section=ExtensionConfig):
+class Extension(HeadsOnFrozen, section=ExtensionConfig):
     """The new heads begin as copies of those that are there, in turn, and are trained alone."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        super().__init__(config, mesh)
         assert isinstance(config.objective, ExtensionConfig)
         if config.objective.frozen_heads is None:
             raise ValueError("config.objective.frozen_heads = None: expected the heads of the run that is extended")
-        self._frozen_heads, number = config.objective.frozen_heads, config.heads.num_heads
-
-        def with_heads(count: int) -> LanguageModel:
-            return LanguageModel(self.model.config, dataclasses.replace(config.heads, num_heads=count))
-
-        # The frozen part, and what is trained on its states.
-        self._below, self._above = with_heads(self._frozen_heads), with_heads(number - self._frozen_heads)
-
-    def make_objective(self) -> Objective:
-        heads = tuple(range(self._frozen_heads + 1, self.config.heads.num_heads + 1))
-        return objective_of(self.config, heads, "frozen")
+        super().__init__(config, mesh, config.objective.frozen_heads)
 
     @classmethod
     def complete(cls, config: Config, source: Config) -> Config:
@@ -104,34 +87,6 @@ class Extension(HeadsMethod, section=ExtensionConfig):
     def merge(self, trained: Parameters, frozen: Parameters | None) -> Parameters:
         assert frozen is not None  # see ``split``
         return join_heads(trained, frozen)
-
-    def loss(
-        self,
-        trained: Parameters,
-        frozen: Parameters | None,
-        rows: Batch,
-        weights: Float[Array, " J"],
-        context: StepContext,
-    ) -> tuple[Float[Array, ""], LossSums]:
-        assert frozen is not None  # see ``split``
-        # Differentiated by ``trained``, the first part has no backward pass at all: nothing in it depends on that.
-        inputs = rows.tokens, rows.segment_ids, rows.positions
-        view = PackedRows.of(rows.segment_ids, rows.positions, self.model.config)
-        below = apply(self._below, frozen, *inputs, view=view)
-        first = self._frozen_heads + 1
-        hidden = apply(self._above, {**frozen, **trained}, below, first, *inputs[:2], view=view, method="further_heads")
-        return self.loss_of(hidden, unembedding_of(frozen), rows, weights)
-
-    def costs(self) -> costs.Costs:
-        config, length = self.config, self.config.training.sequence_length
-        number = config.heads.num_heads - self._frozen_heads
-        one = costs.head(config.model, config.heads, length)
-        # Frozen weights are used forward; trained ones backward, too, by weight and by input.
-        frozen = costs.trunk(config.model, length) + one.times(self._frozen_heads)
-        trained = one.times(number)
-        logits = number * costs.unembedding(config.model)  # which get no gradient by the unembedding
-        flops = 2 * frozen.multiplications + 6 * trained.multiplications + 4 * logits
-        return costs.Costs(trained.weights, frozen.weights, number, flops)
 
     def describe(self) -> str:
         first, last = self._frozen_heads + 1, self.config.heads.num_heads

@@ -101,6 +101,16 @@ class Block(nn.Module):
         return x, BlockOutput(cache, statistics)
 
 
+def rematerialised(module: type[nn.Module], config: ModelConfig, prevent_cse: bool = True) -> type[nn.Module]:
+    """A module whose activations are recomputed in the backward pass, if the config says so.
+
+    Args:
+      module, config: see above.
+      prevent_cse: as of ``jax.checkpoint``; not needed in a scan.
+    """
+    return nn.remat(module, prevent_cse=prevent_cse) if config.remat else module
+
+
 def scanned(module: type[nn.Module], config: ModelConfig, length: int, inputs: tuple[Any, ...], **options: Any) -> Any:
     """A module applied ``length`` times, as a scan, so that compile time does not grow with it.
 
@@ -112,7 +122,7 @@ def scanned(module: type[nn.Module], config: ModelConfig, length: int, inputs: t
       options: ``nn.scan``'s: by default, parameters are stacked along a leading axis.
     """
     return nn.scan(
-        nn.remat(module, prevent_cse=False) if config.remat else module,
+        rematerialised(module, config, prevent_cse=False),
         in_axes=inputs,  # pyright: ignore[reportArgumentType]
         length=length,
         **{"variable_axes": {"params": 0}, "split_rngs": {"params": True}, **options},

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
-from mtpd_jax.model.block import scanned
+from mtpd_jax.model.block import rematerialised, scanned
+from mtpd_jax.model.chains import run_chain
 from mtpd_jax.model.head import Head, HeadOutput
 from mtpd_jax.model.views import View
 from mtpd_jax.shapes import Array, Float, Hidden
@@ -48,12 +51,24 @@ class Heads(nn.Module):
 
     @nn.compact
     def __call__(self, state: Hidden, embedded: Float[Array, "K B T D"], view: View) -> tuple[Hidden, HeadOutput]:
-        """Returns the state for a head K+1, and the heads' outputs, stacked."""
+        """Returns the state for a head K+1, and the heads' outputs, stacked.
+
+        With one cache for all depths the view has to be ``PackedRows``.
+        """
+        kind = HEAD_KINDS[self.heads.kind]
+        config = dataclasses.replace(self.config, weights=self.heads.weights)  # its own block's, too
+        if self.heads.cache == "shared":
+            head = rematerialised(kind.module, config)(config, self.heads.pass_normed, name="head")
+            state, outputs = run_chain(head, config, state, embedded, view)
+            return state, jax.tree.map(lambda *depths: jnp.stack(depths), *map(_without_entries, outputs))
         # One module's parameters for all depths, or a stack of modules.
         shared = {"variable_axes": {}, "variable_broadcast": "params", "split_rngs": {"params": False}}
         stacked = {"metadata_params": {nn.PARTITION_NAME: "heads"}}
-        kind = HEAD_KINDS[self.heads.kind]
         options = shared if kind.shared else stacked
-        config = dataclasses.replace(self.config, weights=self.heads.weights)  # its own block's, too
         head = scanned(kind.module, config, self.heads.num_heads, (0, nn.broadcast), **options)
         return head(config, self.heads.pass_normed, name="head")(state, embedded, view)
+
+
+def _without_entries(output: HeadOutput) -> HeadOutput:
+    """What is reported of a depth: keys and values have gone to the next one."""
+    return dataclasses.replace(output, block=dataclasses.replace(output.block, cache=None))

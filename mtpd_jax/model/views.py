@@ -94,11 +94,14 @@ class PackedRows:
     """Whole rows of documents, without a cache.
 
     Attributes:
-      rotation: of the tokens' positions.
+      segment_ids, positions: [B, T]; of the tokens.
+      rotation: of their positions.
       pattern: who sees whom in a row.
       kernel: a key of ``attention.KERNELS``.
     """
 
+    segment_ids: SegmentIds
+    positions: Positions
     rotation: Rotation
     pattern: Any  # a Pattern; shape checks at run time would not know the protocol
     kernel: str = struct.field(pytree_node=False)
@@ -110,7 +113,7 @@ class PackedRows:
         kernel = kernel_for(config, *segment_ids.shape)
         if not knows_documents(kernel):
             pattern = Drawn(pattern.dense())  # once for all layers
-        return cls(Rotation.of(positions, config), pattern, kernel)
+        return cls(segment_ids, positions, Rotation.of(positions, config), pattern, kernel)
 
     def attend(self, query: GroupedQuery, key: NewKey, value: NewKey) -> tuple[GroupedQuery, None]:
         query_BxTxNxH = query.reshape(*query.shape[:2], -1, query.shape[-1])

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mtpd_jax.config import Config, differences
-from mtpd_jax.methods.method import Method
+from mtpd_jax.methods.method import METHODS, Method
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.runs.lock import Lock
 from mtpd_jax.runs.processes import together
@@ -98,7 +98,7 @@ class Checkpointer:
         """
         self._lock.check()
         # Digests are of what lies in memory, so that no storage can change it unseen.
-        fields = _fields_of(state)
+        fields = _fields_of(state, config)
         digests, broken = digests_of(fields)
         if broken is not None:
             raise DivergedError(f"step {step}: {broken} is not finite any more; {self.kept()}")
@@ -138,7 +138,7 @@ class Restored:
     """A checkpoint that was read.
 
     Attributes:
-      tree: what was asked for: a ``TrainState``, the parameters of the whole model, or fields of a state by name.
+      tree: what was asked for: a ``TrainState``, parameters, or fields of a state by name.
       record: what was stored beside it: ``progress`` of ``save``, config, package versions and digests.
       step: optimizer steps done.
       damaged: newer ones that could not be used, and why.
@@ -208,10 +208,13 @@ def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: 
       abstract: what the checkpoint was, wherever it is to lie now.
       step: which checkpoint; None: the newest that is whole.
 
+    Returns:
+      With the state, without what is frozen of a run that names its backbone.
+
     Raises:
       ValueError: there is none, none that can be read, or config.json is not that of the run any more.
     """
-    restored = _read_fields(workdir, config, _fields_of(abstract), step)
+    restored = _read_fields(workdir, config, _fields_of(abstract, config), step)
     done = jax.device_put(np.int32(restored.step), abstract.step.sharding)
     state = TrainState(**{"average": None, "frozen": None, "step": done, **restored.tree})
     return dataclasses.replace(restored, tree=state)
@@ -225,20 +228,22 @@ def restore_parameters(workdir: Workdir, method: Method, step: int | None = None
       step: see ``restore_state``, also for errors.
 
     Returns:
-      With the parameters of the whole model, which lie on the method's mesh by the rules.
+      With both, those that are frozen being None where there are none or the run only names them. They lie on the
+      method's mesh by the rules. Whoever wants a whole model asks ``runs.models``.
     """
     # Shapes and shardings from the model alone: what an optimizer keeps is never asked for.
     trained, frozen = abstract_parameters(method)
     name = "parameters" if method.config.optimizer.ema_decay is None else "average"
-    wanted = {name: trained} if frozen is None else {name: trained, "frozen": frozen}
+    wanted = {name: trained} if frozen is None or method.names_backbone else {name: trained, "frozen": frozen}
     restored = _read_fields(workdir, method.config, wanted, step)
-    return dataclasses.replace(restored, tree=method.merge(restored.tree[name], restored.tree.get("frozen")))
+    return dataclasses.replace(restored, tree=(restored.tree[name], restored.tree.get("frozen")))
 
 
-def _fields_of(state: TrainState) -> dict[str, Any]:
+def _fields_of(state: TrainState, config: Config) -> dict[str, Any]:
     """What is stored of a state, or of shapes of one, by name; its step is that of the checkpoint."""
+    left_out = {"step", *(["frozen"] if METHODS[config.objective.mode].names_backbone else [])}
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: tree for name, tree in fields.items() if name != "step" and tree is not None}
+    return {name: tree for name, tree in fields.items() if name not in left_out and tree is not None}
 
 
 def read_record(workdir: Workdir) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.methods.method import method_of
 from mtpd_jax.model.backbone import LanguageModel
-from mtpd_jax.runs.checkpoint import NEWEST, chosen_step, restore_parameters
-from mtpd_jax.runs.origin import trained_on
+from mtpd_jax.runs.checkpoint import NEWEST, chosen_step
+from mtpd_jax.runs.models import RunModel
 from mtpd_jax.runs.progress import say
 from mtpd_jax.runs.workdir import Workdir, open_workdir
 from mtpd_jax.shapes import Parameters
@@ -66,7 +66,13 @@ class TrainedRun:
         return split(source, data.validation_fraction, validation=True)
 
 
-def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: int | None = None) -> TrainedRun:
+def load_run(
+    workdir: str,
+    checkpoint: int | str = NEWEST,
+    devices_per_model: int | None = None,
+    backbone: str | None = None,
+    other_backbone: bool = False,
+) -> TrainedRun:
     """Loads a run's config, tokenizer and parameters; the optimizer's state is not read.
 
     A damaged checkpoint is passed over for the one before, and a line on standard error says so.
@@ -76,6 +82,8 @@ def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: in
       checkpoint: its step, or "newest": the newest that is whole.
       devices_per_model: devices that share one copy of the model, split by the rules (``ShardingRules``); as many
         copies as there is room for share the work. None: as few as the model fits on.
+      backbone: of a run that names its backbone, the workdir or folder where that lies now; None: where it lay.
+      other_backbone: take another one, too, on which the heads were not trained.
 
     Raises:
       ValueError: there is no run in the folder, no checkpoint that can be read, or the run's files were changed; the
@@ -91,11 +99,9 @@ def load_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: in
         raise ValueError(f"devices_per_model = {devices_per_model}: expected a divisor of {jax.device_count()} devices")
     # The run's own method says what its parameters are; where they lie is for here to say.
     method = method_of(config, make_mesh(copies_of(devices_per_model)))
-    restored = restore_parameters(folder, method, step)
-    # What goes with them, held to what was recorded.
-    tokenizer = folder.read_tokenizer(config, restored.record["tokenizer"])
-    if note := restored.note(folder):
-        say(note)
-    sources = tuple(trained_on(restored.record))
-    parameters = jax.block_until_ready(restored.tree)
-    return TrainedRun(folder, config, tokenizer, method.model, parameters, method.mesh, restored.step, sources)
+    model = RunModel(folder).read(method.mesh, step, backbone, other_backbone)
+    if model.note:
+        say(model.note)
+    parameters, tokenizer = jax.block_until_ready(model.parameters), folder.read_tokenizer(config)
+    sources = tuple(model.sources)
+    return TrainedRun(folder, config, tokenizer, method.model, parameters, method.mesh, model.step, sources)

@@ -6,12 +6,13 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config, differences
+from mtpd_jax.config import Config
 from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS, method_of
-from mtpd_jax.runs.checkpoint import latest_step, read_record, restore_parameters
-from mtpd_jax.runs.workdir import Workdir, open_workdir
+from mtpd_jax.runs.checkpoint import latest_step, read_record
+from mtpd_jax.runs.models import FolderModel, RunModel, backbone_digest, open_model
+from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.shapes import Parameters
 
 
@@ -27,7 +28,7 @@ def completed(config: Config, workdir: Workdir) -> Config:
     if config.objective.source_run is None:
         return config
     if latest_step(workdir) is None:
-        return _complete(config, source_of(config).read_config())
+        return _complete(config, source_of(config).config)
     # The run has begun: what it began from is on record, and may be gone.
     origin, begun = read_record(workdir)["origin"], workdir.read_config()
     if begun.objective.source_run is None:
@@ -35,7 +36,7 @@ def completed(config: Config, workdir: Workdir) -> Config:
     if origin is None:
         raise ValueError(f"{workdir.path}: written by an earlier version, which did not record what a run began from")
     if config.objective.source_run != begun.objective.source_run:
-        if not _is_origin(source_of(config), origin):
+        if not source_of(config).is_origin(origin):
             raise ValueError(
                 f"config.objective.source = {config.objective.source_run!r}: not the run that {workdir.path} began "
                 f"from, which is {begun.objective.source_run!r}; name that one, though it need not be there any more"
@@ -65,19 +66,10 @@ def _complete(config: Config, source: Config) -> Config:
     return config
 
 
-def _is_origin(workdir: Workdir, origin: dict[str, Any]) -> bool:
-    """Whether a folder holds the run that another one began from: by its config, and by what it was trained on."""
-    return (
-        latest_step(workdir) is not None
-        and not differences(workdir.read_config(), Config.stored(origin["config"]))
-        and trained_on(read_record(workdir)) == origin["sources"]
-    )
-
-
-def source_of(config: Config) -> Workdir:
-    """The workdir of the run to start from."""
+def source_of(config: Config) -> RunModel | FolderModel:
+    """The model to start from."""
     assert config.objective.source_run is not None  # or nobody asks
-    return open_workdir(config.objective.source_run)
+    return open_model(config.objective.source_run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +78,9 @@ class Origin:
 
     Attributes:
       parameters: of the run that it starts from (its average if it keeps one).
-      record: what the new run's checkpoints will say of where it comes from: ``config`` and ``step`` of that run, and
-        ``sources``, which documents that run and those before it were trained on (see ``sources.identity``).
+      record: what the new run's checkpoints will say of where it comes from: ``config`` and ``step`` of that run,
+        ``sources``, which documents that run and those before it were trained on (see ``sources.identity``), and
+        ``backbone``, where it lies and its digest, of a run that does not store it.
     """
 
     parameters: Parameters
@@ -102,24 +95,15 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
     """
     if config.objective.source_run is None or latest_step(workdir) is not None:
         return None
-    folder = source_of(config)
-    source = folder.read_config()
-    # As it is evaluated: the average, if it keeps one.
-    method = method_of(source, mesh)
-    restored = restore_parameters(folder, method)
-    folder.read_tokenizer(source, restored.record["tokenizer"])
-    record = {"config": source.to_dict(), "step": restored.step, "sources": trained_on(restored.record)}
-    return Origin(restored.tree, record)
-
-
-def trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Which documents a run was trained on, by its record: see ``all_sources``."""
-    return all_sources(record["data"]["source"], record["origin"])
-
-
-def all_sources(own: dict[str, Any], origin: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Which documents a run was trained on (see ``sources.identity``), its own first, then those of its origin."""
-    return [own] if origin is None else [own, *origin["sources"]]
+    source = source_of(config)
+    model = source.read(mesh)
+    record = {"config": source.config.to_dict(), "step": model.step, "sources": model.sources}
+    # What is frozen of it, if the run only names that.
+    method = method_of(config, mesh)
+    if method.names_backbone:
+        _, frozen = method.split({"heads": None, **model.parameters})
+        record["backbone"] = {**model.backbone, "digest": backbone_digest(frozen)}
+    return Origin(model.parameters, record)
 
 
 def held_out_note(sources: Sequence[dict[str, Any]]) -> str:

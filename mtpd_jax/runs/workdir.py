@@ -136,8 +136,7 @@ class Workdir:
             raise ValueError(
                 f"{self.tokenizer_file}: not the tokenizer that the run was trained with; its own has to be put back"
             )
-        wanted = config.tokenizer
-        return Tokenizer.load(self.tokenizer_file, wanted.end_token, wanted.more_end_tokens, wanted.begin_token)
+        return Tokenizer.load(self.tokenizer_file, config.tokenizer)
 
     def tokenizer_digest(self) -> str:
         """A hash of tokenizer.json, as it lies there."""

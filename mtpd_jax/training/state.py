@@ -1,5 +1,6 @@
 """The training state, and its creation already sharded."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -99,10 +100,18 @@ def initial_state(
       source: parameters of the run that it starts from, if there is one.
     """
 
-    def create(key: jax.Array, source: Parameters | None) -> TrainState:
-        return _state_of(nn.meta.unbox(method.initial_parameters(key, source)), method, optimizer)
-
     # Shapes first: they say where each array lies, and jit then makes it there.
     shardings = state_shardings(abstract_state(method, optimizer))
     seed = jax.random.key(method.config.training.seed)
-    return jax.jit(within(method.mesh, create), out_shardings=shardings)(seed, source)
+    # What a run names without storing it stays where the source has it.
+    frozen = None
+    if method.names_backbone and source is not None:
+        _, frozen = method.split({"heads": None, **source})
+        frozen, shardings = jax.device_put(frozen, shardings.frozen), dataclasses.replace(shardings, frozen=None)
+
+    def create(key: jax.Array, source: Parameters | None) -> TrainState:
+        state = _state_of(nn.meta.unbox(method.initial_parameters(key, source)), method, optimizer)
+        return state if frozen is None else dataclasses.replace(state, frozen=None)
+
+    state = jax.jit(within(method.mesh, create), out_shardings=shardings)(seed, source)
+    return state if frozen is None else dataclasses.replace(state, frozen=frozen)

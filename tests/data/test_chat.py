@@ -7,6 +7,7 @@ import tokenizers
 from etils import epath
 
 from mtpd_jax import frontdoor, generate
+from mtpd_jax.config import TokenizerConfig
 from mtpd_jax.data.chat import ChatTemplate, check_prompt, encode_prompt, messages_of, read_chat_template
 from mtpd_jax.data.tokenizer import Tokenizer
 from tests.interop.tokens import tokenizer_json
@@ -39,7 +40,7 @@ LONGER = [{"role": "system", "content": "Be brief."}, *ASK, {"role": "assistant"
 def tokenizer(tmp_path_factory):
     path = tmp_path_factory.mktemp("chat") / "tokenizer.json"
     path.write_text(tokenizer_json(begins=True))
-    return Tokenizer.load(path, "<|endoftext|>", begin_token="<s>")
+    return Tokenizer.load(path, TokenizerConfig(begin_token="<s>"))
 
 
 @pytest.mark.parametrize("messages", [ASK, LONGER], ids=["one", "several"])
@@ -133,7 +134,7 @@ def test_tokens_that_are_not_called_special_are_guarded(tmp_path):
     library = tokenizers.Tokenizer.from_str(tokenizer_json())
     library.add_tokens(["[turn]", "[think]"])
     library.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", "<|endoftext|>")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json", TokenizerConfig())
     template = ChatTemplate("{% for m in messages %}[turn]{{ m.role }} {{ m.content }}{% endfor %}", {})
     assert len(encode_prompt([{"role": "user", "content": "[think] a"}], tokenizer, template))
     with pytest.raises(ValueError, match=r"message 1: holds '\[turn\]'"):

@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtpd_jax.config import DataConfig
+from mtpd_jax.config import DataConfig, TokenizerConfig
 from mtpd_jax.data.pipeline import TrainingData, put_on_devices
 from mtpd_jax.data.sources import FileSource, held_out, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
@@ -160,18 +160,24 @@ def test_tokenizer_round_trips_any_text(stream, tmp_path):
     assert lengths[lengths > 0].tolist() == [1, 2, 3, 1] and lengths.tolist() == [1, 2, 0, 3, 0, 0, 1, 0]
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json())
-    assert Tokenizer.load(path, END).encode("the cat").tolist() == tokenizer.encode("the cat").tolist()
+    assert (
+        Tokenizer.load(path, TokenizerConfig(end_token=END)).encode("the cat").tolist()
+        == tokenizer.encode("the cat").tolist()
+    )
     with pytest.raises(ValueError, match="end_token = '<eos>'"):
-        Tokenizer.load(path, "<eos>")
+        Tokenizer.load(path, TokenizerConfig(end_token="<eos>"))
     cutting = tokenizers.Tokenizer.from_file(str(path))
     cutting.enable_truncation(3)
     cutting.enable_padding(length=9)
     cutting.save(str(path))
     for text in ("the cat sat on the mat", "a"):  # whatever a file says of how long its texts should be
-        assert Tokenizer.load(path, END).encode(text).tolist() == tokenizer.encode(text).tolist()
+        assert (
+            Tokenizer.load(path, TokenizerConfig(end_token=END)).encode(text).tolist()
+            == tokenizer.encode(text).tolist()
+        )
     path.write_text("{}")
     with pytest.raises(ValueError, match="expected a readable tokenizer.json"):
-        Tokenizer.load(path, END)
+        Tokenizer.load(path, TokenizerConfig(end_token=END))
 
 
 def draw(data, count):

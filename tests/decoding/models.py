@@ -26,11 +26,13 @@ def with_vocabulary(config, vocabulary):
 def small_vocabulary(kind="cascade", trained=True, num_heads=4):
     """A model of seven tokens, trained until its heads agree with it more often than not.
 
-    Training is on a noisy chain, t -> 3t + 1 modulo 7.
+    Training is on a noisy chain, t -> 3t + 1 modulo 7. The kind ``shared`` is a recurrent head with one cache.
     """
+    shared = kind == "shared"
     config = tiny_config(
-        heads__num_heads=num_heads, heads__kind=kind, heads__pass_normed=kind == "cascade", model__context=CONTEXT
-    )
+        heads__num_heads=num_heads, heads__kind="recurrent" if shared else kind, heads__pass_normed=kind == "cascade",
+        heads__cache="shared" if shared else "per_depth", model__context=CONTEXT,
+    )  # fmt: skip
     config = with_vocabulary(config, 7)
     method = method_on(config)
     model = method.model

@@ -1,5 +1,7 @@
 """The decoder's heads compute what the trainer's heads compute: draft logits against the training path."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.both import Both
+from mtpd_jax.decoding.drafters.chain import ChainHeads
 from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.decoding.drafters.heads import Heads
 from mtpd_jax.decoding.network import Network
@@ -67,7 +70,7 @@ def check_parity(kind, options, scanned, strategy_of=Speculative, trained=True):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("kind", ["cascade", "recurrent", "shared"])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_draft_logits_equal_training_logits(kind, scanned):
     """After acceptances and rejections of every length, for several prompts."""
@@ -76,10 +79,10 @@ def test_draft_logits_equal_training_logits(kind, scanned):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("min_confidence", [0.3, 0.5])
-def test_parity_after_rounds_that_stopped_early(min_confidence):
+@pytest.mark.parametrize(("kind", "min_confidence"), [("cascade", 0.3), ("cascade", 0.5), ("shared", 0.5)])
+def test_parity_after_rounds_that_stopped_early(kind, min_confidence):
     """Heads that several short rounds did not reach draft as if they had been run all along."""
-    seen = check_parity("cascade", Options(4, LONG, min_confidence=min_confidence), True)
+    seen = check_parity(kind, Options(4, LONG, min_confidence=min_confidence), True)
     assert len({count for count, _ in seen}) == 3
 
 
@@ -100,20 +103,21 @@ class Alternating(Both, name="alternating"):
 
 
 @pytest.mark.optimised
-def test_parity_beside_prompt_lookup():
+@pytest.mark.parametrize("kind", ["cascade", "shared"])
+def test_parity_beside_prompt_lookup(kind):
     """Heads draft as if they had been run all along, also where drafts were confirmed that they did not make.
 
     Of a model whose heads are no good, and whose text repeats itself.
     """
-    seen = check_parity("cascade", Options(4, LONG, drafter="alternating"), True, trained=False)
+    seen = check_parity(kind, Options(4, LONG, drafter="alternating"), True, trained=False)
     assert ("copied", 4) in seen and (4, 0) in seen
 
 
 class NarrowHeads(Heads, name="narrow"):
     """Heads that are run over one position, or over so many."""
 
-    def __init__(self, network, options, window=1):
-        super().__init__(network, options)
+    def __init__(self, network, options, alone=True, window=1):
+        super().__init__(network, options, alone)
         self.window = window
 
 
@@ -166,7 +170,42 @@ def test_parity_notices_a_window_that_is_too_small_by_two():
         check_parity("cascade", Options(4, NEW_TOKENS), True, Strategy)
 
 
-@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+class NarrowChain(ChainHeads):
+    """A chain whose window is smaller by one than a round may confirm."""
+
+    def __init__(self, network, options):
+        super().__init__(network, options)
+        self.window -= 1
+
+
+class StaleChain(ChainHeads):
+    """A chain that leaves what it drafted in the cache: the entries of depth 1 are made for its newest position only."""
+
+    def __init__(self, network, options):
+        super().__init__(network, options)
+        self.window = 1
+
+
+class LateChain(ChainHeads):
+    """A chain that stands one position too late: its own entries lie behind a slot that is not its own."""
+
+    def draft(self, parameters, rows, state, keys):
+        late = dataclasses.replace(rows, length=rows.length + 1)
+        return super().draft(parameters, late, state, keys)
+
+
+@pytest.mark.parametrize("drafter", [NarrowChain, StaleChain, LateChain])
+def test_parity_notices_chains_that_are_not_what_was_trained(drafter):
+    class Strategy(Speculative, name="another chain"):
+        def __init__(self, network, options):
+            super().__init__(network, options)
+            self.drafter = drafter(network, options)
+
+    with pytest.raises(AssertionError):
+        check_parity("shared", Options(4, NEW_TOKENS), True, Strategy)
+
+
+@pytest.mark.parametrize("kind", ["cascade", "recurrent", "shared"])
 def test_parity_is_measured(kind):
     """By the library as by this file: nothing beyond rounding, at any depth, and as many drafts as rounds take."""
     model, parameters = small_vocabulary(kind)

@@ -84,7 +84,7 @@ def test_ids_are_those_of_the_tokenizer_file(begins, tmp_path):
     library = tokenizers.Tokenizer.from_str(tokenizer_json(begins))
     found = look(tmp_path / "out").config.tokenizer
     assert found.begin_token == config.tokenizer.begin_token
-    ours = Tokenizer.load(tmp_path / "out" / "tokenizer.json", found.end_token, begin_token=found.begin_token)
+    ours = Tokenizer.load(tmp_path / "out" / "tokenizer.json", found)
     for text in TEXTS:
         expected = library.encode(text).ids
         assert peer(text)["input_ids"] == expected

@@ -15,7 +15,7 @@ from mtpd_jax.methods.partition import cut_heads, extend_heads
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
-from mtpd_jax.runs.checkpoint import restore_parameters
+from mtpd_jax.runs.models import RunModel
 from mtpd_jax.runs.origin import completed
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
@@ -66,9 +66,8 @@ def extended(longer_config, tmp_path_factory):
 
 
 def evaluated(workdir):
-    config = open_workdir(str(workdir)).read_config()
-    method = method_on(config, make_mesh(config.mesh))
-    return jax.device_get(restore_parameters(open_workdir(str(workdir)), method).tree)
+    model = RunModel(open_workdir(str(workdir)))
+    return jax.device_get(model.read(make_mesh(model.config.mesh)).parameters)
 
 
 @pytest.mark.parametrize(("heads", "wanted"), [(1, 8), (4, 8), (3, 7)])

@@ -5,13 +5,14 @@ confirmed. So the choice depends on text alone, and sampled text stays distribut
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.decoding.drafters.drafter import COPIED, Drafter, Drafts
-from mtpd_jax.decoding.drafters.heads import Heads, HeadState
+from mtpd_jax.decoding.drafters.heads import Heads
 from mtpd_jax.decoding.drafters.lookup import look_up
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
@@ -33,7 +34,7 @@ class BothState:
       record: [B, 2]; drafts per round that would have stood, of the heads and of the lookup, the newest counting most.
     """
 
-    heads: HeadState
+    heads: Any
     drafts: Int[Array, "B 2 K"]
     record: Float[Array, "B 2"]
 
@@ -45,7 +46,7 @@ class Both(Drafter, name="both"):
 
     def __init__(self, network: Network, options: Options):
         super().__init__(network, options)
-        self._heads = Heads(network, options, alone=False)
+        self._heads = Heads.of(network, options, alone=False)
 
     def start(self, batch: int, slots: int) -> BothState:
         drafts = jnp.zeros((batch, 2, self.options.num_drafts), jnp.int32)

@@ -8,11 +8,13 @@ from flax import struct
 
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.rows import Rows
+from mtpd_jax.decoding.rows import Rows, slice_rows
 from mtpd_jax.shapes import AnyArray, Array, Float, Hidden, Int
 
 DRAFTERS: dict[str, type["Drafter"]] = {}
 
+# States h^0 of a row's newest positions.
+Window = Float[Array, "B W D"]
 # In ``Rows.proposer``: an accepted draft that was copied from the text so far.
 COPIED = -1
 
@@ -83,6 +85,16 @@ class Drafter(abc.ABC):
         """
         return state
 
+    @classmethod
+    def of(cls, network: Network, options: Options, alone: bool = True) -> "Drafter":
+        """The drafter for a network.
+
+        Args:
+          network, options: see above.
+          alone: whether nobody else's drafts are ever confirmed.
+        """
+        return cls(network, options)
+
     @abc.abstractmethod
     def draft(self, parameters: DecodingParameters, rows: Rows, state: Any, keys: Array) -> tuple[Drafts, Any]:
         """Drafts what may follow the confirmed text, ``options.num_drafts`` tokens wide.
@@ -109,6 +121,16 @@ class Nobody(Drafter):
         return Drafts(nothing, rows.length * 0, nothing), state
 
 
+def moved(window: Window, hidden: Hidden, count: Int[Array, " B"]) -> Window:
+    """A window of states, [B, W, D], after ``count`` more positions, whose states ``hidden`` begins with."""
+    return slice_rows(jnp.concatenate([window, hidden], axis=1), count, window.shape[1])
+
+
+def by_head(tokens: Int[Array, "B K"]) -> Int[Array, "B K"]:
+    """The proposers of drafts that heads 1…K made."""
+    return jnp.broadcast_to(1 + jnp.arange(tokens.shape[1]), tokens.shape)
+
+
 def heads_that_draft(options: Options) -> int:
     """How many heads these options run, round by round."""
     return options.num_drafts if DRAFTERS[options.drafter].needs_heads else 0
@@ -116,4 +138,4 @@ def heads_that_draft(options: Options) -> int:
 
 def drafter_of(network: Network, options: Options) -> Drafter:
     """Who drafts for these options."""
-    return (DRAFTERS[options.drafter] if options.num_drafts else Nobody)(network, options)
+    return (DRAFTERS[options.drafter] if options.num_drafts else Nobody).of(network, options)

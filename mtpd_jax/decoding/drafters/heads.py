@@ -9,6 +9,8 @@ taken back. Every head that drafts is run over a window of its newest positions,
     adaptive draft length   the last 3K+1: heads that a round does not reach fall behind, and all of them are run
                             before one of their entries that is wrong or missing can leave the window
     others draft, too       the last 2K: a round may confirm K tokens more of which none is what the heads drafted
+
+Heads with one cache for all depths have a drafter of their own, ``drafters.chain``.
 """
 
 import dataclasses
@@ -19,15 +21,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts
+from mtpd_jax.decoding.drafters.chain import ChainHeads
+from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts, Window, by_head, moved
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.rows import Rows, read, slice_rows
+from mtpd_jax.decoding.rows import Rows, read
 from mtpd_jax.decoding.sampling import choose, fold, probability_of
 from mtpd_jax.model.cache import Caches, KVCache
 from mtpd_jax.shapes import Array, Bool, Float, Hidden, Int
-
-Window = Float[Array, "B W D"]
 
 
 @struct.dataclass
@@ -57,6 +58,10 @@ class Heads(Drafter, name="heads"):
     needs_heads = True
     adapts = True
 
+    @classmethod
+    def of(cls, network: Network, options: Options, alone: bool = True) -> Drafter:
+        return ChainHeads(network, options) if network.shares_cache else cls(network, options, alone)
+
     def __init__(self, network: Network, options: Options, alone: bool = True):
         super().__init__(network, options)
         drafts = options.num_drafts
@@ -80,7 +85,7 @@ class Heads(Drafter, name="heads"):
             return below, cache, None
 
         _, caches, _ = over_layers(run_head, hidden, state.caches, self.options.num_drafts)
-        return HeadState(caches, _moved(state.window, hidden, jnp.clip(rows.length - first, 0, count)), state.behind)
+        return HeadState(caches, moved(state.window, hidden, jnp.clip(rows.length - first, 0, count)), state.behind)
 
     def draft(
         self, parameters: DecodingParameters, rows: Rows, state: HeadState, keys: Array
@@ -97,12 +102,12 @@ class Heads(Drafter, name="heads"):
         # From depths first to rows first.
         tokens, logits, distributions = jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), outputs)
         count = jnp.full(rows.length.shape, depths)
-        drafts = Drafts(tokens, count, _by_head(tokens), distributions, logits)
+        drafts = Drafts(tokens, count, by_head(tokens), distributions, logits)
         return drafts, dataclasses.replace(state, caches=caches)
 
     def confirm(self, state: HeadState, before: Rows, after: Rows, hidden: Hidden) -> HeadState:
         confirmed = after.length - before.length
-        return HeadState(state.caches, _moved(state.window, hidden, confirmed), state.behind + confirmed)
+        return HeadState(state.caches, moved(state.window, hidden, confirmed), state.behind + confirmed)
 
     def _one_depth(self, parameters: DecodingParameters, rows: Rows, keys: Array) -> Callable[..., Any]:
         """Returns ``body(depth, (state, ahead), cache)`` for ``over_layers``: one head's pass and its draft."""
@@ -169,7 +174,7 @@ class Heads(Drafter, name="heads"):
         end = jax.lax.while_loop(goes_on, step, start)
         behind = jnp.where(end.depth == most, 0, heads.behind)
         tokens, logits, distributions = end.outputs
-        drafts = Drafts(tokens, end.count, _by_head(tokens), distributions, logits)
+        drafts = Drafts(tokens, end.count, by_head(tokens), distributions, logits)
         return drafts, HeadState(end.caches, heads.window, behind)
 
 
@@ -184,12 +189,3 @@ class _Round:
     outputs: tuple[Array, Array, Array | None]
     confidence: Float[Array, " B"]
     count: Int[Array, " B"]
-
-
-def _moved(window: Window, hidden: Hidden, count: Int[Array, " B"]) -> Window:
-    """The window, [B, W, D], after ``count`` more positions, whose states ``hidden`` begins with."""
-    return slice_rows(jnp.concatenate([window, hidden], axis=1), count, window.shape[1])
-
-
-def _by_head(tokens: Int[Array, "B K"]) -> Int[Array, "B K"]:
-    return jnp.broadcast_to(1 + jnp.arange(tokens.shape[1]), tokens.shape)

@@ -1,0 +1,139 @@
+"""Heads with one cache: a chain of drafts on top of entries that were made from the backbone's states.
+
+With ``heads.cache = shared`` there is one module, and one cache. Position i begins a chain: depth 1 reads h^0_i and
+t_{i+1}, as a token of its own; depth k reads what depth k-1 of the same chain returned, and t_{i+k}, at RoPE position
+i+k-1. It sees depth 1 of the positions up to i, and its own chain:
+
+                    depth 1 of position        chain 2, depth
+                    0  1  2  3                 2  3
+    chain 2, 1      x  x  x  .                 .  .
+    chain 2, 2      x  x  x  .                 x  .
+    chain 2, 3      x  x  x  .                 x  x
+
+That is what decoding does, which writes a chain's deeper entries into the slots behind its own and overwrites them with
+depth 1 once their tokens are confirmed ("Evolving LLMs from Next-Token Prediction to MTP", Electronics 15(7):1533,
+2026: the recomputed cache; EAGLE-3 trains with the same mask, arXiv 2503.01840).
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mtpd_jax.config import ModelConfig
+from mtpd_jax.model.head import HeadOutput
+from mtpd_jax.model.views import GroupedQuery, NewKey, PackedRows, Rotation
+from mtpd_jax.shapes import Array, AttentionMask, Float, Hidden, Int, SegmentIds
+
+# Keys and values of one depth, after RoPE, by the position that begins the chain.
+Entries = tuple[NewKey, NewKey]
+AllKeys = Float[Array, "B S G H"]
+# Queries whose scores are alive at once. Our choice.
+_QUERIES = 512
+
+
+@struct.dataclass
+class Chains:
+    """What one depth of all chains of whole rows sees. A ``View``.
+
+    Attributes:
+      rows: the rows, as depth 1 sees them.
+      rotation: of the depth's positions.
+      entries: of the depths before it.
+    """
+
+    rows: PackedRows
+    rotation: Rotation
+    entries: tuple[Entries, ...]
+
+    def attend(self, query: GroupedQuery, key: NewKey, value: NewKey) -> tuple[GroupedQuery, tuple[Entries, ...]]:
+        """Returns what this depth sees, and the entries with its own behind them."""
+        entries = (*self.entries, (key, value))
+        if len(entries) == 1:
+            return self.rows.attend(query, key, value)[0], entries
+        return attend_to_chain(query, entries[0], entries[1:], self.rows.segment_ids), entries
+
+
+def run_chain(
+    head: Callable[[Hidden, Hidden, Chains], tuple[Hidden, HeadOutput]],
+    config: ModelConfig,
+    state: Hidden,
+    embedded: Float[Array, "K B T D"],
+    rows: PackedRows,
+) -> tuple[Hidden, list[HeadOutput]]:
+    """Runs one head at every depth of every chain.
+
+    The depths are written out: in a scan each would keep the entries of all of them for the backward pass.
+
+    Args:
+      head: the module.
+      config: of the model.
+      state: [B, T, D]; h^0.
+      embedded: [K, B, T, D]; at depth k of the chain at i, Emb(t_{i+k}).
+      rows: that the chains are of.
+
+    Returns:
+      The state for a depth K+1, and what each depth returned.
+    """
+    outputs: list[HeadOutput] = []
+    entries: tuple[Entries, ...] = ()
+    for depth in range(embedded.shape[0]):
+        rotation = Rotation.of(rows.positions + depth, config)
+        state, output = head(state, embedded[depth], Chains(rows, rotation, entries))
+        entries = output.block.cache
+        outputs.append(output)
+    return state, outputs
+
+
+def attend_to_chain(
+    query: GroupedQuery, first: Entries, later: tuple[Entries, ...], segment_ids: SegmentIds
+) -> GroupedQuery:
+    """Attention of a depth to depth 1 of its own and earlier positions, and to the later depths of its own chain.
+
+    A few queries at a time, whose scores are made again in the backward pass, so that no T x T scores are ever kept.
+
+    Args:
+      query: [B, T, G, R, H]; of the chains at all positions.
+      first: of depth 1.
+      later: of the depths after it up to the query's own.
+      segment_ids: [B, T]; chains see the depth 1 of their own document.
+    """
+    length = query.shape[1]
+    size = max(part for part in range(1, min(length, _QUERIES) + 1) if length % part == 0)
+
+    def of_some(start: Int[Array, ""]) -> GroupedQuery:
+        def cut(values: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(values, start, size, 1)
+
+        places = start + jnp.arange(size)
+        own = [(cut(key), cut(value)) for key, value in later]
+        causal_TxS = places[:, None] >= jnp.arange(length)[None, :]
+        seen_BxTxS = causal_TxS[None] & (cut(segment_ids)[:, :, None] == segment_ids[:, None, :])
+        return _attend(cut(query), first, own, seen_BxTxS)
+
+    if size == length:
+        return of_some(jnp.zeros((), jnp.int32))
+    parts = jax.lax.map(jax.checkpoint(of_some), jnp.arange(0, length, size))
+    return jnp.moveaxis(parts, 0, 1).reshape(query.shape)
+
+
+def _attend(
+    query: GroupedQuery, first: tuple[AllKeys, AllKeys], own: list[Entries], seen: AttentionMask
+) -> GroupedQuery:
+    """One softmax over [S] entries of depth 1 and the few of the chain."""
+    (keys, values), length = first, first[0].shape[1]
+    query = query * query.shape[-1] ** -0.5
+    # Scores of depth 1, and behind them one for each depth of the chain.
+    scores = jnp.einsum("btgrh,bsgh->bgrts", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores, -math.inf)
+    of_chain = [jnp.einsum("btgrh,btgh->bgrt", query, key, preferred_element_type=jnp.float32) for key, _ in own]
+    weights = jax.nn.softmax(jnp.concatenate([scores, jnp.stack(of_chain, axis=-1)], axis=-1), axis=-1)
+    weights = weights.astype(values.dtype)
+    # The mixture of both.
+    mixed = jnp.einsum("bgrts,bsgh->btgrh", weights[..., :length], values, preferred_element_type=jnp.float32)
+    for depth, (_, value) in enumerate(own):
+        of_depth = jnp.moveaxis(weights[..., length + depth], 3, 1)  # [B, T, G, R]
+        mixed += of_depth[..., None].astype(jnp.float32) * value[:, :, :, None].astype(jnp.float32)
+    return mixed.astype(values.dtype)
