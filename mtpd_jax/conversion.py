@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from mtpd_jax.data.files import read_json
 from mtpd_jax.interop.card import Measurements, card
@@ -10,7 +11,6 @@ from mtpd_jax.interop.formats import FORMATS
 from mtpd_jax.interop.reading import look
 from mtpd_jax.interop.writing import plan
 from mtpd_jax.model.backbone import count_parameters
-from mtpd_jax.runs.checkpoint import NEWEST
 from mtpd_jax.runs.exported import export_model, last_evaluation
 from mtpd_jax.runs.imported import import_model
 from mtpd_jax.runs.opening import load_run
@@ -70,9 +70,9 @@ def to_hf(
     folder: str,
     *,
     format: str = "hf",
-    checkpoint: int | str = NEWEST,
     reports: Sequence[str] = (),
     dry_run: bool = False,
+    **opening: Any,
 ) -> Conversion:
     """Writes the model of a run as a folder for other programs.
 
@@ -80,9 +80,9 @@ def to_hf(
       workdir: of the run.
       folder: new or empty.
       format: of ``interop.formats.FORMATS``.
-      checkpoint: see ``open_run``.
       reports: files of ``mtpd_jax.evaluate --json``, whose figures the model card shows.
       dry_run: look at everything, and write nothing.
+      opening: what ``open_run`` takes.
 
     Raises:
       ValueError: bad workdir or report, or a model that the format cannot hold; saying why.
@@ -92,7 +92,7 @@ def to_hf(
     planned = plan(source.read_config(), format)
     check_free(target, planned.bytes + _MARGIN)
     decoding = {report: read_json(pathlib.Path(report)) for report in reports}
-    run = load_run(workdir, checkpoint)
+    run = load_run(workdir, **opening)
     text = card(planned, run.config, run.step, Measurements(last_evaluation(source, run.step), decoding))
     if not dry_run:
         export_model(planned, run, target, text)

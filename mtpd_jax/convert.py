@@ -11,7 +11,6 @@ import rich.console
 from mtpd_jax import frontdoor
 from mtpd_jax.conversion import from_hf, to_hf
 from mtpd_jax.interop.formats import FORMATS
-from mtpd_jax.runs.checkpoint import NEWEST
 
 
 def main() -> int:
@@ -26,7 +25,7 @@ def main() -> int:
     writing.add_argument("folder", help="a new folder")
     writing.add_argument("--workdir", required=True, help="of the run")
     writing.add_argument("--format", default="hf", choices=tuple(FORMATS), help="(default: hf)")
-    writing.add_argument("--checkpoint", default=NEWEST, help="the step of a checkpoint (default: newest)")
+    frontdoor.add_opening_flags(writing)
     writing.add_argument(
         "--report", action="append", default=[],
         help="a file of mtpd_jax.evaluate --json, whose figures the model card shows; may be given again",
@@ -40,8 +39,8 @@ def main() -> int:
         done = from_hf(flags.folder, flags.workdir, tie=flags.tie, dry_run=flags.dry_run)
     else:
         done = to_hf(
-            flags.workdir, flags.folder, format=flags.format, checkpoint=flags.checkpoint, reports=flags.report,
-            dry_run=flags.dry_run,
+            flags.workdir, flags.folder, format=flags.format, reports=flags.report, dry_run=flags.dry_run,
+            **frontdoor.opening_of(flags),
         )  # fmt: skip
     rich.console.Console(highlight=False).print("\n".join(done.lines), markup=False, soft_wrap=True)
     return 0

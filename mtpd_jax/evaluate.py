@@ -35,7 +35,7 @@ from mtpd_jax.evaluation.decoding import (
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.run import Run, check_stop, open_run
-from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.choice import Choice
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.validation import check_flag, check_integer
@@ -106,8 +106,10 @@ def run(
     drafters: Sequence[str] = ("heads",),
     strategy: str = "speculative",
     stop: Sequence[str] = (),
-    checkpoint: int | str = NEWEST,
+    checkpoint: Choice = None,
     devices_per_model: int | None = None,
+    backbone: str | None = None,
+    other_backbone: bool = False,
 ) -> Report:
     """Measures a checkpoint of a workdir.
 
@@ -123,7 +125,7 @@ def run(
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, stop: see ``Run.generate``.
-      checkpoint, devices_per_model: see ``open_run``.
+      checkpoint, devices_per_model, backbone, other_backbone: see ``open_run``.
 
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
@@ -140,7 +142,7 @@ def run(
     documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
     prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
     # All is checked before anything is measured.
-    opened = open_run(workdir, checkpoint, devices_per_model)
+    opened = open_run(workdir, checkpoint, devices_per_model, backbone, other_backbone)
     opened.scorer(batch_size)
     ways = _ways(opened, heads, drafters, options, bit_exact)
     decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, ways, batch_size, seed, stop)
@@ -285,6 +287,7 @@ def main() -> int:
         "--drafters", type=frontdoor.names, default=["heads"],
         help=f"who drafts, in turn: some of {','.join(DRAFTERS)} (default: heads)",
     )  # fmt: skip
+    frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the report to this file")
     flags = parser.parse_args()
@@ -294,7 +297,7 @@ def main() -> int:
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
         sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
         bit_exact=flags.bit_exact, drafters=flags.drafters, strategy=flags.strategy, stop=flags.stop,
-        checkpoint=flags.checkpoint, devices_per_model=flags.devices_per_model,
+        **frontdoor.opening_of(flags),
     )  # fmt: skip
     console = rich.console.Console()
     if report.text:

@@ -25,7 +25,7 @@ from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.editing import check_name, chosen_cases, fit_cases
-from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.choice import BEST, NEWEST
 from mtpd_jax.runs.interruption import end_on_signals, leave, say_last
 from mtpd_jax.training.state import DivergedError
 
@@ -109,13 +109,28 @@ def status_of(main: Callable[[], int]) -> int:
         return 1
 
 
-def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``sampling_of`` reads, and what else ``generate`` and ``evaluate`` share."""
-    parser.add_argument("--checkpoint", default=NEWEST, help="the step of a checkpoint (default: newest)")
+def add_opening_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``opening_of`` reads."""
+    parser.add_argument(
+        "--checkpoint",
+        help=f"{NEWEST}, {BEST} or a step (default: {BEST} of a run that rates its checkpoints, else {NEWEST})",
+    )
     parser.add_argument(
         "--devices_per_model", type=int, help="devices that share one copy of it (default: as few as it fits on)"
     )
-    # How text is written.
+    parser.add_argument("--backbone", help="of heads on a frozen backbone: where that lies now")
+    parser.add_argument(
+        "--other_backbone", action="store_true", help="take another backbone than that which the heads were trained on"
+    )
+
+
+def opening_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """What the flags say of how a run is opened; see ``open_run``."""
+    return {name: getattr(flags, name) for name in ("checkpoint", "devices_per_model", "backbone", "other_backbone")}
+
+
+def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``sampling_of`` reads, and what else says how text is written."""
     parser.add_argument("--max_new_tokens", type=int, default=128, help="per prompt (default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily (default)")
     parser.add_argument("--top_k", type=int, help="sample among the k likeliest tokens")
@@ -203,7 +218,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     # Flags of the command; those of the config come from the config.
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
-    flags.DEFINE_string("checkpoint", NEWEST, "go on from this step (newest: the last)", flag_values=values)
+    flags.DEFINE_string("checkpoint", NEWEST, "go on from this step, newest or best", flag_values=values)
     flags.DEFINE_boolean("break_lock", False, "take the run from a process that trains in it", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
         print(f"{description}\n\nflags:\n{_CONFIG_HELP}\n{values.main_module_help() or values.get_help()}")

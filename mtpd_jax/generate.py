@@ -17,15 +17,17 @@ from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.evaluation.generation import Generation, check_prompts, show
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.run import open_run
-from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.choice import Choice
 
 
 def run(
     workdir: str,
     prompts: Sequence[Prompt],
     *,
-    checkpoint: int | str = NEWEST,
+    checkpoint: Choice = None,
     devices_per_model: int | None = None,
+    backbone: str | None = None,
+    other_backbone: bool = False,
     **options: Any,
 ) -> list[Generation]:
     """Continues prompts with a checkpoint of a workdir.
@@ -33,14 +35,14 @@ def run(
     Args:
       workdir: of a trained run.
       prompts: texts or conversations; see ``Run.generate``.
-      checkpoint, devices_per_model: see ``open_run``.
+      checkpoint, devices_per_model, backbone, other_backbone: see ``open_run``.
       options: what ``Run.generate`` takes.
 
     Raises:
       ValueError: bad workdir, prompt or option.
     """
     check_prompts(prompts)
-    return open_run(workdir, checkpoint, devices_per_model).generate(prompts, **options)
+    return open_run(workdir, checkpoint, devices_per_model, backbone, other_backbone).generate(prompts, **options)
 
 
 def main() -> int:
@@ -56,6 +58,7 @@ def main() -> int:
         "--heads", type=int, help="drafts per pass; 0 decodes plainly, more than there are loop them (default: all)"
     )
     parser.add_argument("--drafter", default="heads", choices=tuple(DRAFTERS), help="who drafts")
+    frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly, too, and compare")
     parser.add_argument("--json", help="write the figures to this file")
@@ -69,7 +72,7 @@ def main() -> int:
     check_prompts([asked])
     sampling = frontdoor.sampling_of(flags)
     # The text, in colours, and its figures.
-    opened = open_run(flags.workdir, flags.checkpoint, flags.devices_per_model)
+    opened = open_run(flags.workdir, **frontdoor.opening_of(flags))
     generation = opened.generate(
         [asked], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed,
         min_confidence=flags.min_confidence, bit_exact=flags.bit_exact, drafter=flags.drafter,

@@ -12,11 +12,13 @@ from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.evaluation.agreement import fit
 from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate
 from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
 from mtpd_jax.evaluation.scoring import ScoredText, Scorer
-from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.choice import Choice
 from mtpd_jax.runs.opening import TrainedRun, load_run
+from mtpd_jax.runs.progress import say
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.training.feasibility import check_scoring
 from mtpd_jax.validation import check_count, check_flag
@@ -197,6 +199,18 @@ def check_stop(stop: Sequence[str]) -> None:
             raise ValueError(f"stop = {string!r:.80}: expected a text that is not empty")
 
 
-def open_run(workdir: str, checkpoint: int | str = NEWEST, devices_per_model: int | None = None) -> Run:
-    """Opens a trained run, to generate and score with; for arguments and errors see ``runs.opening.load_run``."""
-    return Run(load_run(workdir, checkpoint, devices_per_model))
+def open_run(
+    workdir: str,
+    checkpoint: Choice = None,
+    devices_per_model: int | None = None,
+    backbone: str | None = None,
+    other_backbone: bool = False,
+) -> Run:
+    """Opens a trained run, to generate and score with; for arguments and errors see ``runs.opening.load_run``.
+
+    With ``other_backbone`` a line on standard error says how well the heads fit the one that was taken.
+    """
+    run = Run(load_run(workdir, checkpoint, devices_per_model, backbone, other_backbone))
+    if other_backbone:
+        say(fit(run.decoder, run.tokenizer, run.config.heads.num_heads))
+    return run

@@ -7,9 +7,8 @@ One process at a time trains in a workdir; --break_lock takes it from another.
 
 import contextlib
 import dataclasses
-import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,21 +20,15 @@ from jax.sharding import Mesh
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import TrainingData
-from mtpd_jax.data.sources import Source, holds_out, open_source, split
+from mtpd_jax.data.sources import Source, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.evaluation.scoring import Scorer, TextScore
+from mtpd_jax.evaluation.held_out import HeldOut
+from mtpd_jax.evaluation.proof import prove_parity
 from mtpd_jax.interop.reading import BESIDE_TOKENIZER
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
-from mtpd_jax.runs.checkpoint import (
-    NEWEST,
-    Checkpointer,
-    check_chosen,
-    chosen_step,
-    latest_step,
-    restore_state,
-    steps_of,
-)
+from mtpd_jax.runs.checkpoint import Checkpointer, restore_state
+from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step, parse_choice, steps_of
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.lock import Lock, take_lock
 from mtpd_jax.runs.metrics import MetricsLog
@@ -44,9 +37,8 @@ from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, so
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
-from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import check_batch, make_mesh
-from mtpd_jax.trainer import Evaluate, Trainer
+from mtpd_jax.trainer import Trainer
 from mtpd_jax.training.feasibility import check_attention, check_training
 from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
@@ -83,7 +75,7 @@ def run(
     config: Config | ml_collections.ConfigDict | Mapping[str, Any],
     workdir: str,
     *,
-    checkpoint: int | str = NEWEST,
+    checkpoint: Choice = NEWEST,
     break_lock: bool = False,
 ) -> TrainResult:
     """Trains, or goes on training, the model of a config in a workdir.
@@ -91,7 +83,7 @@ def run(
     Args:
       config: a ``Config``, the ConfigDict of a config file, or the same as nested mappings.
       workdir: the run's folder, local or ``gs://…``; created if it is not there.
-      checkpoint: the step to go on from, or "newest": the newest checkpoint that is whole. Newer ones are set aside.
+      checkpoint: the step to go on from, "newest", or "best" (see ``open_run``). Newer ones are set aside.
       break_lock: take the run from another process that trains here.
 
     Raises:
@@ -100,10 +92,11 @@ def run(
       OSError: something cannot be read or written.
     """
     # Everything that can be wrong is looked at before anything is created.
-    config, folder, chosen = Config.of(config), open_workdir(workdir), chosen_step(checkpoint)
+    config, folder, chosen = Config.of(config), open_workdir(workdir), parse_choice(checkpoint)
     named, config = config.objective.source_run, completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
-    check_chosen(folder, chosen)
+    if chosen != NEWEST:
+        candidates(folder, chosen)  # which says what is there, if it is not
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
@@ -125,13 +118,18 @@ def run(
         _record_config(config, folder, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
         metrics = stack.enter_context(MetricsLog(folder, start.step, config.logging.tensorboard, lock))
-        evaluate = _evaluator(method, source, tokenizer)
+        evaluate = HeldOut.of(method, source, tokenizer)
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
-        notes += [source.note, start.note, metrics.note, held_out]
+        notes += [source.note, start.note, metrics.note, held_out, evaluate.note if evaluate else ""]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
         step = make_step(method, optimizer, state_shardings(abstract))
+        if method.rehearses_decoding and not start.step:
+            parameters = method.merge(start.peek().evaluated, start.peek().frozen)
+            progress.say(prove_parity(method, parameters, source, tokenizer))
+            del parameters
         about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
-        trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
+        rates = evaluate is not None and evaluate.rates
+        trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about, rates)
         done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
         finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
@@ -159,6 +157,11 @@ class _Start:
     origin: dict[str, Any] | None
     message: str
     note: str
+
+    def peek(self) -> TrainState:
+        """The state, which stays here."""
+        assert self.state is not None  # it was not taken yet
+        return self.state
 
     def take_state(self) -> TrainState:
         """Hands the state over, which nobody else may hold then: the first step consumes it."""
@@ -189,13 +192,13 @@ def _fresh(
 
 
 def _restored(
-    method: Method, folder: Workdir, abstract: TrainState, checkpoint: int | None, data: TrainingData, named: str | None
+    method: Method, folder: Workdir, abstract: TrainState, checkpoint: Choice, data: TrainingData, named: str | None
 ) -> _Start | None:
     """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside.
 
     ``named`` is where what it began from lies now.
     """
-    if latest_step(folder) is None and checkpoint is None:
+    if latest_step(folder) is None and checkpoint == NEWEST:
         return None
     config = method.config
     restored = restore_state(folder, config, abstract, checkpoint)
@@ -306,29 +309,6 @@ def _describe(mesh: Mesh) -> str:
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     used = f"{mesh.devices.size} of {jax.device_count()} {mesh.devices.flat[0].platform} devices"
     return f"{used} ({axes})" if axes else used
-
-
-def _evaluator(method: Method, source: Source, tokenizer: Tokenizer) -> Evaluate | None:
-    """The trainer's evaluation: held-out documents scored as ``evaluate --split=validation`` does; None without any."""
-    config, rows = method.config, method.config.training.batch_size // method.config.training.micro_batches
-    if not holds_out(source, config.data.validation_fraction):
-        return None
-    scorer = Scorer(method.model, tokenizer, method.mesh, config.training.sequence_length, rows)
-
-    def evaluate(parameters: Parameters, keep_going: Callable[[], bool]) -> dict[str, float | None] | None:
-        # The first held-out documents, scored as ``evaluate`` scores them.
-        held_out = split(source, config.data.validation_fraction, validation=True)
-        documents = itertools.islice(held_out, config.evaluation.documents)
-        sums = scorer.sum_documents(parameters, documents, keep_going)
-        if sums is None:
-            return None
-        score = TextScore.of(sums)
-        values = {f"main/{name}": value for name, value in dataclasses.asdict(score.main).items()}
-        for k, head in enumerate(score.heads, 1):
-            values |= {f"head_{k}/{name}": value for name, value in dataclasses.asdict(head).items()}
-        return values
-
-    return evaluate
 
 
 def main() -> int:

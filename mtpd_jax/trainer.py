@@ -12,6 +12,7 @@ import jax
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
 from mtpd_jax.methods.method import Method
 from mtpd_jax.runs.checkpoint import Checkpointer
+from mtpd_jax.runs.choice import RATING
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.metrics import MetricsLog, utilisation
 from mtpd_jax.runs.processes import first_decides
@@ -23,7 +24,7 @@ from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.step import StepResult
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
-# (parameters, keep going?) -> metrics without prefix, or None if it was told to stop.
+# (parameters, keep going?) -> metrics, ``eval/…`` and perhaps ``decoded/…``, or None if it was told to stop.
 Evaluate = Callable[[Parameters, Callable[[], bool]], Mapping[str, float | None] | None]
 
 
@@ -75,16 +76,18 @@ class Trainer:
         stop: StopRequest,
         progress: Progress,
         about: Mapping[str, Any],
+        rates: bool = False,
     ):
         """See ``train.run``.
 
         ``about`` is kept in every checkpoint: the digest of the tokenizer, and the origin (see ``origin.Origin``).
-        ``evaluate`` is None where nothing is held out.
+        ``evaluate`` is None where nothing is held out; if it ``rates`` checkpoints, there is one wherever it is due.
         """
         self._method, self._config, self._step = method, method.config, step
         self._schedule, self._sharding = learning_rate_schedule(method.config), batch_sharding(method.mesh)
         self._evaluate, self._data, self._checkpointer = evaluate, data, checkpointer
         self._metrics, self._stop, self._progress, self._about = metrics, stop, progress, about
+        self._rates = rates
         self._meter = _Meter()
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
@@ -115,7 +118,8 @@ class Trainer:
             self._read_results(leave=1)
             if done % config.logging.every_steps == 0 or done == last:
                 self._log(done)
-            if done % config.checkpoint.every_steps == 0 or done == last:
+            rated = self._rates and self._evaluation_due(done)
+            if done % config.checkpoint.every_steps == 0 or done == last or rated:
                 self._save(state, done)  # before an evaluation, which data may end and a resumed run makes up for
             if self._evaluation_due(done):
                 self._run_evaluation(state, done)
@@ -195,9 +199,10 @@ class Trainer:
         scores = self._evaluate(parameters, lambda: not self._stop.asked())
         self._evaluated = scores is not None
         if scores is not None:
-            self._metrics.write(done, {f"eval/{name}": value for name, value in scores.items()})
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in scores.items() if value is not None)
-            self._progress.say(f"step {done}  held out:  {shown}")
+            self._metrics.write(done, scores)
+            self._progress.say(f"step {done}  held out:  {_shown(scores)}")
+            if (rating := scores.get(RATING)) is not None:
+                self._checkpointer.rate(done, rating)
         self._meter.resume()
 
     def _save(self, state: TrainState, done: int) -> None:
@@ -208,3 +213,15 @@ class Trainer:
         self._metrics.publish()  # first, so that no checkpoint is newer than the metrics
         self._checkpointer.save(done, state, self._config, progress)
         self._meter.resume()
+
+
+def _shown(scores: Mapping[str, float | None]) -> str:
+    """What is known of held-out text, as a line; and of held-out prompts, as another."""
+    scored = {name.removeprefix("eval/"): value for name, value in scores.items() if name.startswith("eval/")}
+    text = "  ".join(f"{name} {value:.3f}" for name, value in scored.items() if value is not None)
+    if "decoded/tokens_per_pass" not in scores:
+        return text
+    passes, alone = (scores[f"decoded/tokens_per_pass{end}"] or 0 for end in ("", "_without_bonus"))
+    rates = [value for name, value in scores.items() if name.startswith("decoded/head_") and "conditional" in name]
+    accepted = " ".join("–" if rate is None else f"{100 * rate:.0f}" for rate in rates)
+    return f"{text}\n  decoded:  {passes:.2f} tokens per pass ({alone:.2f} without bonus), accepted {accepted} %"

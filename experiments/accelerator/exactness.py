@@ -29,7 +29,7 @@ from mtpd_jax.model.attention import KERNELS
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.platform import platform_of
 from mtpd_jax.run import Run, open_run
-from mtpd_jax.runs.checkpoint import NEWEST
+from mtpd_jax.runs.choice import NEWEST
 from mtpd_jax.runs.opening import load_run
 
 # Draft logits may differ from the training path's by this share of the largest logit, by dtype of the products.

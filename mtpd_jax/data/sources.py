@@ -12,6 +12,7 @@ import numpy as np
 
 from mtpd_jax import fields
 from mtpd_jax.config import DataConfig
+from mtpd_jax.data.documents import Document, held_out
 from mtpd_jax.data.files import File, json_field, plain_pieces
 from mtpd_jax.fields import given
 
@@ -36,8 +37,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: Any) -> str:
-        """Returns the text of one document."""
+    def __getitem__(self, index: Any) -> Document:
+        """Returns one document."""
         ...
 
     def digest(self) -> str:
@@ -163,22 +164,12 @@ def holds_out(source: Source, fraction: float) -> bool:
     return fraction > 0 and next(split(source, fraction, validation=True), None) is not None
 
 
-def held_out(text: str, fraction: float) -> bool:
-    """Whether a document belongs to the validation split.
-
-    It is decided by a hash of the text, so exact duplicates always lie on the same side, and a document's side
-    does not depend on what else is in the source.
-    """
-    digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def split(source: Source, fraction: float, validation: bool) -> Iterator[str]:
+def split(source: Source, fraction: float, validation: bool) -> Iterator[Document]:
     """Yields one side's documents in the source's order."""
     for index in range(len(source)):
-        text = source[index]
-        if held_out(text, fraction) == validation:
-            yield text
+        document = source[index]
+        if held_out(document, fraction) == validation:
+            yield document
 
 
 def _digest_of(parts: Iterable[bytes]) -> str:

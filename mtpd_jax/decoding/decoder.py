@@ -1,5 +1,6 @@
 """Decoding prompts with a trained model: batching, compilation kept apart from timing, and results as plain values."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -86,7 +87,19 @@ class Decoder:
         self._mesh = _of_this_process(mesh)
         self._copies = parts_of(self._mesh, "batch")
         self._compiled: dict[Any, Any] = {}
-        self._laid_out: dict[Any, tuple[Network, DecodingParameters]] = {}
+        self._layouts: dict[Any, tuple[Network, Any]] = {}
+        self._laid_out: dict[Any, DecodingParameters] = {}
+
+    @property
+    def context(self) -> int:
+        """Tokens that a text may have."""
+        return self._context
+
+    def with_parameters(self, parameters: Parameters) -> "Decoder":
+        """The same model with other parameters, which lie alike; what is compiled is shared."""
+        other = copy.copy(self)
+        other._parameters, other._laid_out = parameters, {}
+        return other
 
     @property
     def dtype(self) -> str:
@@ -158,12 +171,14 @@ class Decoder:
             self._model, platform_of(self._mesh), self._scanned, True if scanned_heads else None, mesh=split
         )
         layout = (network.scanned, network.scanned_heads)
-        if layout not in self._laid_out:
+        if layout not in self._layouts:
             # Slices and casts of what is split are split likewise; what is whole has to stay so on every device.
             whole = None if split is not None else NamedSharding(self._mesh, PartitionSpec())
-            lay_out = jax.jit(network.parameters, out_shardings=whole)
-            self._laid_out[layout] = network, lay_out(_on(self._mesh, self._parameters))
-        return self._laid_out[layout]
+            self._layouts[layout] = network, jax.jit(network.parameters, out_shardings=whole)
+        network, lay_out = self._layouts[layout]
+        if layout not in self._laid_out:
+            self._laid_out[layout] = lay_out(_on(self._mesh, self._parameters))
+        return network, self._laid_out[layout]
 
     def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
         """The main head's logits after a text, [V], from one pass over all of it without a cache.

@@ -74,7 +74,7 @@ class Network:
         mesh: Mesh | None = None,
     ):
         self.config, self.heads_config = model.config, model.heads_config
-        self._mesh = mesh
+        self.mesh = mesh
         self.dtype, self.precision = compute_dtype(model.config), precision_of(model)
         # Scanned layers compile faster, and read each block's weights out of a stack.
         weights = model.config.layers * costs.block(model.config, 0).weights
@@ -208,7 +208,7 @@ class Network:
             with jax.default_matmul_precision(self.precision):
                 return function(*arguments)
 
-        return jax.jit(with_precision if self._mesh is None else within(self._mesh, with_precision))
+        return jax.jit(with_precision if self.mesh is None else within(self.mesh, with_precision))
 
 
 def cast_matrices(parameters: Parameters, dtype: jnp.dtype) -> Parameters:

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.model.cache import KVCache
 from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Hidden, Int
 from mtpd_jax.sharding import WHOLE
 
+# Texts that ``fit`` draws, and their tokens. Our choice.
+_FIT_TEXTS, _FIT_TOKENS = 8, 64
 # Texts are padded to a multiple of this, so that few lengths are compiled. Our choice.
 _TEXT_MULTIPLE = 64
 
@@ -47,6 +51,25 @@ def choices_of_all_heads(
     caches = network.empty_head_caches(batch, length, depths)
     _, _, chosen = over_layers(run_head, main, caches, depths)
     return first if chosen is None else jnp.concatenate([first, chosen])
+
+
+def fit(decoder: Decoder, tokenizer: Tokenizer, heads: int) -> str:
+    """Says how well heads fit a backbone that they were not trained on: how often they agree with it on its own text.
+
+    Args:
+      decoder: of both.
+      tokenizer: whose first token, or else end token, the texts begin after; they are drawn at temperature 1.
+      heads: of the model.
+    """
+    prompts = [np.asarray(tokenizer.begin_ids or (tokenizer.end_id,), np.int32)] * _FIT_TEXTS
+    length = min(_FIT_TOKENS, decoder.context - 1)
+    written = decoder.run(prompts, Options(0, length, Sampling(1.0)))
+    agreed, counted = (counts.sum(axis=1) for counts in count_agreement(decoder, prompts, written, heads))
+    rates = ", ".join(f"{share:.1%}" for share in agreed / np.maximum(counted, 1))
+    return (
+        f"the heads were trained on another backbone: on {int(counted[0])} tokens of {_FIT_TEXTS} texts that this one "
+        f"wrote, heads 1 to {heads} choose the token that it chooses in {rates}"
+    )
 
 
 def count_agreement(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mtpd_jax.decoding.batch import prefill
 from mtpd_jax.decoding.drafters.drafter import Drafts
@@ -23,6 +24,7 @@ from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.platform import Platform
 from mtpd_jax.shapes import Array, Float, Int, Parameters
+from mtpd_jax.sharding import replicated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ def rounds(
         return prefill(strategy, parameters, padded, lengths, keys, stops, width)
 
     def one_round(parameters: DecodingParameters, rows: Rows, state: SpeculativeState) -> Any:
-        return strategy.play(parameters, rows, state, keys, stops)
+        *seen, state = strategy.play(parameters, rows, state, keys, stops)
+        return *_whole(seen, strategy.network), state
 
     batch, play = strategy.network.jit(start)(parameters), strategy.network.jit(one_round)
     rows, state, before = batch.rows, batch.state, jax.device_get(batch.rows)
@@ -74,28 +77,34 @@ def rounds(
 
 
 def draft_parity(
-    model: LanguageModel, parameters: Parameters, prompts: Sequence[np.ndarray], options: Options, platform: Platform
+    model: LanguageModel,
+    parameters: Parameters,
+    prompts: Sequence[np.ndarray],
+    options: Options,
+    platform: Platform,
+    mesh: Mesh | None = None,
 ) -> list[Parity]:
     """Compares every draft of every round with the training path on the text so far and the drafts before it.
 
     Args:
-      model, parameters: what was trained, on one device.
+      model, parameters: what was trained.
       prompts: token ids, decoded together.
       options: greedy, with a fixed number of drafts, at most one per head.
-      platform: of the device.
+      platform: of the devices.
+      mesh: on which the parameters lie; None: on one device.
 
     Returns:
       One per depth.
     """
-    network = Network(model, platform)
-    laid_out = jax.jit(network.parameters)(parameters)
+    network = Network(model, platform, mesh=mesh)
+    laid_out = network.jit(network.parameters)(parameters)
     length = max(map(len, prompts)) + options.max_new_tokens + options.num_drafts
     length += -length % 128  # every attention kernel takes rows of such a length
 
     def trained(parameters: Parameters, row: Int[Array, "1 T"], place: Array) -> Float[Array, "K V"]:
         hidden = apply(model, parameters, row, jnp.ones_like(row), jnp.arange(length)[None])
         states, matrix = hidden.heads[:, 0, place], unembedding_of(parameters).astype(network.dtype)
-        return jnp.einsum("kd,vd->kv", states, matrix, preferred_element_type=jnp.float32)
+        return _whole(jnp.einsum("kd,vd->kv", states, matrix, preferred_element_type=jnp.float32), network)
 
     forward, played = network.jit(trained), rounds(Speculative(network, options), laid_out, prompts)
     difference, same, compared = np.zeros(options.num_drafts), np.zeros(options.num_drafts), 0
@@ -111,3 +120,8 @@ def draft_parity(
             same += expected.argmax(axis=1) == drafts.tokens[row]
             compared += 1
     return [Parity(float(d), float(s / compared), compared) for d, s in zip(difference, same, strict=True)]
+
+
+def _whole(tree: Any, network: Network) -> Any:
+    """Values that every process can read."""
+    return tree if network.mesh is None else jax.lax.with_sharding_constraint(tree, replicated(network.mesh))

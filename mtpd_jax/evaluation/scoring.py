@@ -4,7 +4,9 @@ A text is scored in windows of the training length, each beginning with the last
 token but the first is scored once.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -12,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mtpd_jax.data.documents import Document
 from mtpd_jax.data.pipeline import Batch, put_on_devices
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.losses.align import align
@@ -167,14 +170,15 @@ class Scorer:
     def score(
         self,
         parameters: Parameters,
-        texts: Iterable[tuple[np.ndarray, np.ndarray]],
+        texts: Iterable[tuple[np.ndarray, ...]],
         on_batch: Callable[[], bool] | None = None,
     ) -> Iterator[ScoredText]:
         """Scores texts, one after the other, as they are asked for.
 
         Args:
           parameters: of the model, on the mesh.
-          texts: ids and UTF-8 bytes of every token, such as ``encode_document_and_bytes`` returns.
+          texts: ids and UTF-8 bytes of every token, such as ``encode_document_and_bytes`` returns; and which of them
+            count, unless all do.
           on_batch: called after each batch; returning False ends the scoring.
         """
         waiting: list[_Pending] = []
@@ -193,10 +197,10 @@ class Scorer:
             while waiting and waiting[0].windows == len(waiting[0].parts):
                 yield waiting.pop(0).scored()
 
-        for ids, byte_lengths in texts:
+        for ids, byte_lengths, *counted in texts:
             # A text's windows may come to lie in several batches.
             cut = list(windows(ids, self.length))
-            waiting.append(_Pending(ids, byte_lengths, len(cut)))
+            waiting.append(_Pending(ids, byte_lengths, len(cut), *counted))
             for row in cut:
                 rows.append((waiting[-1], row))
                 if len(rows) == self._batch_size and not flush():
@@ -207,10 +211,10 @@ class Scorer:
             yield from finished()
 
     def sum_documents(
-        self, parameters: Parameters, documents: Iterable[str], on_batch: Callable[[], bool] | None = None
+        self, parameters: Parameters, documents: Iterable[Document], on_batch: Callable[[], bool] | None = None
     ) -> TextSums | None:
-        """Sums the scores of documents, each with an end token after it; None if ``on_batch`` ended it."""
-        encoded = map(self.tokenizer.encode_document_and_bytes, documents)
+        """Sums the scores of documents, a text with an end token after it; None if ``on_batch`` ended it."""
+        encoded = map(self._encode, documents)
         total, going = TextSums.nothing(self._heads), True
 
         def goes_on() -> bool:
@@ -222,6 +226,19 @@ class Scorer:
             total += scored.sums()
         return total if going else None
 
+    def _encode(self, document: Document) -> tuple[np.ndarray, ...]:
+        """What ``score`` takes of a document. Of what a model wrote only that counts, and not its prompt."""
+        if isinstance(document, str):
+            return self.tokenizer.encode_document_and_bytes(document)
+        return document.ids, self._bytes_of_ids[document.ids] * document.supervised, document.supervised
+
+    @functools.cached_property
+    def _bytes_of_ids(self) -> np.ndarray:
+        """UTF-8 bytes that each id writes; none where the tokenizer does not say."""
+        with contextlib.suppress(ValueError):
+            return np.array([len(written) for written in self.tokenizer.token_bytes()])
+        return np.zeros(self.tokenizer.size, np.int64)
+
 
 @dataclasses.dataclass
 class _Pending:
@@ -230,12 +247,14 @@ class _Pending:
     Attributes:
       ids, byte_lengths: of all its tokens.
       windows: how many it has.
+      counted: which of its tokens count; None: all.
       parts: the scores of those that have been scored, a token per column.
     """
 
     ids: np.ndarray
     byte_lengths: np.ndarray
     windows: int
+    counted: np.ndarray | None = None
     parts: list[TokenScores] = dataclasses.field(default_factory=list)
 
     def add(self, scores: TokenScores, row: int, tokens: int) -> None:
@@ -246,7 +265,7 @@ class _Pending:
         """The whole text."""
         # Windows overlap in a token that is no target of the second: targets follow each other without a gap.
         whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1), *self.parts)
-        there = whole.supervised
+        there = whole.supervised if self.counted is None else whole.supervised & self.counted[None, 1:]
         return ScoredText(
             self.ids[1:], self.byte_lengths[1:], there, np.where(there, whole.ce, 0), np.where(there, whole.kl, 0),
             there & whole.agrees, there[0] & whole.greedy,

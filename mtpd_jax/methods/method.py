@@ -46,12 +46,13 @@ class Method(abc.ABC):
       mesh, platform: where it is trained.
       model: the whole model, frozen parts included.
       names_backbone: whether what is frozen is not stored with the run, which names where it lies, and its digest.
-      decodes_held_out: whether held-out prompts are decoded while training, unless the config says otherwise.
+      rehearses_decoding: whether its parity with training is proved before the first step, and held-out prompts are
+        decoded on the way, unless the config says otherwise.
     """
 
     section: ClassVar[type[ObjectiveConfig]]
     names_backbone: ClassVar[bool] = False
-    decodes_held_out: ClassVar[bool] = False
+    rehearses_decoding: ClassVar[bool] = False
 
     def __init_subclass__(cls, section: type[ObjectiveConfig] | None = None) -> None:
         if section is not None:  # a class without one is what several methods share

@@ -50,7 +50,7 @@ class Posthoc(HeadsOnFrozen, section=PosthocConfig):
     """All heads are trained; the backbone is neither differentiated nor stored: the run names it, and its digest."""
 
     names_backbone: ClassVar[bool] = True
-    decodes_held_out: ClassVar[bool] = True
+    rehearses_decoding: ClassVar[bool] = True
 
     def __init__(self, config: Config, mesh: Mesh):
         super().__init__(config, mesh, frozen_heads=0)

@@ -8,29 +8,28 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN, PreservationPolicy
 
 from mtpd_jax.config import Config, differences
 from mtpd_jax.methods.method import METHODS, Method
+from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step, ratings_of
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.runs.lock import Lock
 from mtpd_jax.runs.processes import together
 from mtpd_jax.runs.storage import is_passing, reason
 from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.training.state import DivergedError, TrainState, abstract_parameters
-from mtpd_jax.validation import check_integer
 
 # What stands beside every state.
 _RECORDED = {"config", "versions", "digests", "tokenizer", "data", "origin", "tokens", "seconds"}
 # What a record means that was written before there were digests, and so neither seal nor these.
 _BEFORE_DIGESTS: dict[str, Any] = {"digests": None, "tokenizer": None, "origin": None}
-# The checkpoint that is read if none is named.
-NEWEST = "newest"
 # The item that held all of them before fields of a state were items.
 _WHOLE_STATE = "state"
 # Bytes of an array that are compressed at once, and of a file. By measurement: with the library's own sizes, what waits
@@ -49,6 +48,21 @@ def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
+class _NewestAndBest(PreservationPolicy):
+    """Keeps so many of the newest checkpoints, and the best, a step and its rating."""
+
+    def __init__(self, newest: int, best: tuple[int, float] | None):
+        self._newest, self._best = LatestN(newest), best
+
+    def rate(self, step: int, rating: float) -> None:
+        if self._best is None or rating >= self._best[1]:
+            self._best = step, rating
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        newest, best = self._newest.should_preserve(checkpoints, context=context), self._best and self._best[0]
+        return [keep or one.step == best for keep, one in zip(newest, checkpoints, strict=True)]
+
+
 class Checkpointer:
     """Saves a run: the state, and beside it its digests, the data iterator, counters, config and package versions.
 
@@ -57,11 +71,12 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: Workdir, keep: int, lock: Lock):
-        """Opens a run's checkpoints for writing; ``keep`` of them are retained, newest first."""
+        """Opens a run's checkpoints for writing; ``keep`` of them are retained, newest first, and the best."""
         self._workdir, self._lock = workdir, lock
-        self._newest = latest_step(workdir)
+        self._newest, ratings = latest_step(workdir), ratings_of(workdir)
+        self._kept = _NewestAndBest(keep, max(ratings.items(), key=lambda item: item[::-1], default=None))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=self._kept,
             cleanup_tmp_directories=True,  # what a killed process left of a save
             enable_async_checkpointing=True,
         )
@@ -113,6 +128,10 @@ class Checkpointer:
             raise self._failure(error) from error
         self._newest = step
 
+    def rate(self, step: int, rating: float) -> None:
+        """Says how good a checkpoint is; the best is retained."""
+        self._kept.rate(step, rating)
+
     def wait(self) -> None:
         """Waits until what was saved is complete on disk.
 
@@ -157,56 +176,13 @@ class Restored:
         return f"{workdir.checkpoints}: damaged: {steps}; step {self.step}, the one before, is used"
 
 
-def steps_of(workdir: Workdir) -> list[int]:
-    """The steps of a run's complete checkpoints, newest first; creates nothing."""
-    if not workdir.checkpoints.is_dir():
-        return []
-    return sorted(ocp.utils.checkpoint_steps(workdir.checkpoints), reverse=True)
-
-
-def latest_step(workdir: Workdir) -> int | None:
-    """The newest complete checkpoint's step, or None; creates nothing."""
-    return next(iter(steps_of(workdir)), None)
-
-
-def chosen_step(checkpoint: int | str) -> int | None:
-    """The step of a checkpoint that is named by it, or None for the newest.
-
-    Raises:
-      ValueError: it is neither.
-    """
-    # From the command line it is text, from Python a number.
-    if checkpoint == NEWEST:
-        return None
-    if isinstance(checkpoint, str):
-        if not (checkpoint.isascii() and checkpoint.isdigit()):
-            raise ValueError(f"--checkpoint={checkpoint}: expected {NEWEST}, or the step of a checkpoint")
-        return int(checkpoint)
-    check_integer("checkpoint", checkpoint)
-    return checkpoint
-
-
-def check_chosen(workdir: Workdir, step: int | None) -> None:
-    """Checks that a checkpoint that was asked for is there; None is the newest, if there is any.
-
-    Raises:
-      ValueError: naming those that are there.
-    """
-    if step is None:
-        return
-    steps = sorted(steps_of(workdir))
-    if step not in steps:
-        there = f"has {', '.join(map(str, steps))}" if steps else "holds no complete checkpoint"
-        raise ValueError(f"checkpoint = {step!r}: {workdir.checkpoints} {there}")
-
-
-def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: int | None = None) -> Restored:
+def restore_state(workdir: Workdir, config: Config, abstract: TrainState, choice: Choice = NEWEST) -> Restored:
     """Restores the state of a run into an explicit tree of shapes and shardings.
 
     Args:
       workdir, config: of the run.
       abstract: what the checkpoint was, wherever it is to lie now.
-      step: which checkpoint; None: the newest that is whole.
+      choice: of a checkpoint; see ``choice``.
 
     Returns:
       With the state, without what is frozen of a run that names its backbone.
@@ -214,18 +190,18 @@ def restore_state(workdir: Workdir, config: Config, abstract: TrainState, step: 
     Raises:
       ValueError: there is none, none that can be read, or config.json is not that of the run any more.
     """
-    restored = _read_fields(workdir, config, _fields_of(abstract, config), step)
+    restored = _read_fields(workdir, config, _fields_of(abstract, config), choice)
     done = jax.device_put(np.int32(restored.step), abstract.step.sharding)
     state = TrainState(**{"average": None, "frozen": None, "step": done, **restored.tree})
     return dataclasses.replace(restored, tree=state)
 
 
-def restore_parameters(workdir: Workdir, method: Method, step: int | None = None) -> Restored:
+def restore_parameters(workdir: Workdir, method: Method, choice: Choice = NEWEST) -> Restored:
     """Restores only the parameters that are evaluated: the average if there is one, and those that are frozen.
 
     Args:
       workdir, method: of the run.
-      step: see ``restore_state``, also for errors.
+      choice: of a checkpoint; see ``restore_state``, also for errors.
 
     Returns:
       With both, those that are frozen being None where there are none or the run only names them. They lie on the
@@ -235,7 +211,7 @@ def restore_parameters(workdir: Workdir, method: Method, step: int | None = None
     trained, frozen = abstract_parameters(method)
     name = "parameters" if method.config.optimizer.ema_decay is None else "average"
     wanted = {name: trained} if frozen is None or method.names_backbone else {name: trained, "frozen": frozen}
-    restored = _read_fields(workdir, method.config, wanted, step)
+    restored = _read_fields(workdir, method.config, wanted, choice)
     return dataclasses.replace(restored, tree=(restored.tree[name], restored.tree.get("frozen")))
 
 
@@ -252,11 +228,11 @@ def read_record(workdir: Workdir) -> dict[str, Any]:
     Raises:
       ValueError: there is none.
     """
-    return _newest_whole(workdir, None, lambda step: _record(workdir, step))[0]
+    return _first_whole(workdir, NEWEST, lambda step: _record(workdir, step))[0]
 
 
-def _read_fields(workdir: Workdir, config: Config, wanted: dict[str, Any], chosen: int | None) -> Restored:
-    """Reads fields of a state, given as shapes by name, from the newest checkpoint that is whole, or the chosen one."""
+def _read_fields(workdir: Workdir, config: Config, wanted: dict[str, Any], choice: Choice) -> Restored:
+    """Reads fields of a state, given as shapes by name, from the first checkpoint for a choice that is whole."""
 
     def files(step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         # The record first: another config is better named than by the shapes that do not fit.
@@ -276,7 +252,7 @@ def _read_fields(workdir: Workdir, config: Config, wanted: dict[str, Any], chose
             raise DamagedError(f"{broken} holds numbers that are not finite")
         return parts, record
 
-    (parts, record), step, damaged = _newest_whole(workdir, chosen, read)
+    (parts, record), step, damaged = _first_whole(workdir, choice, read)
     return Restored(parts, record, step, damaged)
 
 
@@ -297,21 +273,20 @@ def _restore_fields(workdir: Workdir, step: int, wanted: dict[str, Any]) -> dict
     return dict(_restore(workdir, step, ocp.args.Composite(**items)).items())
 
 
-def _newest_whole(
-    workdir: Workdir, chosen: int | None, read: Callable[[int], _Read]
+def _first_whole(
+    workdir: Workdir, choice: Choice, read: Callable[[int], _Read]
 ) -> tuple[_Read, int, tuple[tuple[int, str], ...]]:
-    """What the newest checkpoint that is not damaged holds, its step, and the newer ones that are, with the reasons."""
-    check_chosen(workdir, chosen)
+    """What the first checkpoint that is not damaged holds, its step, and those before it that are, with the reasons."""
     steps, damaged = [], []
     for _ in range(3):  # a run that goes on meanwhile deletes its oldest
-        steps = steps_of(workdir)
+        steps = candidates(workdir, choice)
         damaged = []
-        for step in steps if chosen is None else [chosen]:
+        for step in steps:
             try:
                 return read(step), step, tuple(damaged)
             except DamagedError as error:
                 damaged.append((step, str(error)))
-        if steps == steps_of(workdir):
+        if steps == candidates(workdir, choice):
             break
     # None was there, or none was whole.
     if not steps:

@@ -1,11 +1,10 @@
 """Runs as folders that other programs read, whole or not at all."""
 
-import contextlib
-import json
 import pathlib
 from typing import Any
 
 from mtpd_jax.interop.writing import Plan, write_settings, write_tensors
+from mtpd_jax.runs.metrics import read_metrics
 from mtpd_jax.runs.opening import TrainedRun
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.whole import whole_folder
@@ -34,10 +33,5 @@ def export_model(planned: Plan, run: TrainedRun, target: pathlib.Path, text: str
 
 def last_evaluation(workdir: Workdir, step: int) -> dict[str, Any]:
     """The newest line of a run's metrics that is of held-out text, up to a step; empty without any."""
-    found: dict[str, Any] = {}
-    for line in workdir.metrics_file.read_text().splitlines() if workdir.metrics_file.exists() else []:
-        with contextlib.suppress(ValueError):  # a line that was cut when the run was killed
-            values = json.loads(line)
-            if "eval/main/ce" in values and found.get("step", 0) <= values["step"] <= step:
-                found = values
-    return found
+    evaluated = [line for line in read_metrics(workdir) if "eval/main/ce" in line and line["step"] <= step]
+    return max(evaluated, key=lambda line: line["step"], default={})

@@ -166,6 +166,12 @@ class MetricsLog:
                     shutil.copyfileobj(local, uploaded)
 
 
+def read_metrics(workdir: Workdir) -> list[dict[str, Any]]:
+    """The lines of a run's metrics, in their order; none where there is no such file."""
+    file = workdir.metrics_file
+    return _parse(file.read_bytes())[0] if file.exists() else []
+
+
 def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
     """Reads the lines of a metrics file; returns those that are metrics, and how many others there are.
 

@@ -18,7 +18,8 @@ from mtpd_jax.config import Config, differences
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.reading import TOKENIZER, Found, look, read_parameters
 from mtpd_jax.methods.method import Method, method_of
-from mtpd_jax.runs.checkpoint import latest_step, read_record, restore_parameters, steps_of
+from mtpd_jax.runs.checkpoint import read_record, restore_parameters
+from mtpd_jax.runs.choice import Choice, latest_step, steps_of
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.runs.workdir import Workdir, open_workdir
 from mtpd_jax.shapes import Parameters
@@ -78,13 +79,13 @@ class RunModel:
         )
 
     def read(
-        self, mesh: Mesh, step: int | None = None, backbone: str | None = None, other_backbone: bool = False
+        self, mesh: Mesh, choice: Choice = None, backbone: str | None = None, other_backbone: bool = False
     ) -> Model:
         """Reads it.
 
         Args:
           mesh: where it is to lie.
-          step: of the checkpoint; None: the newest that is whole.
+          choice: of the checkpoint; see ``runs.choice``.
           backbone, other_backbone: see ``read_backbone``; of runs that name theirs.
 
         Raises:
@@ -92,7 +93,7 @@ class RunModel:
         """
         config = self.config
         method = method_of(config, mesh)
-        restored = restore_parameters(self.folder, method, step)
+        restored = restore_parameters(self.folder, method, choice)
         record = restored.record
         self.folder.read_tokenizer(config, record["tokenizer"])
         trained, frozen = restored.tree
@@ -134,7 +135,7 @@ class FolderModel:
             and [self.found.identity()] == origin["sources"]
         )
 
-    def read(self, mesh: Mesh, step: int | None = None) -> Model:
+    def read(self, mesh: Mesh, choice: Choice = None) -> Model:
         """Reads it onto a mesh; it has no steps."""
         trained, _ = abstract_parameters(method_of(self.config, mesh))
         tree = read_parameters(self.found, lambda: None)

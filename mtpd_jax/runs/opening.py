@@ -12,7 +12,7 @@ from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.methods.method import method_of
 from mtpd_jax.model.backbone import LanguageModel
-from mtpd_jax.runs.checkpoint import NEWEST, chosen_step
+from mtpd_jax.runs.choice import Choice, parse_choice
 from mtpd_jax.runs.models import RunModel
 from mtpd_jax.runs.progress import say
 from mtpd_jax.runs.workdir import Workdir, open_workdir
@@ -68,7 +68,7 @@ class TrainedRun:
 
 def load_run(
     workdir: str,
-    checkpoint: int | str = NEWEST,
+    checkpoint: Choice = None,
     devices_per_model: int | None = None,
     backbone: str | None = None,
     other_backbone: bool = False,
@@ -79,7 +79,8 @@ def load_run(
 
     Args:
       workdir: of the run.
-      checkpoint: its step, or "newest": the newest that is whole.
+      checkpoint: its step, "newest", or "best", by decoding while the run trained; None: the best of a run that rates
+        its checkpoints so, else the newest.
       devices_per_model: devices that share one copy of the model, split by the rules (``ShardingRules``); as many
         copies as there is room for share the work. None: as few as the model fits on.
       backbone: of a run that names its backbone, the workdir or folder where that lies now; None: where it lay.
@@ -90,7 +91,7 @@ def load_run(
         devices cannot share the model so.
     """
     # The config says what it is, and how many devices it takes.
-    folder, step = open_workdir(workdir), chosen_step(checkpoint)
+    folder, choice = open_workdir(workdir), parse_choice(checkpoint)
     config = folder.read_config()
     if devices_per_model is None:
         devices_per_model = devices_per_copy(config, jax.devices())
@@ -99,7 +100,7 @@ def load_run(
         raise ValueError(f"devices_per_model = {devices_per_model}: expected a divisor of {jax.device_count()} devices")
     # The run's own method says what its parameters are; where they lie is for here to say.
     method = method_of(config, make_mesh(copies_of(devices_per_model)))
-    model = RunModel(folder).read(method.mesh, step, backbone, other_backbone)
+    model = RunModel(folder).read(method.mesh, choice, backbone, other_backbone)
     if model.note:
         say(model.note)
     parameters, tokenizer = jax.block_until_ready(model.parameters), folder.read_tokenizer(config)

@@ -10,7 +10,8 @@ from mtpd_jax.config import Config
 from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS, method_of
-from mtpd_jax.runs.checkpoint import latest_step, read_record
+from mtpd_jax.runs.checkpoint import read_record
+from mtpd_jax.runs.choice import latest_step
 from mtpd_jax.runs.models import FolderModel, RunModel, backbone_digest, open_model
 from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.shapes import Parameters
@@ -88,7 +89,7 @@ class Origin:
 
 
 def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
-    """The newest parameters of the run to start from; None for a run that starts from nothing, or has a checkpoint.
+    """The parameters of the run to start from, as it is opened; None for a run that starts from nothing, or has a checkpoint.
 
     Raises:
       ValueError: the run to start from has no checkpoint, or none that can be read.
