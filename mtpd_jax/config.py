@@ -208,8 +208,8 @@ class LoggingConfig(Section):
 class EvaluationConfig(Section):
     every_steps: int = field(1000, POSITIVE, resumable=True)  # and after the last step
     documents: int = field(64, POSITIVE, resumable=True)  # held-out documents scored, at most
-    # Held-out prompts that are decoded: half of them rate the checkpoint, the others are reported. None: 32 with heads on
-    # a frozen backbone, none elsewhere.
+    # Held-out prompts that are decoded: half of them rate the checkpoint, the others are reported. None: 32 with heads
+    # on a frozen backbone, none elsewhere.
     prompts: int | None = field(None, ZERO_OR_MORE, as_before=None)
     # Of each prompt, and of what is written after it, at most; together no more than a training sequence.
     prompt_tokens: int = field(32, POSITIVE, as_before=32)

@@ -6,9 +6,7 @@ numbers of heads: acceptance, tokens per pass, wall clock against plain decoding
 differs from plain decoding's by more than a tie exits with status 1.
 """
 
-import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +14,10 @@ import numpy as np
 import rich.console
 
 from mtpd_jax import frontdoor
-from mtpd_jax.data.chat import Prompt, check_prompt
-from mtpd_jax.data.files import json_field, read_text
+from mtpd_jax.data.chat import Prompt
+from mtpd_jax.data.documents import Document
+from mtpd_jax.data.files import read_text
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.sources import expand
 from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.options import Options, check_seed
@@ -139,8 +139,8 @@ def run(
     sampling = GREEDY if sampling is None else sampling
     options = Options(0, max_new_tokens, sampling, min_confidence, strategy=strategy)
     options.validate()
-    documents = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
-    prompt_texts = [] if prompts is None else read_prompts(prompts, limit)
+    documents: dict[str, list[Document]] = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
+    prompt_texts = [] if prompts is None else prompts_of(prompts, limit)
     # All is checked before anything is measured.
     opened = open_run(workdir, checkpoint, devices_per_model, backbone, other_backbone)
     opened.scorer(batch_size)
@@ -171,13 +171,13 @@ def _check_scope(
         check_integer("heads", number)
 
 
-def _score_text(opened: Run, documents: dict[str, list[str]], batch_size: int, note: str) -> dict[str, TextScore]:
+def _score_text(opened: Run, documents: dict[str, list[Document]], batch_size: int, note: str) -> dict[str, TextScore]:
     scorer, scores = opened.scorer(batch_size), {}
     with Progress("scoring", sum(map(len, documents.values()))) as progress:
         if note:
             progress.say(note)
 
-        def counted(texts: list[str]) -> Iterator[str]:
+        def counted(texts: list[Document]) -> Iterator[Document]:
             for text in texts:
                 yield text
                 progress.advance()
@@ -243,34 +243,6 @@ def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
     if heads is None:
         heads = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent <= most] + [most]
     return sorted({0, *([1] if most else []), *heads})
-
-
-def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
-    """The prompts of a file of JSON lines, at most ``limit`` of them: texts, and conversations.
-
-    Raises:
-      ValueError: there is no such file, it holds no prompt, or a line has none.
-    """
-    if not isinstance(path, str):
-        raise ValueError(f"prompts = {path!r:.80}: expected the name of a file of JSON lines")
-    # One prompt per line; empty lines are none.
-    (file,) = expand([path], "--prompts")[:1]
-    lines = [(number, line) for number, line in enumerate(read_text(file, "--prompts").split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"--prompts={path}: holds no prompt")
-    return [_prompt_of(line, f"--prompts={path}, line {number}") for number, line in lines[:limit]]
-
-
-def _prompt_of(line: str, where: str) -> Prompt:
-    row = None
-    with contextlib.suppress(ValueError, RecursionError):  # which are said below
-        row = json.loads(line)
-    if not isinstance(row, dict) or "messages" not in row:
-        return json_field(line, "prompt", where)
-    if "prompt" in row or isinstance(row["messages"], str):
-        raise ValueError(f"{where}: expected one of prompt, a text, and messages, a list")
-    check_prompt(row["messages"], where)
-    return row["messages"]
 
 
 def main() -> int:

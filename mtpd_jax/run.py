@@ -103,13 +103,13 @@ class Run:
         Raises:
           ValueError: as there; or the tokenizer has more tokens than the model, and the prompt one of those.
         """
-        ids = encode_prompt(prompt, self.tokenizer, None if isinstance(prompt, str) else self._template)
+        ids = encode_prompt(prompt, self.tokenizer, None if isinstance(prompt, str) else self.template)
         if ids.max(initial=0) >= self.config.model.vocabulary_size:
             raise ValueError(f"the prompt has the token {ids.max()}, and the model {self.config.model.vocabulary_size}")
         return ids
 
     @functools.cached_property
-    def _template(self) -> ChatTemplate | None:
+    def template(self) -> ChatTemplate | None:
         """The model's template for conversations; None without any."""
         return read_chat_template(self.trained.folder.path)
 

@@ -104,6 +104,11 @@ def data_mesh(devices: list[Any] | None = None) -> Mesh:
     return make_mesh(copies_of(1), devices)
 
 
+def holds_whole_copies(mesh: Mesh) -> bool:
+    """Whether devices that share rows have all parameters between them and those that they share a copy with."""
+    return mesh.shape["fsdp"] == 1
+
+
 def parts_of(mesh: Mesh, axis: str) -> int:
     """How many parts a logical axis is split into."""
     return math.prod(mesh.shape[name] for name in RULES.mesh_axes(axis))

@@ -105,6 +105,7 @@ def run(
     source = open_source(config.data)
     origin = beginning(config, folder, mesh)
     given = _given_tokenizer(config, folder)
+    _check_ids(source, given if given or not folder.tokenizer_file.exists() else folder.read_tokenizer(config))
     with contextlib.ExitStack() as stack:
         # From here on the run exists.
         lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
@@ -263,8 +264,9 @@ def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | N
 def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | None) -> None:
     """Writes config and tokenizer; one that is not given is trained, on training documents only."""
     wanted = config.tokenizer
+    documents = split(source, config.data.validation_fraction, validation=False)
     tokenizer = given or Tokenizer.train(
-        split(source, config.data.validation_fraction, validation=False),
+        (document for document in documents if isinstance(document, str)),
         config.model.vocabulary_size,
         wanted.end_token,
         wanted.train_bytes,
@@ -292,6 +294,15 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
     if config.tokenizer.path:
         return _checked(Tokenizer.load(config.tokenizer.path, config.tokenizer), config)
     return None
+
+
+def _check_ids(source: Source, tokenizer: Tokenizer | None) -> None:
+    """Checks that token ids are those of the run's tokenizer."""
+    if source.tokenizer_digest and (tokenizer is None or tokenizer.digest != source.tokenizer_digest):
+        raise ValueError(
+            "config.data.path: its token ids are of another tokenizer than the run's; have them written by a run that "
+            "has the same, such as the backbone"
+        )
 
 
 def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:

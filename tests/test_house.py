@@ -12,9 +12,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What stands further down may import what stands further up.
 ORDER = (
     "shapes", "validation", "fields", "config", "editing", "platform", "sharding", "data", "model", "losses", "methods",
-    "training", "decoding", "interop", "runs", "conversion", "evaluation", "run", "trainer", "frontdoor",
+    "training", "decoding", "interop", "runs", "conversion", "evaluation", "run", "corpora", "trainer", "frontdoor",
 )  # fmt: skip
-COMMANDS = ("train", "generate", "evaluate", "convert")
+COMMANDS = ("train", "generate", "evaluate", "convert", "corpus")
 LIBRARY = sorted((ROOT / "mtpd_jax").rglob("*.py"))
 FILES = [path for top in ("mtpd_jax", "experiments", "configs", "tests") for path in sorted((ROOT / top).rglob("*.py"))]
 

@@ -84,7 +84,7 @@ def trained(place: Place, run: Run) -> Result:
     greedy = [way for row in arm.rows for way in row.decoding["greedy"].by_heads.values()]
     data, scored = scale_of(place).config.data, arm.rows[0].text
     text_bytes = sum(
-        len(text.encode(errors="replace"))
+        len(str(text).encode(errors="replace"))
         for text in split(open_source(data), data.validation_fraction, validation=False)
     )
     return {

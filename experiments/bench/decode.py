@@ -25,10 +25,10 @@ from experiments.environment import environment
 from experiments.figures import curves
 from mtpd_jax import frontdoor
 from mtpd_jax.data.chat import Prompt
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.decoding import decode_prompts, prompts_per_call, ways_of
 from mtpd_jax.evaluation.report import number, write_json
@@ -194,7 +194,7 @@ def trained_run(flags: argparse.Namespace) -> tuple[Run | None, Sequence[Prompt]
         raise ValueError("--workdir and --prompts belong together")
     if flags.workdir is None:
         return None, []
-    prompts = read_prompts(flags.prompts)
+    prompts = prompts_of(flags.prompts)
     if max(flags.batches) > len(prompts):
         raise ValueError(f"--batches={max(flags.batches)}: expected at most the {len(prompts)} prompts of --prompts")
     return on_one_device(flags.workdir), prompts

@@ -26,8 +26,8 @@ from experiments.bench.peer import Peer, accepted
 from experiments.environment import environment
 from mtpd_jax import frontdoor
 from mtpd_jax.conversion import to_hf
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.acceptance import acceptance_of
 from mtpd_jax.evaluation.report import number, percent, write_json
 from mtpd_jax.run import Run
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
         raise ValueError(f"--heads={flags.heads}: expected numbers from 1 to the run's {most}")
     flags.heads = flags.heads or [most]
     # transformers cannot draft after prompts that are shorter than a round.
-    prompts = [opened.encode(prompt) for prompt in read_prompts(flags.prompts)]
+    prompts = [opened.encode(prompt) for prompt in prompts_of(flags.prompts)]
     prompts = [prompt for prompt in prompts if len(prompt) >= most][: flags.number]
     with tempfile.TemporaryDirectory() as folder:
         to_hf(flags.workdir, str(pathlib.Path(folder) / "exported"))

@@ -24,7 +24,7 @@ from experiments.bench.peer import Peer, our_rounds, same_rounds
 from experiments.environment import environment
 from mtpd_jax import frontdoor
 from mtpd_jax.conversion import from_hf, to_hf
-from mtpd_jax.evaluate import read_prompts
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.model.layers import apply
@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", help="write the rows here")
     flags = parser.parse_args(arguments)
     frontdoor.check_json_path(flags.json)
-    texts = [prompt for prompt in read_prompts(flags.prompts) if isinstance(prompt, str)]
+    texts = [prompt for prompt in prompts_of(flags.prompts) if isinstance(prompt, str)]
     if flags.folder:
         rows = imported(texts[: flags.number], flags)
     else:

@@ -22,10 +22,10 @@ from experiments.bench.decode_costs import Study, Subject
 from experiments.bench.decode_costs import measure as measure_costs
 from experiments.environment import environment
 from mtpd_jax import frontdoor
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.evaluate import read_prompts
 from mtpd_jax.evaluation.report import number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, rounds_of_batches, rounds_of_queue
 from mtpd_jax.run import Run
@@ -41,7 +41,7 @@ def unequal_prompts(opened: Run, path: str, count: int) -> list[np.ndarray]:
     Raises:
       ValueError: there are too few.
     """
-    texts = [opened.encode(prompt) for prompt in read_prompts(path)]
+    texts = [opened.encode(prompt) for prompt in prompts_of(path)]
     whole = [ids for ids in texts if len(ids) >= _LONGEST][:count]
     if len(whole) < count:
         raise ValueError(f"--prompts={path}: {len(whole)} prompts of at least {_LONGEST} tokens; expected {count}")

@@ -35,7 +35,7 @@ def held_out_texts(opened: Run, number: int, tokens: int) -> list[np.ndarray]:
     """
     texts = []
     for text in opened.trained.held_out_documents():
-        ids = opened.tokenizer.encode(text)
+        ids = opened.tokenizer.encode(text) if isinstance(text, str) else text.ids
         if len(ids) >= 2 * tokens and len(texts) < number:
             texts.append(ids[len(ids) // 2 :][:tokens])
     return texts

@@ -1,6 +1,7 @@
 """Conversations as prompts: rendered once by the model's own template, with no token that it did not ask for."""
 
 import datetime
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -41,6 +42,9 @@ class ChatTemplate:
       template: its text.
       tokens: of the tokenizer, by the names that templates have for them (``bos_token``, …).
 
+    Attributes:
+      digest: a hash of both.
+
     Raises:
       ValueError: it is no template.
     """
@@ -49,6 +53,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
+        self.digest = hashlib.sha256(json.dumps([template, dict(tokens)], sort_keys=True).encode()).hexdigest()
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self._tokens = dict(tokens)
@@ -57,14 +62,29 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"chat template, line {getattr(error, 'lineno', '?')}: {error}") from error
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, up to where the model's answer begins.
+    def check_boundary(self) -> None:
+        """Checks that an answer stands where the model is asked to write it: right behind the prompt.
+
+        Raises:
+          ValueError: it does not, and so there is no telling which tokens of a conversation the model writes.
+        """
+        asked = [{"role": "user", "content": "a"}]
+        prompt = self.render(asked)
+        answered = self.render([*asked, {"role": "assistant", "content": "b"}], answered=True)
+        if not answered.startswith(prompt) or "b" not in answered.removeprefix(prompt):
+            raise ValueError(
+                f"the model's chat template writes {prompt!r} to ask for an answer, and {answered!r} with one: the "
+                "answer does not follow the prompt, so that it is not known what the model writes"
+            )
+
+    def render(self, messages: Sequence[Message], answered: bool = False) -> str:
+        """The text of a conversation, up to where the model's answer begins; or of one that is answered.
 
         Raises:
           ValueError: the template refuses it, as some refuse a system message, or roles that do not take turns.
         """
         try:
-            beside = {"tools": None, "documents": None, "add_generation_prompt": True}
+            beside = {"tools": None, "documents": None, "add_generation_prompt": not answered}
             return self._template.render(messages=messages, **beside, **self._tokens)
         except Exception as error:  # it is a stranger's program, and raises what it likes
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error

@@ -10,9 +10,10 @@ from grain import experimental
 from jax.sharding import Sharding
 
 from mtpd_jax.config import Config
-from mtpd_jax.data.sources import Source, held_out, identity
+from mtpd_jax.data.documents import Document, held_out
+from mtpd_jax.data.sources import Source, identity
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.shapes import AnyArray, Int
+from mtpd_jax.shapes import AnyArray, Bool, Int
 
 
 @struct.dataclass
@@ -23,11 +24,13 @@ class Batch:
       tokens: token ids.
       segment_ids: the document, within the row, that a token belongs to, from 1; 0 is padding.
       positions: the token's place in its document's part of the row, from 0.
+      supervised: which tokens may be learned, as targets; None: all.
     """
 
     tokens: Int[AnyArray, "*axes T"]
     segment_ids: Int[AnyArray, "*axes T"]
     positions: Int[AnyArray, "*axes T"]
+    supervised: Bool[AnyArray, "*axes T"] | None = None
 
 
 class TrainingData:
@@ -92,17 +95,23 @@ def _dataset(config: Config, source: Source, tokenizer: Tokenizer) -> grain.Iter
         def cut(name: str) -> np.ndarray:
             return element[name].astype(np.int32).reshape(training.micro_batches, -1, training.sequence_length)
 
-        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"))
+        supervised = cut("supervised").astype(bool) if "supervised" in element else None
+        return Batch(cut("tokens"), cut("tokens_segment_ids"), cut("tokens_positions"), supervised)
 
-    def tokenize(text: str) -> dict[str, np.ndarray] | None:
+    def tokenize(document: Document) -> dict[str, np.ndarray] | None:
         # grain drops what is None: the documents of the other side.
-        return None if held_out(text, config.data.validation_fraction) else {"tokens": tokenizer.encode_document(text)}
+        if held_out(document, config.data.validation_fraction):
+            return None
+        if isinstance(document, str):
+            return {"tokens": tokenizer.encode_document(document)}
+        return {"tokens": document.ids, "supervised": document.supervised.astype(np.int32)}
 
     # Documents, shuffled anew every epoch; packed into rows; rows shuffled among neighbours; batches.
     tokenized = grain.MapDataset.source(source).shuffle(seed=training.seed).repeat().map(tokenize)
+    fields = ("tokens", "supervised") if source.tokenizer_digest else ("tokens",)
     rows = experimental.ConcatThenSplitIterDataset(
         tokenized.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)),
-        length_struct={"tokens": training.sequence_length},
+        length_struct=dict.fromkeys(fields, training.sequence_length),
     )
     # A long document fills many rows in a run.
     if window:

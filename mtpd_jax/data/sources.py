@@ -23,7 +23,7 @@ _PLAIN_FROM = 1 << 16
 
 
 Find = Callable[[File], Iterator[tuple[int, int]]]
-Parse = Callable[[File, int, int], str]
+Parse = Callable[[File, int, int], Document]
 
 
 class Source(Protocol):
@@ -31,9 +31,11 @@ class Source(Protocol):
 
     Attributes:
       note: what has to be said of how they were made; nothing where there is nothing to say.
+      tokenizer_digest: of the tokenizer that its ids are of; empty of texts.
     """
 
     note: str
+    tokenizer_digest: str
 
     def __len__(self) -> int: ...
 
@@ -49,7 +51,7 @@ class Source(Protocol):
 class FileSource:
     """One document per file: programs, some of which are in another encoding; a byte that is no UTF-8 is replaced."""
 
-    note = ""
+    note = tokenizer_digest = ""
 
     def __init__(self, paths: Sequence[pathlib.Path]):
         self._files = [File(path) for path in paths]
@@ -72,9 +74,11 @@ class SpanSource:
       paths: the files.
       find: yields the (start, end) of every document of a file, each of them checked: a bad one must not turn up hours
         into a run.
-      parse: turns (file, start, end) into the text of a document.
+      parse: turns (file, start, end) into a document.
       reads: says what ``parse`` takes of the bytes.
     """
+
+    tokenizer_digest = ""
 
     def __init__(self, paths: Sequence[pathlib.Path], find: Find, parse: Parse, reads: str):
         self._files = [File(path) for path in paths]
@@ -89,7 +93,7 @@ class SpanSource:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: Any) -> str:
+    def __getitem__(self, index: Any) -> Document:
         number, start, end = self._spans[index]
         return self._parse(self._files[number], start, end)
 
@@ -103,7 +107,7 @@ class TfdsSource:
     def __init__(self, name: str, split: str, directory: str, field: str):
         import tensorflow_datasets as tfds
 
-        self.note = ""
+        self.note = self.tokenizer_digest = ""
         try:
             builder: Any = tfds.builder(name, data_dir=directory or None)
             self._records = builder.as_data_source(split)

@@ -1,5 +1,6 @@
 """The tokenizer: a byte-level BPE trained on the training split, or any tokenizer.json that can end a document."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -109,6 +110,11 @@ class Tokenizer:
         except Exception as error:  # the library raises a bare Exception for a file that it cannot parse
             raise ValueError(f"tokenizer {str(path)!r}: expected a readable tokenizer.json ({error})") from error
 
+    @property
+    def digest(self) -> str:
+        """A hash of what it does, however its file is written."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     def to_json(self) -> str:
         """The contents of a tokenizer.json."""
         return self._tokenizer.to_str()
@@ -143,9 +149,9 @@ class Tokenizer:
         """Ids of the tokens that were added to the vocabulary, special or not, by name."""
         return {token.content: id for id, token in self._tokenizer.get_added_tokens_decoder().items()}
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of token ids; special tokens write nothing."""
-        return self._tokenizer.decode([int(token) for token in ids])
+    def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
+        """The text of token ids; special tokens write nothing, or their names."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special)
 
     def token_bytes(self) -> list[bytes]:
         """The UTF-8 bytes, perhaps half a character, that each id writes in a text; special tokens write none.

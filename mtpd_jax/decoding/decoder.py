@@ -115,6 +115,7 @@ class Decoder:
         transitions: np.ndarray | None = None,
         seed: int = 0,
         first_row: int = 0,
+        keys: Array | None = None,
     ) -> list[Continuation]:
         """Decodes prompts.
 
@@ -124,6 +125,7 @@ class Decoder:
           rows: prompts that are decoded together; a row that is finished takes the next prompt. None: all.
           transitions: of the stop strings, see ``stops.transitions_of``.
           seed, first_row: prompt number n draws from the key (seed, first_row + n), whatever is decoded beside it.
+          keys: [P]; instead, one per prompt.
 
         Raises:
           ValueError: see ``check``.
@@ -136,9 +138,12 @@ class Decoder:
         copies = -(-rows // rows_per_copy)
         # Each copy has its own part of the prompts, and each prompt its own key.
         shares = _Shares.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
-        numbers = np.zeros(len(shares.lengths), np.uint32)
-        numbers[shares.places] = np.arange(first_row, first_row + len(prompts))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.asarray(numbers))
+        if keys is None:
+            numbers = jnp.arange(first_row, first_row + len(prompts), dtype=jnp.uint32)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+        of_place = np.zeros(len(shares.lengths), np.int32)
+        of_place[shares.places] = np.arange(len(prompts))
+        keys = keys[of_place]
         # What the program is given, where its devices have it.
         network, parameters = self.network(options)
         mesh = _of_copies(self._mesh, copies)

@@ -194,7 +194,7 @@ class Network:
         def heads(state: Hidden, embedded: Hidden, view: PackedRows) -> tuple[Hidden, Any]:
             return run_chain(lambda *inputs: apply(self._head, weights, *inputs), self.config, state, embedded, view)
 
-        _, outputs = run_heads(self.config, parameters.embedding, heads, state, ahead, rows)
+        outputs: Any = run_heads(self.config, parameters.embedding, heads, state, ahead, rows)[1]
         return jnp.stack([output.normed for output in outputs])
 
     def logits(self, parameters: DecodingParameters, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:

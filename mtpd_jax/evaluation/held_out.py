@@ -24,7 +24,7 @@ from mtpd_jax.evaluation.scoring import Scorer, TextScore
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.runs.choice import RATING
 from mtpd_jax.shapes import Parameters
-from mtpd_jax.sharding import copies_of, make_mesh
+from mtpd_jax.sharding import copies_of, holds_whole_copies, make_mesh
 from mtpd_jax.training.feasibility import devices_per_copy
 from mtpd_jax.training.state import abstract_parameters
 
@@ -136,7 +136,7 @@ def decoding_method(method: Method) -> tuple[Method, Any]:
 
     Decoding has copies of the model, which few devices share; training may have split it otherwise.
     """
-    if method.mesh.shape["fsdp"] > 1:
+    if not holds_whole_copies(method.mesh):
         devices = list(method.mesh.devices.flat)
         method = method_of(method.config, make_mesh(copies_of(devices_per_copy(method.config, devices)), devices))
     abstract = method.merge(*abstract_parameters(method))

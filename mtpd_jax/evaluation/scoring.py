@@ -200,7 +200,7 @@ class Scorer:
         for ids, byte_lengths, *counted in texts:
             # A text's windows may come to lie in several batches.
             cut = list(windows(ids, self.length))
-            waiting.append(_Pending(ids, byte_lengths, len(cut), *counted))
+            waiting.append(_Pending(ids, byte_lengths, len(cut), counted[0] if counted else None))
             for row in cut:
                 rows.append((waiting[-1], row))
                 if len(rows) == self._batch_size and not flush():

@@ -13,7 +13,7 @@ from mtpd_jax.losses.fused import Trunk, fused_loss
 from mtpd_jax.losses.terms import Distillation, LossSums
 from mtpd_jax.model.backbone import HiddenStates
 from mtpd_jax.model.heads import HEAD_KINDS
-from mtpd_jax.shapes import AnyArray, Array, Float, Int, SegmentIds, Tokens
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int, SegmentIds, Tokens
 
 PerHead = float | tuple[float, ...] | None
 
@@ -101,9 +101,9 @@ class Objective:
     trunk: Trunk = "trained"
     chunk_rows: int | None = None
 
-    def count(self, segment_ids: Int[Array, "B T"]) -> Float[Array, " J"]:
+    def count(self, segment_ids: Int[Array, "B T"], supervised: Bool[Array, "B T"] | None = None) -> Float[Array, " J"]:
         """Supervised tokens per head; it depends on the masks alone, so a whole step is counted before its loss."""
-        return jnp.sum(supervision_mask(segment_ids, self.heads), axis=(1, 2), dtype=jnp.float32)
+        return jnp.sum(supervision_mask(segment_ids, self.heads, supervised), axis=(1, 2), dtype=jnp.float32)
 
     def loss(
         self,
@@ -113,6 +113,7 @@ class Objective:
         segment_ids: SegmentIds,
         weights: Float[Array, " J"],
         mesh: Mesh,
+        supervised: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, ""], LossSums]:
         """The share of these rows in the step's loss.
 
@@ -120,12 +121,13 @@ class Objective:
           hidden, unembedding, tokens, segment_ids: the model's states for these rows, and what they were made from.
           weights: [J]; supervised tokens of the whole step, from ``count``.
           mesh: see ``fused_loss``.
+          supervised: see ``supervision_mask``.
 
         Returns:
           The differentiable share of the total, and the sums per term, without gradient.
         """
         inverse = jnp.where(weights > 0, 1 / jnp.maximum(weights, 1), 0)
-        rows = align(hidden, tokens, segment_ids, self.heads)
+        rows = align(hidden, tokens, segment_ids, self.heads, supervised)
         main_scale = 0.0 if self.trunk == "frozen" else 1.0
         return fused_loss(
             rows.hidden,

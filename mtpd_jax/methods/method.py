@@ -155,13 +155,14 @@ class HeadsMethod(Method):
         """Makes the objective, from the config."""
 
     def count(self, rows: Batch, context: StepContext) -> Float[Array, " J"]:
-        return self.objective.count(rows.segment_ids)
+        return self.objective.count(rows.segment_ids, rows.supervised)
 
     def loss_of(
         self, hidden: HiddenStates, unembedding: Array, rows: Batch, weights: Float[Array, " J"]
     ) -> tuple[Float[Array, ""], LossSums]:
         """The objective's share of these rows, from the states of the main head and of the heads that are trained."""
-        return self.objective.loss(hidden, unembedding, rows.tokens, rows.segment_ids, weights, self.mesh)
+        inputs = rows.tokens, rows.segment_ids
+        return self.objective.loss(hidden, unembedding, *inputs, weights, self.mesh, rows.supervised)
 
     def zero_sums(self) -> LossSums:
         return zero_sums(len(self.objective.heads))

@@ -11,7 +11,7 @@ from mtpd_jax.config import HeadsConfig, ModelConfig
 from mtpd_jax.model.block import rematerialised, scanned
 from mtpd_jax.model.chains import run_chain
 from mtpd_jax.model.head import Head, HeadOutput
-from mtpd_jax.model.views import View
+from mtpd_jax.model.views import PackedRows, View
 from mtpd_jax.shapes import Array, Float, Hidden
 
 
@@ -58,6 +58,7 @@ class Heads(nn.Module):
         kind = HEAD_KINDS[self.heads.kind]
         config = dataclasses.replace(self.config, weights=self.heads.weights)  # its own block's, too
         if self.heads.cache == "shared":
+            assert isinstance(view, PackedRows)  # chains begin at every position of whole rows
             head = rematerialised(kind.module, config)(config, self.heads.pass_normed, name="head")
             state, outputs = run_chain(head, config, state, embedded, view)
             return state, jax.tree.map(lambda *depths: jnp.stack(depths), *map(_without_entries, outputs))

@@ -1,7 +1,7 @@
 """Models that there are: of a run, or of a folder as Hugging Face's libraries write them. What others start from.
 
-A run of heads on a frozen backbone does not store the backbone: it names where it lies, and its digest, so that no other
-is ever taken for it by mistake.
+A run of heads on a frozen backbone does not store the backbone: it names where it lies, and its digest, so that no
+other is ever taken for it by mistake.
 """
 
 import dataclasses
@@ -164,9 +164,9 @@ def _is_pretrained(config: pathlib.Path) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def backbone_digest(frozen: Parameters) -> str:
-    """A hash of a backbone's parameters, embedding and unembedding included, bit for bit."""
-    digests, _ = digests_of(frozen)
+def backbone_digest(parameters: Parameters) -> str:
+    """A hash of all of a model's parameters but its heads, bit for bit."""
+    digests, _ = digests_of({name: tree for name, tree in parameters.items() if name != "heads"})
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 

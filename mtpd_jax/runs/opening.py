@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
+from mtpd_jax.data.documents import Document
 from mtpd_jax.data.sources import identity, open_source, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.methods.method import method_of
@@ -45,7 +46,7 @@ class TrainedRun:
     step: int
     sources: tuple[dict[str, Any], ...]
 
-    def held_out_documents(self) -> Iterator[str]:
+    def held_out_documents(self) -> Iterator[Document]:
         """The run's own held-out documents.
 
         Raises:

@@ -89,7 +89,7 @@ class Origin:
 
 
 def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
-    """The parameters of the run to start from, as it is opened; None for a run that starts from nothing, or has a checkpoint.
+    """The model to start from, as it is opened; None for a run that starts from nothing, or has a checkpoint.
 
     Raises:
       ValueError: the run to start from has no checkpoint, or none that can be read.
@@ -102,8 +102,7 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
     # What is frozen of it, if the run only names that.
     method = method_of(config, mesh)
     if method.names_backbone:
-        _, frozen = method.split({"heads": None, **model.parameters})
-        record["backbone"] = {**model.backbone, "digest": backbone_digest(frozen)}
+        record["backbone"] = {**model.backbone, "digest": backbone_digest(model.parameters)}
     return Origin(model.parameters, record)
 
 

@@ -134,8 +134,8 @@ def test_json_lines_end_where_lines_end(tmp_path):
     )
     source = open_source(data_config(source="jsonl", paths=(str(path),), field="prompt"))
     assert [source[number] for number in range(len(source))] == texts
-    assert evaluate.read_prompts(str(path)) == texts
-    assert evaluate.read_prompts(str(path), 2) == texts[:2]
+    assert prompts_of(str(path)) == texts
+    assert prompts_of(str(path), 2) == texts[:2]
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfone<|endoftext|>two")
     source = open_source(data_config(source="text", paths=(str(tmp_path / "b.txt"),)))
     assert [source[0], source[1]] == ["one", "two"]
@@ -160,7 +160,7 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path, content, place):
         open_source(data_config(source="jsonl", paths=(str(path),)))
     path.write_bytes(content.replace(b'"text"', b'"prompt"'))
     with pytest.raises(ValueError, match=place.replace("'text'", "'prompt'")):
-        evaluate.read_prompts(str(path))
+        prompts_of(str(path))
 
 
 def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path):

@@ -179,7 +179,7 @@ class NarrowChain(ChainHeads):
 
 
 class StaleChain(ChainHeads):
-    """A chain that leaves what it drafted in the cache: the entries of depth 1 are made for its newest position only."""
+    """A chain that leaves what it drafted in the cache: depth 1 is made for its newest position only."""
 
     def __init__(self, network, options):
         super().__init__(network, options)

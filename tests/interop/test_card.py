@@ -11,6 +11,7 @@ import tokenizers
 
 from mtpd_jax import convert, evaluate, generate, open_run
 from mtpd_jax.config import Config
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.reading import look
 from mtpd_jax.runs.origin import completed
@@ -120,7 +121,7 @@ def test_a_conversation_goes_there_and_back(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "g").read_text())["tokens"] == written[0, ids.shape[1] :].tolist()
     assert "the cat" in capsys.readouterr().out
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": messages}) + '\n{"prompt": "the cat"}\n')
-    assert [len(prompt) if isinstance(prompt, list) else prompt for prompt in evaluate.read_prompts(
+    assert [len(prompt) if isinstance(prompt, list) else prompt for prompt in prompts_of(
         str(tmp_path / "prompts.jsonl"))] == [2, "the cat"]  # fmt: skip
     report = evaluate.run(str(tmp_path / "run"), prompts=str(tmp_path / "prompts.jsonl"), max_new_tokens=4)
     assert next(iter(report.decoding.values())).heads["0"].prompts == 2
@@ -132,7 +133,7 @@ def test_a_conversation_goes_there_and_back(tmp_path, monkeypatch, capsys):
         opened.generate([messages], max_new_tokens=2)
     (tmp_path / "prompts.jsonl").write_text('{"messages": "hello"}\n')
     with pytest.raises(ValueError, match="expected one of prompt, a text, and messages, a list"):
-        evaluate.read_prompts(str(tmp_path / "prompts.jsonl"))
+        prompts_of(str(tmp_path / "prompts.jsonl"))
 
 
 def test_what_begins_a_text_begins_all_of_them(tmp_path):

@@ -1,0 +1,410 @@
+"""A model's own answers to a file of prompts, written as data for training (``data.generations``).
+
+What is written of a prompt depends on the prompt, its id and the seed, and on nothing that happened before: prompts are
+decoded in groups whose members follow from the ids alone, and a group that was not written as a whole is decoded again.
+So a run that was killed, however often, leaves the same bytes as one that was not.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from mtpd_jax.data.chat import Message, Prompt
+from mtpd_jax.data.documents import digest_of
+from mtpd_jax.data.files import read_json
+from mtpd_jax.data.generations import LEFT_OUT, MANIFEST, parse_row, shard, shards_of
+from mtpd_jax.data.prompts import PromptRow
+from mtpd_jax.decoding.decoder import Continuation
+from mtpd_jax.decoding.options import Options, check_seed
+from mtpd_jax.decoding.stops import transitions_of
+from mtpd_jax.run import Run
+from mtpd_jax.runs.digests import digests_of
+from mtpd_jax.runs.lock import take_lock
+from mtpd_jax.runs.workdir import Workdir, write_atomically
+from mtpd_jax.validation import check_count
+
+# Groups of prompts whose answers stand in one file, and batches in a group. Our choice.
+_GROUPS_PER_SHARD, _BATCHES_PER_GROUP = 64, 4
+# Prompts of a call are padded to powers of two from this on, as the decoder does.
+_SHORTEST = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What became of the prompts: answered as a whole, failed on the way, or never begun; and the tokens written."""
+
+    ok: int = 0
+    failed: int = 0
+    skipped: int = 0
+    tokens: int = 0
+
+    @property
+    def prompts(self) -> int:
+        """All of them."""
+        return self.ok + self.failed + self.skipped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """A prompt that is answered, turn by turn: each turn is what stands before an answer."""
+
+    row: PromptRow
+    turns: tuple[Prompt, ...]
+    first: np.ndarray
+
+    @property
+    def hash(self) -> int:
+        return digest_of(self.row.id.encode())
+
+
+class Corpus:
+    """Writes the answers of an open run to a file of prompts.
+
+    Args:
+      run: that answers.
+      rows: the prompts.
+      options: how they are decoded.
+      seed: of sampling.
+      stop: strings that end an answer.
+      batch_size: prompts that are decoded together.
+
+    Raises:
+      ValueError: an id stands twice; an option is out of range; or the chat template does not say where answers begin.
+    """
+
+    def __init__(
+        self, run: Run, rows: Sequence[PromptRow], options: Options, seed: int, stop: Sequence[str], batch_size: int
+    ):
+        check_seed(seed)
+        check_count("batch_size", batch_size)
+        options.validate()
+        self._run, self._rows, self._options, self._seed = run, rows, options, seed
+        self._stop, self._batch = tuple(stop), batch_size
+        self._transitions = transitions_of(run.tokenizer.token_bytes(), stop) if stop else None
+        lines: dict[str, int] = {}
+        for row in rows:
+            if row.id in lines:
+                raise ValueError(f"--prompts: lines {lines[row.id]} and {row.line} have the same id {row.id!r}")
+            lines[row.id] = row.line
+        if run.template is not None and any(not isinstance(row.prompt, str) for row in rows):
+            run.template.check_boundary()
+
+    def manifest(self) -> dict[str, Any]:
+        """What decides every byte of the answers: another of any of these is another corpus."""
+        prompts = sorted((row.id, json.dumps(row.prompt, sort_keys=True)) for row in self._rows)
+        digests, _ = digests_of(self._run.parameters)
+        template = self._run.template
+        return {
+            "weights": _sha256(digests),
+            "step": self._run.step,
+            "tokenizer": self._run.tokenizer.digest,
+            "template": None if template is None else template.digest,
+            "prompts": _sha256(prompts),
+            "rows": len(self._rows),
+            "seed": self._seed,
+            "stop": list(self._stop),
+            "batch_size": self._batch,
+            "decoding": dataclasses.asdict(self._options),
+        }
+
+    def write(self, folder: pathlib.Path, on_prompts: Callable[[int], None] = lambda prompts: None) -> Counts:
+        """Writes what is not written yet.
+
+        Args:
+          folder: new, or of the same corpus.
+          on_prompts: called with the number of prompts that were dealt with.
+
+        Raises:
+          ValueError: the folder holds another corpus, or something else; or another process writes it.
+          OSError: something cannot be written.
+        """
+        _check_folder(folder, manifest := self.manifest())
+        with take_lock(Workdir(epath.Path(folder))):
+            write_atomically(epath.Path(folder / MANIFEST), json.dumps(manifest, indent=2) + "\n")
+            tasks, skipped = self._tasks()
+            written, left_out = _Written.of(folder, mend=True), _LeftOut(folder / LEFT_OUT, mend=True)
+            for row, reason in skipped:
+                left_out.add(row.id, "skipped", reason)
+            on_prompts(len(skipped))
+            for number, group in enumerate(_groups(tasks, self._batch * _BATCHES_PER_GROUP)):
+                if not all(task.row.id in written.ids or task.row.id in left_out.ids for task in group):
+                    self._write_group(folder / shard(number // _GROUPS_PER_SHARD), group, written, left_out)
+                on_prompts(len(group))
+        counts = validate(folder)
+        if counts.prompts != len(self._rows):
+            raise ValueError(f"{folder}: accounts for {counts.prompts} of {len(self._rows)} prompts")
+        return counts
+
+    def preview(self, number: int) -> list[dict[str, Any]]:
+        """The rows of the first prompts that can be answered, without writing anything."""
+        tasks, _ = self._tasks()
+        first = sorted(tasks, key=lambda task: task.row.line)[:number]
+        return [row for answers in self._answers(first) if not isinstance(answers, str) for row in answers]
+
+    def _tasks(self) -> tuple[list[_Task], list[tuple[PromptRow, str]]]:
+        """What can be answered, and what cannot, with the reason."""
+        tasks, skipped = [], []
+        for row in self._rows:
+            try:
+                turns = turns_of(row.prompt)
+                tasks.append(_Task(row, turns, self._encode(turns[0])))
+            except ValueError as error:
+                skipped.append((row, str(error)))
+        return tasks, skipped
+
+    def _encode(self, prompt: Prompt) -> np.ndarray:
+        """Token ids of a prompt that can be answered.
+
+        Raises:
+          ValueError: it cannot, and why.
+        """
+        ids, room = self._run.encode(prompt), self._run.decoder.context - self._options.max_new_tokens
+        if not len(ids):
+            raise ValueError("empty: there is nothing to continue")
+        if len(ids) > room:
+            raise ValueError(f"{len(ids)} tokens, and there is room for {room}")
+        return ids
+
+    def _write_group(
+        self, path: pathlib.Path, group: Sequence[_Task], written: "_Written", left_out: "_LeftOut"
+    ) -> None:
+        lines = []
+        for task, answers in zip(group, self._answers(group), strict=True):
+            if isinstance(answers, str):
+                left_out.add(task.row.id, "failed", answers)
+            elif task.row.id not in written.ids:
+                lines += [json.dumps(row) + "\n" for row in answers]
+                written.ids.add(task.row.id)
+        _append(path, "".join(lines))
+
+    def _answers(self, group: Sequence[_Task]) -> list[list[dict[str, Any]] | str]:
+        """For each prompt its rows, one per turn, or why there are none; turn by turn for all of them."""
+        found: list[list[dict[str, Any]] | str] = [[] for _ in group]
+        said: list[list[Message]] = [[] for _ in group]
+        for turn in range(max(len(task.turns) for task in group)):
+            asked: dict[int, np.ndarray] = {}
+            for place, task in enumerate(group):
+                if turn < len(task.turns) and not isinstance(found[place], str):
+                    try:
+                        asked[place] = (
+                            task.first if not turn else self._encode([*said[place], *_messages(task.turns[turn])])
+                        )
+                    except ValueError as error:
+                        found[place] = f"turn {turn}: {error}"
+            for place, answer in self._decode(asked, [task.hash for task in group], turn, len(group)).items():
+                task, rows = group[place], found[place]
+                assert isinstance(rows, list)  # or it was not asked
+                rows.append(self._row(task, turn, asked[place], answer))
+                if not isinstance(task.row.prompt, str):
+                    text = self._run.tokenizer.decode(answer.tokens)
+                    said[place] += [*_messages(task.turns[turn]), {"role": "assistant", "content": text}]
+        return found
+
+    def _decode(
+        self, asked: dict[int, np.ndarray], hashes: Sequence[int], turn: int, size: int
+    ) -> dict[int, Continuation]:
+        """Answers by place; prompts of a length together, and always as many of them, so that programs are the same."""
+        by_length: dict[int, list[int]] = {}
+        for place, ids in asked.items():
+            by_length.setdefault(_padded(len(ids)), []).append(place)
+        found = {}
+        for _, places in sorted(by_length.items()):
+            full = [*places, *[places[-1]] * (size - len(places))]
+            keys = jax.random.key(self._seed)
+            words = [(hashes[place] >> 32, hashes[place] % 2**32, turn) for place in full]
+            keys = jax.vmap(_folded, (None, 0))(keys, jnp.asarray(words, jnp.uint32))
+            answers = self._run.decoder.run(
+                [asked[place] for place in full], self._options,
+                rows=self._batch, transitions=self._transitions, keys=keys,
+            )  # fmt: skip
+            found |= dict(zip(places, answers, strict=False))
+        return found
+
+    def _row(self, task: _Task, turn: int, prompt: np.ndarray, answer: Continuation) -> dict[str, Any]:
+        end = "end" if answer.tokens[-1] in self._run.tokenizer.end_ids else "stop"
+        return {
+            "id": task.row.id,
+            "turn": turn,
+            "turns": len(task.turns),
+            "group": f"{digest_of(task.first.astype(np.int32).tobytes()):016x}",
+            "ids": [*prompt.tolist(), *answer.tokens],
+            "loss_mask": [0] * len(prompt) + [1] * len(answer.tokens),
+            "finish": end if end == "end" or len(answer.tokens) < self._options.max_new_tokens else "length",
+            "seed": self._seed,
+        }
+
+
+def turns_of(prompt: Prompt) -> tuple[Prompt, ...]:
+    """What stands before each answer of a conversation, the answers themselves left out; a text is one turn.
+
+    Raises:
+      ValueError: nobody asks anything.
+    """
+    if isinstance(prompt, str):
+        return (prompt,)
+    turns: list[list[Message]] = []
+    answered = True
+    for message in prompt:
+        if message["role"] == "assistant":
+            answered = True
+        elif answered and (not turns or any(one["role"] != "system" for one in turns[-1])):
+            turns.append([message])
+            answered = False
+        else:
+            turns[-1].append(message)
+    asked = [turn for turn in turns if any(message["role"] != "system" for message in turn)]
+    if not asked:
+        raise ValueError("no message asks for an answer")
+    return tuple(asked)
+
+
+def _messages(turn: Prompt) -> Sequence[Message]:
+    """A turn of a conversation."""
+    assert not isinstance(turn, str)  # a text is one turn
+    return turn
+
+
+def validate(folder: pathlib.Path) -> Counts:
+    """Reads everything again: every row whole, every id once, every prompt accounted for.
+
+    Raises:
+      ValueError: naming what is not.
+    """
+    manifest = read_json(folder / MANIFEST)
+    written, left_out = _Written.of(folder, mend=False), _LeftOut(folder / LEFT_OUT, mend=False)
+    both = sorted(written.ids & left_out.ids.keys())
+    if both:
+        raise ValueError(f"{folder}: id {both[0]!r} is answered, and left out")
+    states = list(left_out.ids.values())
+    counts = Counts(len(written.ids), states.count("failed"), states.count("skipped"), written.tokens)
+    if counts.prompts > manifest["rows"]:
+        raise ValueError(f"{folder}: accounts for {counts.prompts} prompts of {manifest['rows']}")
+    return counts
+
+
+@dataclasses.dataclass
+class _Written:
+    """What stands in a folder: ids whose turns are all there, and the tokens that were written."""
+
+    ids: set[str]
+    tokens: int
+
+    @classmethod
+    def of(cls, folder: pathlib.Path, mend: bool) -> "_Written":
+        """Reads the files of rows; to ``mend`` them is to cut off what a killed process left of an answer at an end.
+
+        Raises:
+          ValueError: something else is wrong with them.
+        """
+        found = cls(set(), 0)
+        for path in shards_of(folder):
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            place, rows = 0, []
+            for number, line in enumerate(whole.splitlines(keepends=True), 1):
+                rows.append((place, parse_row(line, f"{path}, line {number}")))
+                place += len(line)
+            end = found._take(path, rows, len(whole))
+            if mend and end < len(content):
+                with path.open("r+b") as file:
+                    file.truncate(end)
+        return found
+
+    def _take(self, path: pathlib.Path, rows: list[tuple[int, dict[str, Any]]], end: int) -> int:
+        """Takes in the rows of a file; returns where the last whole conversation in it ends."""
+        at = 0
+        while at < len(rows):
+            place, row = rows[at]
+            turns = [one for _, one in rows[at : at + row["turns"]]]
+            if row["id"] in self.ids:
+                raise ValueError(f"{path}: id {row['id']!r} stands there twice")
+            if [(one["id"], one["turn"]) for one in turns] != [(row["id"], turn) for turn in range(row["turns"])]:
+                if at + len(turns) < len(rows):
+                    raise ValueError(f"{path}: id {row['id']!r} lacks a turn")
+                return place
+            self.ids.add(row["id"])
+            self.tokens += sum(sum(one["loss_mask"]) for one in turns)
+            at += row["turns"]
+        return end
+
+
+class _LeftOut:
+    """The prompts without an answer, by id, and whether they failed or were skipped; a file of JSON lines."""
+
+    def __init__(self, path: pathlib.Path, mend: bool):
+        self._path = path
+        self.ids: dict[str, str] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if mend and len(whole) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            for line in whole.splitlines():
+                row = json.loads(line)
+                self.ids[row["id"]] = row["status"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a file of prompts that were left out ({error})") from error
+
+    def add(self, id: str, status: str, reason: str) -> None:
+        """Adds a prompt, unless it is there."""
+        if id not in self.ids:
+            self.ids[id] = status
+            _append(self._path, json.dumps({"id": id, "status": status, "reason": reason}) + "\n")
+
+
+def _append(path: pathlib.Path, text: str) -> None:
+    """Adds lines, on disk before this returns."""
+    with path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
+    """Checks that a folder is new, or holds the same corpus."""
+    if not (folder / MANIFEST).exists():
+        if folder.exists() and any(path.name not in ("lock", f"{MANIFEST}.tmp") for path in folder.iterdir()):
+            raise ValueError(f"{folder} exists and holds no generations: use a new or an empty folder")
+        return
+    there = read_json(folder / MANIFEST)
+    wanted = json.loads(json.dumps(manifest))
+    changed = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+    if changed:
+        verb = "differs" if len(changed) == 1 else "differ"
+        raise ValueError(f"{folder} holds other generations: {', '.join(changed)} {verb}; use another --output")
+
+
+def _groups(tasks: Sequence[_Task], size: int) -> Iterator[list[_Task]]:
+    """Tasks whose first prompts have a length, in an order that follows from their ids."""
+    ordered = sorted(tasks, key=lambda task: (_padded(len(task.first)), task.hash, task.row.id))
+    by_length: dict[int, list[_Task]] = {}
+    for task in ordered:
+        by_length.setdefault(_padded(len(task.first)), []).append(task)
+    for together in by_length.values():
+        for start in range(0, len(together), size):
+            yield together[start : start + size]
+
+
+def _padded(length: int) -> int:
+    return max(_SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _folded(key: jax.Array, words: jax.Array) -> jax.Array:
+    """A key for the words of an id's hash, and the turn."""
+    for word in words:
+        key = jax.random.fold_in(key, word)
+    return key
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
