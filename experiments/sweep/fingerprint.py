@@ -16,7 +16,7 @@ import math
 import pathlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -79,14 +79,23 @@ def _scale(text_file: pathlib.Path) -> Scale:
     return Scale("fingerprint", tree, loop_steps=4, texts=3, prompt_tokens=8, new_tokens=16)
 
 
-_JOINT = Variant("joint", {"heads.num_heads": 2})
+_JOINT, _NEXT_TOKEN = Variant("joint", {"heads.num_heads": 2}), Variant("next_token", {"heads.num_heads": 0})
+_POSTHOC = {"heads.num_heads": 2, "objective.mode": "posthoc"}
+_SHARED = {"heads.kind": "recurrent", "heads.cache": "shared", "objective.alpha": 0.1}
 # Every way of training, and whether its decoding is looked at, too.
 TRAINED = {
     "joint": (_JOINT, True),
     "plain": (Variant("plain", {"heads.num_heads": 2, "objective.beta": 0.0}), False),
-    "next_token": (Variant("next_token", {"heads.num_heads": 0}), False),
+    "next_token": (_NEXT_TOKEN, False),
     "recurrent": (Variant("recurrent", {"heads.num_heads": 2, "heads.kind": "recurrent"}), False),
     "extension": (Variant("extension", {"heads.num_heads": 3, "training.steps": 4}, start=_JOINT), False),
+    "posthoc": (Variant("posthoc", {**_POSTHOC, "objective.initial_heads": "last_block"}, start=_NEXT_TOKEN), False),
+    "shared": (Variant("shared", {**_POSTHOC, **_SHARED}, start=_NEXT_TOKEN), True),
+}
+# The parts that rows of an experiment are known by.
+FAMILIES = {
+    "heads": ("joint", "plain", "next_token", "recurrent", "extension", "divergences"),
+    "posthoc": ("posthoc", "shared", "divergences"),
 }
 
 
@@ -165,15 +174,16 @@ PARTS: Mapping[str, Callable[[pathlib.Path], Numbers]] = {
 }
 
 
-def behaviour() -> dict[str, Numbers]:
-    """Everything that is compared, by part."""
+def behaviour(parts: Collection[str]) -> dict[str, Numbers]:
+    """What is compared, by part."""
     with tempfile.TemporaryDirectory() as folder, jax.default_matmul_precision("highest"):
-        return {name: part(pathlib.Path(folder)) for name, part in PARTS.items()}
+        return {name: PARTS[name](pathlib.Path(folder)) for name in parts}
 
 
-def recorded() -> dict[str, Numbers]:
-    """The behaviour that the recorded version is known by."""
-    return json.loads(RECORDED.read_text())
+def recorded(family: str = "heads") -> dict[str, Numbers]:
+    """The behaviour that the recorded version of a family of experiments is known by."""
+    found = json.loads(RECORDED.read_text())
+    return {name: found[name] for name in FAMILIES[family]}
 
 
 def changes(found: Numbers, expected: Numbers) -> list[str]:
@@ -196,18 +206,18 @@ def version_of(found: Mapping[str, Numbers]) -> str:
     return digest(rounded)
 
 
-def known_as(found: Mapping[str, Numbers]) -> str:
+def known_as(found: Mapping[str, Numbers], family: str = "heads") -> str:
     """The recorded version if a behaviour is the recorded one up to rounding, else one of its own."""
-    expected = recorded()
+    expected = recorded(family)
     same = found.keys() == expected.keys() and not any(changes(found[name], expected[name]) for name in found)
     return version_of(expected if same else found)
 
 
 @functools.cache
-def code_version() -> str:
+def code_version(family: str = "heads") -> str:
     """What this code is known as. Takes up to a minute, once."""
     with rich.console.Console(stderr=True).status("what the code does, for the name of its version"):
-        return known_as(behaviour())
+        return known_as(behaviour(FAMILIES[family]), family)
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
@@ -229,12 +239,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--record", action="store_true", help="make the present behaviour the recorded one")
     console = rich.console.Console(highlight=False)
     if parser.parse_args(arguments).record:
-        RECORDED.write_text(json.dumps(behaviour(), indent=1) + "\n")
-        console.print(f"recorded as {version_of(recorded())} in {RECORDED}", soft_wrap=True)
+        RECORDED.write_text(json.dumps(behaviour(PARTS), indent=1) + "\n")
+        names = ", ".join(f"{family} {version_of(recorded(family))}" for family in FAMILIES)
+        console.print(f"recorded as {names} in {RECORDED}", soft_wrap=True)
         return 0
-    console.print(code_version())
-    if code_version() != version_of(recorded()):
-        console.print(f"not the recorded {version_of(recorded())}")
+    for family in FAMILIES:
+        found, known = code_version(family), version_of(recorded(family))
+        console.print(f"{family}: {found}" + (f", not the recorded {known}" if found != known else ""))
     return 0
 
 

@@ -1,8 +1,10 @@
 """What is measured of a finished run: counts per held-out text, so that every interval can be taken later."""
 
 import dataclasses
+import itertools
 import json
 import math
+import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +43,15 @@ def held_out_texts(opened: Run, number: int, tokens: int) -> list[np.ndarray]:
     return texts
 
 
+def beginnings(opened: Run, path: str, number: int, tokens: int) -> list[np.ndarray]:
+    """The beginnings of the first documents of a text file that are long enough, as documents begin."""
+    documents = pathlib.Path(path).read_text().split(opened.config.tokenizer.end_token)
+    if len(documents) == 1:
+        documents = documents[0].split("<|endoftext|>")
+    encoded = (opened.tokenizer.encode_prompt(document.strip("\n")) for document in documents)
+    return list(itertools.islice((ids[:tokens] for ids in encoded if len(ids) >= tokens), number))
+
+
 def measure(workdir: str, heads: Sequence[int], scale: Scale) -> Measured:
     """Scores and decodes with a finished run.
 
@@ -51,7 +62,8 @@ def measure(workdir: str, heads: Sequence[int], scale: Scale) -> Measured:
     """
     opened = open_run(workdir)
     config = opened.config
-    texts = held_out_texts(opened, scale.texts, scale.prompt_tokens + scale.new_tokens)
+    wanted = scale.texts, scale.prompt_tokens + scale.new_tokens
+    texts = beginnings(opened, scale.held_out, *wanted) if scale.held_out else held_out_texts(opened, *wanted)
     prompts = [text[: scale.prompt_tokens] for text in texts]
     parameters, tokens = opened.parameters, config.training.batch_size * config.training.sequence_length
     return Measured(
@@ -67,14 +79,14 @@ def measure(workdir: str, heads: Sequence[int], scale: Scale) -> Measured:
 
 
 def _curve(workdir: str) -> list[dict[str, Any]]:
-    """Held-out agreement and cross entropy during training."""
+    """Held-out agreement and cross entropy during training, and what decoding came to."""
     lines = map(json.loads, (open_workdir(workdir).path / "metrics.jsonl").read_text().splitlines())
     wanted = ("main/ce", "agreement")
-    return [
-        {name: value for name, value in line.items() if name == "step" or (name.endswith(wanted) and "eval/" in name)}
-        for line in lines
-        if "eval/main/ce" in line
-    ]
+
+    def is_kept(name: str) -> bool:
+        return name == "step" or (name.endswith(wanted) and "eval/" in name) or name.startswith("decoded/")
+
+    return [{name: value for name, value in line.items() if is_kept(name)} for line in lines if "eval/main/ce" in line]
 
 
 def _score(opened: Run, texts: Sequence[np.ndarray]) -> TextCounts:

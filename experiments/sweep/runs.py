@@ -16,8 +16,8 @@ SEEDS = 1000
 
 # They decide where and how often a run writes, not what it learns.
 _LEFT_OUT = ("mesh", "checkpoint", "logging", "evaluation")
-# A row has the seed beside its key, and the key of the run that it starts from in it.
-_SAID_OTHERWISE = ("training.seed", "objective.source", "objective.frozen_heads")
+# A row has the seed beside its key, the key of the run that it starts from in it, and digests of a scale's inputs.
+_SAID_OTHERWISE = ("training.seed", "objective.source", "objective.frozen_heads", "data.paths", "data.path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Variant:
     Attributes:
       name: its name in tables and in ``--only``.
       diff: ``section.field`` -> value, over the scale's base config.
-      start: the variant whose heads are extended; None: trained from nothing.
+      start: the variant that it starts from; None: trained from nothing, or from what the diff names. What it does
+        with that is extension, unless the diff names another ``objective.mode``.
       decode: numbers of heads to decode with, beside none, one, and all that it has.
       seeds: the only ones of the experiment's that it is run with, where a run is too long for all; None: all.
     """
@@ -66,12 +67,13 @@ class Run:
         # An extension reads the data in another order than what it starts from, and so not the same batches again.
         diff = {"training.seed": self.seed + SEEDS * self.extensions, **self.variant.diff}
         if self.start is not None:
-            diff |= {"objective.mode": "extension", "objective.source": str(start or "-")}
+            diff = {"objective.mode": "extension", **diff, "objective.source": str(start or "-")}
         return self.scale.changed(diff)
 
     def training_key(self) -> str:
         """A hash of every field of the configuration that decides what is learned, but for the seed."""
-        return digest([decided(self.config()), None if self.start is None else self.start.training_key()])
+        key = [decided(self.config()), None if self.start is None else self.start.training_key()]
+        return digest(key + ([dict(self.scale.inputs)] if self.scale.inputs else []))
 
     def key(self) -> str:
         """A hash of what is learned and how it is measured: with seed and code version, the name of a row."""

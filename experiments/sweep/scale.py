@@ -21,6 +21,8 @@ class Scale:
       prompt_tokens: tokens of a text that are its prompt.
       new_tokens: tokens decoded after it.
       turns: times that everything is decoded: the same tokens, and the median of the times.
+      held_out: a file of stories whose beginnings are the held-out texts; empty: the middle of what runs hold out.
+      inputs: digests of what runs read that no config tells, by name.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Scale:
     prompt_tokens: int = 64
     new_tokens: int = 128
     turns: int = 3
+    held_out: str = ""
+    inputs: tuple[tuple[str, str], ...] = ()
 
     @property
     def config(self) -> Config:
