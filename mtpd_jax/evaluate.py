@@ -32,7 +32,7 @@ from mtpd_jax.evaluation.decoding import (
     score_ways,
     ways_of,
 )
-from mtpd_jax.evaluation.report import acceptance_table, decoding_table, text_table, write_json
+from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_json
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.choice import Choice
@@ -105,6 +105,7 @@ def run(
     bit_exact: bool = False,
     drafters: Sequence[str] = ("heads",),
     strategy: str = "speculative",
+    past_trained_length: bool = False,
     stop: Sequence[str] = (),
     checkpoint: Choice = None,
     devices_per_model: int | None = None,
@@ -124,7 +125,7 @@ def run(
       batch_size: prompts decoded together, and rows of text scored together.
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
-      max_new_tokens, sampling, seed, min_confidence, strategy, stop: see ``Run.generate``.
+      max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
       checkpoint, devices_per_model, backbone, other_backbone: see ``open_run``.
 
     Raises:
@@ -144,6 +145,7 @@ def run(
     # All is checked before anything is measured.
     opened = open_run(workdir, checkpoint, devices_per_model, backbone, other_backbone)
     opened.scorer(batch_size)
+    options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
     ways = _ways(opened, heads, drafters, options, bit_exact)
     decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, ways, batch_size, seed, stop)
     if split_name:
@@ -222,6 +224,8 @@ class _Decoding:
     def run(self, opened: Run) -> PromptReport:
         """Decodes and scores."""
         with Progress("decoding", len(self.prompts) * len(self.ways)) as progress:
+            for note in {opened.note_of(self.prompts, options) for options in self.ways.values()} - {""}:
+                progress.say(note)
             decoded = decode_prompts(
                 opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed,
                 transitions=self.transitions, on_call=progress.advance,
@@ -269,6 +273,7 @@ def main() -> int:
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
         sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
         bit_exact=flags.bit_exact, drafters=flags.drafters, strategy=flags.strategy, stop=flags.stop,
+        past_trained_length=flags.past_trained_length,
         **frontdoor.opening_of(flags),
     )  # fmt: skip
     console = rich.console.Console()
@@ -277,6 +282,8 @@ def main() -> int:
     for name, mode_report in report.decoding.items():
         console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
         console.print(acceptance_table(name, mode_report.heads))
+        if places := place_table(name, mode_report.heads):
+            console.print(places)
     if flags.json:
         write_json(flags.json, report.to_json())
     return int(any(mode_report.failed for mode_report in report.decoding.values()))

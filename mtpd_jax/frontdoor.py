@@ -142,6 +142,10 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min_confidence", type=float, default=0.0, help="stop drafting below this joint probability (default: never)"
     )
+    parser.add_argument(
+        "--past_trained_length", action="store_true",
+        help="draft beyond the length of the texts that the heads were trained on, too (default: decode plainly there)",
+    )  # fmt: skip
     parser.add_argument("--stop", action="append", default=[], help="end before this string; may be given again")
     parser.add_argument("--strategy", default="speculative", choices=tuple(STRATEGIES), help="how a round goes")
     parser.add_argument(

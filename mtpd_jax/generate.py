@@ -77,6 +77,7 @@ def main() -> int:
         [asked], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed,
         min_confidence=flags.min_confidence, bit_exact=flags.bit_exact, drafter=flags.drafter,
         strategy=flags.strategy, stop=flags.stop, compare=flags.compare,
+        past_trained_length=flags.past_trained_length,
     )[0]  # fmt: skip
     shown = text if not flags.chat else f"{text}\n\n"
     show(rich.console.Console(highlight=False), shown, generation, opened.tokenizer.decode)

@@ -10,6 +10,7 @@ from mtpd_jax.config import Config
 from mtpd_jax.data.chat import ChatTemplate, Prompt, encode_prompt, read_chat_template
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.agreement import fit
@@ -84,6 +85,7 @@ class Run:
         bit_exact: bool = False,
         drafter: str = "heads",
         strategy: str = "speculative",
+        past_trained_length: bool = False,
     ) -> Options:
         """How to decode; for the arguments see ``generate``.
 
@@ -93,9 +95,29 @@ class Run:
         check_flag("bit_exact", bit_exact)
         heads = self.config.heads.num_heads if heads is None else heads
         sampling = GREEDY if sampling is None else sampling
-        options = Options(heads, max_new_tokens, sampling, min_confidence, drafter=drafter, strategy=strategy)
+        until = self.draft_until(past_trained_length)
+        options = Options(
+            heads, max_new_tokens, sampling, min_confidence, drafter=drafter, strategy=strategy, draft_until=until
+        )
         options.validate()
         return options.sharing_width(heads) if bit_exact else options
+
+    def draft_until(self, past_trained_length: bool = False) -> int | None:
+        """Tokens of text that heads draft up to: those of a training sequence, if texts may be longer; None: any."""
+        check_flag("past_trained_length", past_trained_length)
+        trained = self.config.training.sequence_length
+        return None if past_trained_length or self.config.context <= trained else trained
+
+    def note_of(self, prompts: Sequence[np.ndarray], options: Options) -> str:
+        """What has to be said of texts that may come to where heads do not draft; nothing where none does."""
+        until = options.draft_until
+        longer = sum(until is not None and len(prompt) + options.max_new_tokens > until for prompt in prompts)
+        if not longer or not heads_that_draft(options):
+            return ""
+        return (
+            f"the heads were trained on texts of {until:,} tokens: beyond that, {longer} of {len(prompts)} texts are "
+            "decoded plainly (--past_trained_length drafts there, too)"
+        )
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """Token ids of a prompt, [T] int32; see ``data.chat.encode_prompt``.
@@ -125,6 +147,7 @@ class Run:
         bit_exact: bool = False,
         drafter: str = "heads",
         strategy: str = "speculative",
+        past_trained_length: bool = False,
         stop: Sequence[str] = (),
         batch_size: int = 1,
         compare: bool = False,
@@ -142,6 +165,8 @@ class Run:
           bit_exact: run plain and speculative passes at one width, see ``Options.pass_width``.
           drafter: who drafts: the model's heads, prompt lookup, or the better of both; see ``decoding.drafters``.
           strategy: see ``decoding.strategies``.
+          past_trained_length: draft where a text is longer than a training sequence, too; else it is decoded plainly
+            there, and a line on standard error says so.
           stop: strings that end a text, which is cut before them.
           batch_size: prompts that are decoded together.
           compare: decode plainly, too.
@@ -153,8 +178,12 @@ class Run:
         check_flag("compare", compare)
         check_stop(stop)
         check_count("batch_size", batch_size)
-        options = self.options(heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy)
+        options = self.options(
+            heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy, past_trained_length
+        )
         encoded = [self.encode(prompt) for prompt in prompts]
+        if note := self.note_of(encoded, options):
+            say(note)
         return generate(
             self.decoder, self.tokenizer, encoded, options,
             stop=stop, batch_size=batch_size, seed=seed, compare=compare,

@@ -16,7 +16,7 @@ from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
 from mtpd_jax.decoding.options import Options, check_seed
-from mtpd_jax.decoding.rows import Rows
+from mtpd_jax.decoding.rows import Rows, places
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
@@ -35,6 +35,16 @@ _PREFILL_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
+class PlaceCounts:
+    """The rounds that began at a place of a text, from token ``begin`` on; for the others see ``Continuation``."""
+
+    begin: int
+    passes: int
+    tried: tuple[int, ...]
+    accepted: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Continuation:
     """What was written after one prompt.
 
@@ -46,6 +56,8 @@ class Continuation:
       tried, accepted: for the first draft of a round, the second, …: rounds in which it was verified after all those
         before it were accepted, and those of them in which it was accepted, too.
       seconds: wall time of the call that wrote it, shared evenly among the call's prompts.
+      by_place: the counts of passes and drafts, by the place in the text where a round began (see ``rows.places``);
+        prompts are text, too.
     """
 
     tokens: tuple[int, ...]
@@ -54,6 +66,7 @@ class Continuation:
     tried: tuple[int, ...]
     accepted: tuple[int, ...]
     seconds: float
+    by_place: tuple[PlaceCounts, ...] = ()
 
 
 class Decoder:
@@ -345,11 +358,17 @@ def _on(mesh: Mesh, parameters: Any) -> Any:
 
 def _continuation(written: Rows, row: int, prompt_length: int, seconds: float) -> Continuation:
     span = slice(prompt_length, int(written.length[row]))
+    counts = written.passes[row], written.tried[row], written.accepted[row]
+    by_place = [
+        PlaceCounts(begin, int(passes), tuple(tried.tolist()), tuple(accepted.tolist()))
+        for begin, passes, tried, accepted in zip(places(written.tokens.shape[1]), *counts, strict=True)
+    ]
     return Continuation(
         tokens=tuple(map(int, written.tokens[row, span])),
         proposers=tuple(map(int, written.proposer[row, span])),
-        passes=int(written.passes[row]),
-        tried=tuple(map(int, written.tried[row])),
-        accepted=tuple(map(int, written.accepted[row])),
+        passes=int(counts[0].sum()),
+        tried=tuple(counts[1].sum(axis=0).tolist()),
+        accepted=tuple(counts[2].sum(axis=0).tolist()),
         seconds=seconds,
+        by_place=tuple(by_place),
     )

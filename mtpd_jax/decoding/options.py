@@ -34,6 +34,8 @@ class Options:
         greedy text is equal bit for bit, whatever the dtype.
       drafter: who drafts, a name in ``drafters.drafter.DRAFTERS``.
       strategy: how a round goes, a name in ``strategies.strategy.STRATEGIES``.
+      draft_until: tokens of text that heads draft up to: what they were trained on. Beyond, a text is decoded plainly.
+        None: to the end.
     """
 
     num_drafts: int
@@ -43,6 +45,7 @@ class Options:
     pass_width: int | None = None
     drafter: str = "heads"
     strategy: str = "speculative"
+    draft_until: int | None = None
 
     @property
     def width(self) -> int:

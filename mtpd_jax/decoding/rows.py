@@ -9,6 +9,17 @@ from flax import struct
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
 
+# The first place of a text ends here; each further one is as long as all before it. Our choice.
+FIRST_PLACE = 64
+
+
+def places(slots: int) -> list[int]:
+    """The places of texts up to so many tokens, that rounds are counted by: where each begins. 0, 64, 128, 256, …"""
+    found = [0]
+    while (begin := max(FIRST_PLACE, 2 * found[-1])) < slots:
+        found.append(begin)
+    return found
+
 
 @struct.dataclass
 class Rows:
@@ -20,9 +31,10 @@ class Rows:
       limit: [B]; the length at which a row is cut off.
       finished: [B]; an end token was written, or the limit reached.
       proposer: [B, S]; 0 for a token that the main head chose, else who drafted it (see ``Drafts``).
-      passes: [B]; verification passes (of a row that was not finished yet), without prefill.
-      tried: [B, K]; rounds in which draft k was verified and all drafts before it were accepted.
-      accepted: [B, K]; rounds in which draft k was accepted, too.
+      passes: [B, P]; verification passes (of a row that was not finished yet), without prefill, by the place in the
+        text where they began (see ``places``).
+      tried: [B, P, K]; rounds in which draft k was verified and all drafts before it were accepted, likewise.
+      accepted: [B, P, K]; rounds in which draft k was accepted, too.
       matched: [B]; how much of a stop string the text ends with, a state of ``Stops``; 0 without any.
     """
 
@@ -31,9 +43,9 @@ class Rows:
     limit: Int[AnyArray, " B"]
     finished: Bool[AnyArray, " B"]
     proposer: Int[AnyArray, "B S"]
-    passes: Int[AnyArray, " B"]
-    tried: Int[AnyArray, "B K"]
-    accepted: Int[AnyArray, "B K"]
+    passes: Int[AnyArray, "B P"]
+    tried: Int[AnyArray, "B P K"]
+    accepted: Int[AnyArray, "B P K"]
     matched: Int[AnyArray, " B"]
 
     @classmethod
@@ -41,19 +53,26 @@ class Rows:
         cls, prompts: Int[Array, "B T"], lengths: Int[Array, " B"], num_drafts: int, max_new_tokens: int, slots: int
     ) -> "Rows":
         """Rows that hold their prompts, [B, T], filled up on the right, and nothing else."""
-        batch = prompts.shape[0]
-        counts = jnp.zeros((batch, num_drafts), jnp.int32)
+        batch, by_place = prompts.shape[0], len(places(slots))
+        counts = jnp.zeros((batch, by_place, num_drafts), jnp.int32)
         return cls(
             tokens=jnp.pad(prompts, ((0, 0), (0, slots - prompts.shape[1]))),
             length=lengths,
             limit=lengths + max_new_tokens,
             finished=jnp.zeros(batch, bool),
             proposer=jnp.zeros((batch, slots), jnp.int32),
-            passes=jnp.zeros(batch, jnp.int32),
+            passes=jnp.zeros((batch, by_place), jnp.int32),
             tried=counts,
             accepted=counts,
             matched=jnp.zeros(batch, jnp.int32),
         )
+
+    @property
+    def place(self) -> Int[Array, "B P"]:
+        """1 for the place where each row's next token stands, 0 for the others."""
+        first = jnp.asarray(places(self.tokens.shape[1]))
+        index = jnp.sum(self.length[:, None] >= first[None], axis=1) - 1
+        return (index[:, None] == jnp.arange(first.shape[0])[None]).astype(jnp.int32)
 
     def append(
         self, candidates: Int[Array, "B T"], count: Int[Array, " B"], proposers: Int[Array, "B T"], stops: Stops

@@ -12,6 +12,7 @@ MTP-D's "acceptance rate" is the conditional one, its "cumulative acceptance rat
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -49,6 +50,45 @@ def _acceptance(continuations: Sequence[Continuation], figure: Callable[[Counts]
         tuple(figure(Counts.of_prompts([accepted[k]], [tried[k]])) for k in places),
         tuple(figure(Counts.of_prompts(accepted[: k + 1], tried[: k + 1])) for k in places),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlaceScore:
+    """What drafting came to in the rounds that began at a place of the text, prompt included.
+
+    Attributes:
+      begin, end: tokens of text before the round, from and below.
+      passes: rounds, over all prompts.
+      tokens_per_pass_without_bonus: accepted drafts per pass.
+      conditional: per draft of a round.
+    """
+
+    begin: int
+    end: int
+    passes: int
+    tokens_per_pass_without_bonus: Interval
+    conditional: tuple[Interval, ...]
+
+
+def by_place(continuations: Sequence[Continuation]) -> tuple[PlaceScore, ...]:
+    """Acceptance by place in the text; places that no round began at are left out."""
+    begins = sorted({place.begin for one in continuations for place in one.by_place})
+    found = []
+    for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):
+        # A prompt whose text never came there has nothing to say of it.
+        here = [place for one in continuations for place in one.by_place if place.begin == begin and place.passes]
+        if here:
+            accepted, tried = (
+                list(zip(*(getattr(one, name) for one in here), strict=True)) for name in ("accepted", "tried")
+            )
+            passes = [one.passes for one in here]
+            rate = mean_of(Counts.of_prompts([[sum(one.accepted) for one in here]], [passes]))
+            conditional = tuple(
+                mean_of(Counts.of_prompts([of_draft], [of_draft_tried]))
+                for of_draft, of_draft_tried in zip(accepted, tried, strict=True)
+            )
+            found.append(PlaceScore(begin, int(min(end, 2**31)), sum(passes), rate, conditional))
+    return tuple(found)
 
 
 def tokens_per_pass(continuations: Sequence[Continuation]) -> Interval:

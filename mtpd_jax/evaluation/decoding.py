@@ -14,7 +14,9 @@ from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.acceptance import (
     Acceptance,
+    PlaceScore,
     acceptance_intervals,
+    by_place,
     tokens_per_pass,
     tokens_per_pass_without_bonus,
 )
@@ -68,6 +70,7 @@ class DecodingScore:
       distinct_4grams: share of distinct 4-grams in the output; repetitive text is easy to draft.
       prompts: how many.
       lossless: whether the strategy promises plain decoding's text, or its distribution.
+      by_place: by the place in the text; see ``evaluation.acceptance``.
     """
 
     tokens_per_pass: Interval
@@ -83,6 +86,7 @@ class DecodingScore:
     distinct_4grams: float | None
     prompts: int
     lossless: bool
+    by_place: tuple[PlaceScore, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -204,6 +208,7 @@ def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: in
         distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
         prompts=len(continuations),
         lossless=STRATEGIES[found.options.strategy].lossless,
+        by_place=by_place(continuations) if found.options.num_drafts else (),
     )
 
 

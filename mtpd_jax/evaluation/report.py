@@ -114,6 +114,24 @@ def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.tabl
     return table
 
 
+def place_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table | None:
+    """Acceptance by the place in the text, with all heads; None where all rounds began at one place."""
+    score = by_heads[max(by_heads, key=int)]
+    if len(score.by_place) < 2:
+        return None
+    title = f"by place in the text: {name} ({score.prompts} prompts, ± 95 % interval)"
+    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
+    for column in ("tokens of text before", "passes", "accepted per pass", "accepted %"):
+        table.add_column(column, justify="right")
+    for place in score.by_place:
+        rates = " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in place.conditional)
+        places = (
+            f"{place.begin:,} to {place.end - 1:,}" if place is not score.by_place[-1] else f"from {place.begin:,} on"
+        )
+        table.add_row(places, f"{place.passes:,}", bounded(place.tokens_per_pass_without_bonus), rates)
+    return table
+
+
 def write_json(path: str, value: Any) -> None:
     """Writes indented JSON, whole or not at all; a number that is not finite, which JSON has none for, becomes null.
 

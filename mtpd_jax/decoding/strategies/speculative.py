@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.decoding.drafters.drafter import Drafts, drafter_of
+from mtpd_jax.decoding.drafters.drafter import DRAFTERS, Drafts, drafter_of
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows, read
@@ -27,7 +27,7 @@ from mtpd_jax.decoding.sampling import accept_drafts, count_leading, fold, proba
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies.strategy import Strategy
 from mtpd_jax.model.cache import Caches
-from mtpd_jax.shapes import Array, Hidden, Int
+from mtpd_jax.shapes import Array, Bool, Hidden, Int
 from mtpd_jax.sharding import WHOLE
 
 # Numbers folded into a row's key, to keep its draws apart: drafts use 1…K.
@@ -55,6 +55,8 @@ class Speculative(Strategy, name="speculative"):
     def __init__(self, network: Network, options: Options):
         super().__init__(network, options)
         self.drafter = drafter_of(network, options)
+        drafts_ever = options.num_drafts and DRAFTERS[options.drafter].needs_heads
+        self._until = options.draft_until if drafts_ever else None
 
     def start(self, batch: int, slots: int) -> SpeculativeState:
         return SpeculativeState(self.network.empty_cache(batch, slots), self.drafter.start(batch, slots))
@@ -69,8 +71,34 @@ class Speculative(Strategy, name="speculative"):
     def round(
         self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
     ) -> tuple[Rows, SpeculativeState]:
-        _, _, after, new = self.play(parameters, rows, state, keys, stops)
-        return after, new
+        def speculate() -> tuple[Rows, SpeculativeState]:
+            return self.play(parameters, rows, state, keys, stops)[2:]
+
+        # Texts that may come to where nobody drafts: a pass over one token, once all that are written are there.
+        if self._until is None or self._until >= rows.tokens.shape[1]:
+            return speculate()
+        return jax.lax.cond(
+            jnp.any(~rows.finished & self._drafts_at(rows)),
+            speculate,
+            lambda: self._plain_round(parameters, rows, state, keys, stops),
+        )
+
+    def _drafts_at(self, rows: Rows) -> Bool[Array, " B"]:
+        """Whether all drafts of a round lie where the heads were trained."""
+        assert self._until is not None  # or nobody asks
+        return rows.length + self.options.num_drafts <= self._until
+
+    def _plain_round(
+        self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
+    ) -> tuple[Rows, SpeculativeState]:
+        """A round without drafts. What drafts is not kept up: these rows never draft again."""
+        plain = dataclasses.replace(self.options, num_drafts=0)
+        nothing = jnp.zeros((rows.length.shape[0], 0), jnp.int32)
+        drafts = Drafts(nothing, rows.length * 0, nothing)
+        candidates, accepted, cache, _ = Speculative(self.network, plain).verify(
+            parameters, rows, state.cache, drafts, keys
+        )
+        return accept(rows, drafts, candidates, accepted, stops), dataclasses.replace(state, cache=cache)
 
     def play(
         self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
@@ -79,6 +107,8 @@ class Speculative(Strategy, name="speculative"):
         # Profiles show a round by these names.
         with jax.named_scope("draft"):
             drafts, drafter = self.drafter.draft(parameters, rows, state.drafter, keys)
+            if self._until is not None:
+                drafts = dataclasses.replace(drafts, count=jnp.where(self._drafts_at(rows), drafts.count, 0))
         with jax.named_scope("verify"):
             candidates, accepted, cache, hidden = self.verify(parameters, rows, state.cache, drafts, keys)
         with jax.named_scope("accept"):
@@ -123,11 +153,15 @@ def accept(rows: Rows, drafts: Drafts, candidates: Int[Array, "B J"], accepted: 
     ended_before = jnp.cumsum(ends, axis=1) - ends > 0
     room = jnp.minimum(drafts.count, rows.limit - rows.length)[:, None]
     tried = (k <= accepted[:, None]) & (k < room) & ~ended_before & ~rows.finished[:, None]
+    # A round of fewer drafts than the rows count has none of the others.
+    missing, place = rows.tried.shape[-1] - tried.shape[1], rows.place
+    tried_BxK = jnp.pad(tried, ((0, 0), (0, missing)))
+    accepted_BxK = jnp.pad(tried & (k < accepted[:, None]), ((0, 0), (0, missing)))
     counted = dataclasses.replace(
         rows,
-        passes=rows.passes + ~rows.finished,
-        tried=rows.tried + tried,
-        accepted=rows.accepted + (tried & (k < accepted[:, None])),
+        passes=rows.passes + place * ~rows.finished[:, None],
+        tried=rows.tried + place[:, :, None] * tried_BxK[:, None],
+        accepted=rows.accepted + place[:, :, None] * accepted_BxK[:, None],
     )
     # The main head's own token is nobody's draft.
     proposers = jnp.pad(jnp.where(k < accepted[:, None], drafts.proposers, 0), ((0, 0), (0, 1)))
