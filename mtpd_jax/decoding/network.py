@@ -23,7 +23,7 @@ from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.model.layers import apply, compute_dtype, norm
 from mtpd_jax.model.views import CachedRows, PackedRows
 from mtpd_jax.platform import Platform
-from mtpd_jax.shapes import Array, Float, Hidden, Int, Parameters
+from mtpd_jax.shapes import Array, Float, HeadsHidden, Hidden, Int, Parameters
 from mtpd_jax.sharding import within
 
 
@@ -181,7 +181,7 @@ class Network:
 
     def run_chains(
         self, parameters: DecodingParameters, state: Hidden, ahead: Int[Array, "K B T"], rows: PackedRows
-    ) -> Hidden:
+    ) -> HeadsHidden:
         """The normed states, [K, B, T, D], of heads with one cache at every depth of the chains of whole rows.
 
         Args:
@@ -191,11 +191,10 @@ class Network:
         """
         weights = _layer(parameters.heads, 0)
 
-        def heads(state: Hidden, embedded: Hidden, view: PackedRows) -> tuple[Hidden, Any]:
+        def heads(state: Hidden, embedded: Float[Array, "K B T D"], view: PackedRows) -> tuple[Hidden, HeadOutput]:
             return run_chain(lambda *inputs: apply(self._head, weights, *inputs), self.config, state, embedded, view)
 
-        outputs: Any = run_heads(self.config, parameters.embedding, heads, state, ahead, rows)[1]
-        return jnp.stack([output.normed for output in outputs])
+        return run_heads(self.config, parameters.embedding, heads, state, ahead, rows)[1].normed
 
     def logits(self, parameters: DecodingParameters, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """The shared unembedding's logits, in float32."""

@@ -116,17 +116,21 @@ class HeldOutPrompts:
 
         def prompts(rating: bool) -> list[np.ndarray]:
             of_kind = (document for document in documents() if selects(document) == rating)
-            begun = filter(len, (prompt_of(document, tokenizer, prompt_tokens) for document in of_kind))
+            most = prompt_tokens, length - new_tokens
+            begun = filter(len, (prompt_of(document, tokenizer, *most) for document in of_kind))
             return list(itertools.islice(begun, (number + rating) // 2))
 
         found = cls(prompts(rating=True), prompts(rating=False), new_tokens)
         return found if found.rating and found.reporting else None
 
 
-def prompt_of(document: Document, tokenizer: Tokenizer, tokens: int) -> np.ndarray:
-    """The prompt that a model was given to write a document, or its first half, of so many tokens at most."""
+def prompt_of(document: Document, tokenizer: Tokenizer, tokens: int, room: int) -> np.ndarray:
+    """The first half of a text, of so many tokens at most; the prompt that a model was given, if there is room for it.
+
+    Empty where there is none.
+    """
     if not isinstance(document, str):
-        return document.prompt if len(document.prompt) <= tokens else document.prompt[:0]  # half a prompt is none
+        return document.prompt if len(document.prompt) <= room else document.prompt[:0]
     ids = tokenizer.encode_prompt(document)
     return ids[: min(tokens, len(ids) // 2)]
 

@@ -75,6 +75,11 @@ def written_as(config: Config, name: str) -> tuple[str, Config]:
 def _check_heads(heads: HeadsConfig, name: str) -> None:
     if HEAD_KINDS[heads.kind].module is not Head:
         raise ValueError(f"--format={name}: heads.kind = {heads.kind!r} is no head that others know")
+    if heads.cache == "shared" and heads.num_heads > 1:
+        raise ValueError(
+            f"--format={name}: heads.cache = 'shared': others keep a cache per depth, with which these heads "
+            "would draft worse without a word; --format=backbone leaves the heads out"
+        )
     if not heads.pass_normed and heads.num_heads > 1:
         raise ValueError(
             f"--format={name}: heads.pass_normed = False: others hand the normed state from head to head; "

@@ -15,6 +15,7 @@ depth 1 once their tokens are confirmed ("Evolving LLMs from Next-Token Predicti
 2026: the recomputed cache; EAGLE-3 trains with the same mask, arXiv 2503.01840).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -62,7 +63,7 @@ def run_chain(
     state: Hidden,
     embedded: Float[Array, "K B T D"],
     rows: PackedRows,
-) -> tuple[Hidden, list[HeadOutput]]:
+) -> tuple[Hidden, HeadOutput]:
     """Runs one head at every depth of every chain.
 
     The depths are written out: in a scan each would keep the entries of all of them for the backward pass.
@@ -75,7 +76,7 @@ def run_chain(
       rows: that the chains are of.
 
     Returns:
-      The state for a depth K+1, and what each depth returned.
+      The state for a depth K+1, and what the depths returned, stacked, but for their entries.
     """
     outputs: list[HeadOutput] = []
     entries: tuple[Entries, ...] = ()
@@ -83,8 +84,8 @@ def run_chain(
         rotation = Rotation.of(rows.positions + depth, config)
         state, output = head(state, embedded[depth], Chains(rows, rotation, entries))
         entries = output.block.cache
-        outputs.append(output)
-    return state, outputs
+        outputs.append(dataclasses.replace(output, block=dataclasses.replace(output.block, cache=None)))
+    return state, jax.tree.map(lambda *depths: jnp.stack(depths), *outputs)
 
 
 def attend_to_chain(

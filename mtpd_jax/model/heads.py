@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
 from mtpd_jax.config import HeadsConfig, ModelConfig
 from mtpd_jax.model.block import rematerialised, scanned
@@ -60,16 +58,10 @@ class Heads(nn.Module):
         if self.heads.cache == "shared":
             assert isinstance(view, PackedRows)  # chains begin at every position of whole rows
             head = rematerialised(kind.module, config)(config, self.heads.pass_normed, name="head")
-            state, outputs = run_chain(head, config, state, embedded, view)
-            return state, jax.tree.map(lambda *depths: jnp.stack(depths), *map(_without_entries, outputs))
+            return run_chain(head, config, state, embedded, view)
         # One module's parameters for all depths, or a stack of modules.
         shared = {"variable_axes": {}, "variable_broadcast": "params", "split_rngs": {"params": False}}
         stacked = {"metadata_params": {nn.PARTITION_NAME: "heads"}}
         options = shared if kind.shared else stacked
         head = scanned(kind.module, config, self.heads.num_heads, (0, nn.broadcast), **options)
         return head(config, self.heads.pass_normed, name="head")(state, embedded, view)
-
-
-def _without_entries(output: HeadOutput) -> HeadOutput:
-    """What is reported of a depth: keys and values have gone to the next one."""
-    return dataclasses.replace(output, block=dataclasses.replace(output.block, cache=None))
