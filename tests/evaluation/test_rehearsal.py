@@ -1,4 +1,4 @@
-"""What a run does before its first step, and with held-out prompts on its way: proof, figures, and the best checkpoint."""
+"""What a run does before its first step, and with held-out prompts on its way: proof, figures, best checkpoint."""
 
 import dataclasses
 import shutil
@@ -19,7 +19,7 @@ from mtpd_jax.evaluation.held_out import HeldOut, HeldOutPrompts
 from mtpd_jax.evaluation.proof import ParityError, prove_parity
 from mtpd_jax.model import chains
 from mtpd_jax.model.views import Rotation
-from mtpd_jax.runs.choice import candidates, parse_choice, ratings_of
+from mtpd_jax.runs.choice import candidates, latest_step, parse_choice, ratings_of
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
 from tests.builders import method_on, replace, tiny_config
@@ -89,14 +89,14 @@ def test_heads_that_would_not_decode_as_they_are_trained_are_not_trained(part, c
     with pytest.raises(ParityError, match=r"at depth [123] the logits of drafts differ by \d") as raised:
         train.run(config, str(tmp_path / "run"))
     assert len(str(raised.value).splitlines()) == 1
-    assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert latest_step(open_workdir(str(tmp_path / "run"))) is None and not lines(tmp_path / "run")
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 2, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_right_is_proved_whatever_it_begins_as(kind, shape, config, capsys, tmp_path):
-    """Heads begin with output projections of zero, which would hide their attention: noise is added for the proof alone.
-    On a mesh the model is decoded with as it lies there."""
+    """Heads begin with output projections of zero, which would hide their attention: noise is added for the proof. On a
+    mesh the model is decoded with as it lies there."""
     mesh = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor", "mesh__expert"), shape, strict=True))
     config = replace(config, training__steps=3, **mesh, **{"heads__cache": "per_depth", **KINDS[kind]})
     config = replace(config, optimizer__warmup_steps=1)
@@ -160,18 +160,22 @@ def test_too_little_held_out_text_is_said(config, workdir, capsys, tmp_path, mon
 # Figures, and the best checkpoint.
 
 
+def with_ratings(patch, ratings):
+    """Checkpoints are rated so, one after the other."""
+    given, real = iter(ratings), held_out_module.HeldOutDecoding.__call__
+
+    def call(self, parameters, keep_going):
+        return {**real(self, parameters, keep_going), "selection/tokens_per_pass": next(given)}
+
+    patch.setattr(held_out_module.HeldOutDecoding, "__call__", call)
+
+
 @pytest.fixture(scope="module")
 def rated(config, tmp_path_factory):
     """A run whose second rating of four is the best."""
     path = tmp_path_factory.mktemp("rated") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        given = iter([1.25, 1.5, 1.5 - 1e-9, 1.1])
-        real = held_out_module.HeldOutDecoding.__call__
-
-        def call(self, parameters, keep_going):
-            return {**real(self, parameters, keep_going), "selection/tokens_per_pass": next(given)}
-
-        patch.setattr(held_out_module.HeldOutDecoding, "__call__", call)
+        with_ratings(patch, [1.25, 1.5, 1.5 - 1e-9, 1.1])
         assert train.run(config, str(path)).finished
     return path
 
@@ -204,9 +208,10 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_opened(rated):
     assert candidates(folder, None) == [10, 20] and candidates(folder, "newest") == [20, 10]
 
 
-def test_the_best_stays_the_best_after_a_restart(config, rated, tmp_path):
+def test_the_best_stays_the_best_after_a_restart(config, rated, tmp_path, monkeypatch):
     """It is read from the metrics, and a later one that is worse does not take its place."""
     again = shutil.copytree(rated, tmp_path / "run")
+    with_ratings(monkeypatch, [1.2])
     assert train.run(replace(config, training__steps=25), str(again)).finished
     ratings = ratings_of(open_workdir(str(again)))
     assert max(ratings, key=ratings.get) == 10 and set(ratings) == {10, 25}

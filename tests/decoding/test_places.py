@@ -1,0 +1,132 @@
+"""Rounds by their place in the text, and texts that go on beyond what heads were trained on."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mtpd_jax import evaluate, generate, open_run, train
+from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.rows import places
+from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.evaluation.acceptance import by_place
+from tests.builders import replace
+from tests.decoding.models import PROMPTS, small_vocabulary
+
+LONG = 200
+
+
+def test_places_double():
+    assert places(64) == [0] and places(65) == [0, 64] and places(300) == [0, 64, 128, 256]
+
+
+def rounds_of(prompt, found, drafts):
+    """(place, drafts accepted) of every round, from who proposed which token: each ends with the main head's own."""
+    at, accepted, rounds = len(prompt) + 1, 0, []
+    for proposer in found.proposers[1:]:
+        if proposer:
+            accepted += 1
+        else:
+            rounds.append((at, accepted))
+            at, accepted = at + accepted + 1, 0
+    return rounds + ([(at, accepted)] if accepted else [])
+
+
+@pytest.mark.parametrize("kind", ["cascade", "shared"])
+def test_rounds_are_counted_where_they_begin(kind):
+    """Against the texts themselves; and all places together are what is counted of a text."""
+    model, parameters = small_vocabulary(kind)
+    found = Decoder(model, parameters, []).run(PROMPTS, Options(4, LONG), rows=2)
+    for prompt, one in zip(PROMPTS, found, strict=True):
+        rounds = rounds_of(prompt, one, 4)
+        assert len(rounds) == one.passes == sum(place.passes for place in one.by_place)
+        ends = [place.begin for place in one.by_place[1:]] + [10**9]
+        for place, end in zip(one.by_place, ends, strict=True):
+            here = [accepted for at, accepted in rounds if place.begin <= at < end]
+            assert place.passes == len(here)
+            assert place.accepted == tuple(sum(accepted > k for accepted in here) for k in range(4))
+            assert all(a <= t <= place.passes for a, t in zip(place.accepted, place.tried, strict=True))
+        for name in ("tried", "accepted"):
+            assert tuple(np.sum([getattr(place, name) for place in one.by_place], axis=0)) == getattr(one, name)
+    scores = by_place(found)
+    assert [score.begin for score in scores] == [0, 64, 128] and scores[0].end == 64
+    for number, score in enumerate(scores):
+        passes = [one.by_place[number].passes for one in found]
+        accepted = [sum(one.by_place[number].accepted) for one in found]
+        assert score.passes == sum(passes)
+        assert score.tokens_per_pass_without_bonus.mean == pytest.approx(sum(accepted) / sum(passes))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["cascade", "shared"])
+def test_beyond_what_was_trained_text_is_plain(kind, rows):
+    """Before, it is drafted as ever; and the text is the same, whoever else is in the batch."""
+    model, parameters = small_vocabulary(kind)
+    decoder, until = Decoder(model, parameters, []), 90
+    options = Options(4, LONG)
+    free = decoder.run(PROMPTS, options, rows=rows)
+    bound = decoder.run(PROMPTS, dataclasses.replace(options, draft_until=until), rows=rows)
+    for prompt, one, other in zip(PROMPTS, free, bound, strict=True):
+        assert one.tokens == other.tokens
+        begun = rounds_of(prompt, other, 4)
+        drafted = [(at, accepted) for at, accepted in begun if at + 4 <= until]
+        assert drafted == rounds_of(prompt, one, 4)[: len(drafted)] and len(drafted) > 5
+        assert all(accepted == 0 for at, accepted in begun if at + 4 > until)
+        assert other.tried[0] == len(drafted) and other.passes == len(begun) > one.passes
+        assert other.by_place[-1].tried == (0, 0, 0, 0) and other.by_place[-1].passes > 50
+    assert sum(one.by_place[-1].tried[0] for one in free) > 0
+
+
+@pytest.mark.parametrize("options", [{"min_confidence": 0.4}, {"drafter": "both"}, {"pass_width": 8}])
+def test_all_that_heads_draft_is_bound(options):
+    model, parameters = small_vocabulary()
+    decoder, bound = Decoder(model, parameters, []), Options(4, LONG, draft_until=60, **options)
+    plain = decoder.run(PROMPTS, bound.with_drafts(0))
+    found = decoder.run(PROMPTS, bound)
+    assert [one.tokens for one in found] == [one.tokens for one in plain]
+    assert all(place.tried == (0, 0, 0, 0) for one in found for place in one.by_place[1:])
+    copied = decoder.run(PROMPTS, dataclasses.replace(bound, drafter="lookup", min_confidence=0.0))
+    assert any(place.tried[0] for one in copied for place in one.by_place[1:])  # which nobody trained
+
+
+def test_sampled_text_beyond_is_the_main_heads(monkeypatch):
+    """Its draws are those of plain decoding, which begins at the same text."""
+    model, parameters = small_vocabulary()
+    decoder = Decoder(model, parameters, [])
+    bound = Options(4, 100, Sampling(1.0), draft_until=1)
+    found, plain = (decoder.run(PROMPTS, options, seed=3) for options in (bound, bound.with_drafts(0)))
+    assert [one.tokens for one in found] == [one.tokens for one in plain]
+    assert all(one.tried == (0, 0, 0, 0) for one in found)
+
+
+@pytest.fixture(scope="module")
+def longer(workdir, text_file, tmp_path_factory):
+    """A run that was trained on 32 tokens, of texts up to 128."""
+    path = tmp_path_factory.mktemp("longer") / "run"
+    config = open_run(str(workdir)).config
+    train.run(replace(config, model__context=128), str(path))
+    return path
+
+
+def test_it_is_said_in_one_line_and_may_be_asked_for(longer, capsys, tmp_path):
+    found = generate.run(str(longer), ["the cat", "a dog"], max_new_tokens=100, compare=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "trained on texts of 32 tokens" in line]
+    assert len(said) == 1 and "2 of 2 texts are decoded plainly" in said[0]
+    assert all(one.identical for one in found)
+    asked = generate.run(str(longer), ["the cat", "a dog"], max_new_tokens=100, past_trained_length=True)
+    assert "trained on texts of" not in capsys.readouterr().err
+    assert sum(one.passes for one in asked) < sum(one.passes for one in found)
+    assert [one.tokens for one in asked] == [one.tokens for one in found]
+    generate.run(str(longer), ["the cat"], max_new_tokens=8)
+    generate.run(str(longer), ["the cat"], max_new_tokens=100, heads=0)
+    assert "trained on texts of" not in capsys.readouterr().err
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran"}\n')
+    reports = [
+        evaluate.run(str(longer), prompts=str(tmp_path / "prompts.jsonl"), max_new_tokens=100, past_trained_length=past)
+        for past in (False, True)
+    ]
+    assert capsys.readouterr().err.count("trained on texts of 32 tokens") == 1
+    plain, drafted = (next(iter(report.decoding.values())).heads["2"].by_place[-1] for report in reports)
+    assert plain.begin == drafted.begin == 64
+    assert plain.conditional[0].mean is None and drafted.conditional[0].mean is not None

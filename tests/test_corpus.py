@@ -1,0 +1,347 @@
+"""The command that writes a model's own answers: what is written, in which order, and after which accidents."""
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mtpd_jax import corpus, open_run
+from mtpd_jax.corpora import Corpus, turns_of, validate
+from mtpd_jax.data.generations import GenerationsData
+from mtpd_jax.data.prompts import read_prompts
+from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.runs.lock import take_lock
+from mtpd_jax.runs.workdir import open_workdir
+from tests.runs.runs import ROOT, environment
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "more", "big", "dog", "run", "by"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SAMPLED = Sampling(temperature=1.0)
+
+
+def texts(number, longest=5):
+    rng = random.Random(0)
+    return [{"id": f"p{k}", "prompt": " ".join(rng.choices(WORDS, k=1 + k % longest))} for k in range(number)]
+
+
+def file_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def written(folder):
+    return [json.loads(line) for path in sorted(pathlib.Path(folder).glob("gen*")) for line in path.open()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.name != "lock"}
+
+
+@pytest.fixture(scope="module")
+def answers(workdir, tmp_path_factory):
+    """Thirty prompts, two of which cannot be answered; sampled, four at a time."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [*texts(28), {"id": "long", "prompt": "the cat sat " * 20}, {"id": "empty", "prompt": ""}]
+    file_of(folder / "prompts.jsonl", rows)
+    counts = write(workdir, folder / "prompts.jsonl", folder / "whole")
+    return folder, counts
+
+
+def write(workdir, prompts, output, **options):
+    options = {"max_new_tokens": 10, "sampling": SAMPLED, "batch_size": 4, **options}
+    return corpus.run(str(workdir), str(prompts), str(output), **options)
+
+
+def test_every_prompt_is_accounted_for(answers):
+    folder, counts = answers
+    assert (counts.ok, counts.failed, counts.skipped, counts.prompts) == (28, 0, 2, 30)
+    found = written(folder / "whole")
+    assert sorted(row["id"] for row in found) == sorted(f"p{k}" for k in range(28))
+    assert counts.tokens == sum(sum(row["loss_mask"]) for row in found)
+    left = [json.loads(line) for line in (folder / "whole" / "left_out.jsonl").open()]
+    assert [(row["id"], row["status"]) for row in left] == [("long", "skipped"), ("empty", "skipped")]
+    assert "there is room for 22" in left[0]["reason"]
+    assert validate(folder / "whole") == counts
+
+
+def test_a_row_is_the_prompts_ids_and_what_decoding_writes_after_them(answers, workdir):
+    """With the ids as they are; an end token is supervised where there is one, and none is added."""
+    folder, _ = answers
+    run = open_run(str(workdir))
+    by_id = {row["id"]: row for row in written(folder / "whole")}
+    for prompt in texts(28):
+        row, ids = by_id[prompt["id"]], run.tokenizer.encode_prompt(prompt["prompt"]).tolist()
+        assert row["ids"][: len(ids)] == ids and row["loss_mask"] == [0] * len(ids) + [1] * (len(row["ids"]) - len(ids))
+        ended = row["ids"][-1] == run.tokenizer.end_id
+        assert row["finish"] == ("end" if ended else "length") and (ended or sum(row["loss_mask"]) == 10)
+        assert run.tokenizer.end_id not in row["ids"][:-1]
+    assert len({tuple(row["ids"]) for row in by_id.values()}) == 28
+    source = GenerationsData(path=str(folder / "whole")).open()
+    assert len(source) == 28 and source.tokenizer_digest == run.tokenizer.digest
+
+
+def test_an_answer_depends_on_its_prompt_and_id_alone(answers, workdir, tmp_path):
+    """Neither on the order of prompts, nor on those beside it, nor on how many are decoded together; greedily not on who
+    drafts, either."""
+    folder, _ = answers
+    expected = {row["id"]: row for row in written(folder / "whole")}
+    rows = texts(28)
+    random.Random(1).shuffle(rows)
+    write(workdir, file_of(tmp_path / "shuffled.jsonl", rows), tmp_path / "shuffled")
+    assert (
+        contents(tmp_path / "shuffled")["generations-00000.jsonl"]
+        == contents(folder / "whole")["generations-00000.jsonl"]
+    )
+    few = file_of(tmp_path / "few.jsonl", rows[:9])
+    write(workdir, few, tmp_path / "few", batch_size=2)
+    assert all(row == expected[row["id"]] for row in written(tmp_path / "few"))
+    write(workdir, tmp_path / "few.jsonl", tmp_path / "other", seed=1)
+    assert all(row["ids"] != expected[row["id"]]["ids"] for row in written(tmp_path / "other"))
+    for name, heads in {"drafted": 2, "plain": 0}.items():
+        write(workdir, few, tmp_path / name, sampling=None, heads=heads)
+    assert written(tmp_path / "drafted") == written(tmp_path / "plain")
+
+
+def test_the_same_prompt_with_another_id_has_another_answer(workdir, tmp_path):
+    rows = [{"id": k, "prompt": "the cat"} for k in range(6)]
+    write(workdir, file_of(tmp_path / "prompts.jsonl", rows), tmp_path / "out")
+    assert len({tuple(row["ids"]) for row in written(tmp_path / "out")}) == 6
+    assert len({row["group"] for row in written(tmp_path / "out")}) == 1  # and is held out with them, or not
+
+
+@pytest.mark.parametrize("cut", [0, 1, 700, 1500, 2100, -1, -40])
+def test_what_a_killed_process_left_is_gone_on_with(cut, answers, workdir, tmp_path):
+    """To the byte, whatever was on disk: nothing, half a line, a part of a group."""
+    folder, counts = answers
+    left = shutil.copytree(folder / "whole", tmp_path / "left")
+    path = left / "generations-00000.jsonl"
+    path.write_bytes(path.read_bytes()[:cut])
+    assert write(workdir, folder / "prompts.jsonl", left) == counts
+    assert contents(left) == contents(folder / "whole")
+
+
+def test_nothing_is_done_twice(answers, workdir, monkeypatch):
+    folder, counts = answers
+    monkeypatch.setattr(Corpus, "_answers", None)
+    assert write(workdir, folder / "prompts.jsonl", folder / "whole") == counts
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"max_new_tokens": 9}, "decoding"),
+        ({"batch_size": 3}, "batch_size"),
+        ({"stop": ("a",)}, "stop"),
+    ],
+)
+def test_other_options_are_another_corpus(options, field, answers, workdir):
+    folder, _ = answers
+    before = contents(folder / "whole")
+    with pytest.raises(ValueError, match=f"holds other generations: {field} differs; use another --output"):
+        write(workdir, folder / "prompts.jsonl", folder / "whole", **options)
+    assert contents(folder / "whole") == before
+
+
+def test_other_prompts_and_other_weights_are_another_corpus(answers, workdir, tmp_path):
+    folder, _ = answers
+    with pytest.raises(ValueError, match="holds other generations: prompts, rows differ"):
+        write(workdir, file_of(tmp_path / "prompts.jsonl", texts(5)), folder / "whole")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "diary.txt").write_text("")
+    with pytest.raises(ValueError, match="exists and holds no generations"):
+        write(workdir, folder / "prompts.jsonl", tmp_path / "mine")
+    manifest = json.loads((folder / "whole" / "manifest.json").read_text())
+    shutil.copytree(folder / "whole", tmp_path / "copy")
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps({**manifest, "weights": "0"}))
+    with pytest.raises(ValueError, match="weights differs"):
+        write(workdir, folder / "prompts.jsonl", tmp_path / "copy")
+
+
+def test_ids_stand_once(workdir, tmp_path):
+    rows = [{"id": "a", "prompt": "the"}, {"id": "b", "prompt": "cat"}, {"id": "a", "prompt": "dog"}]
+    with pytest.raises(ValueError, match="lines 1 and 3 have the same id 'a'"):
+        write(workdir, file_of(tmp_path / "prompts.jsonl", rows), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_write_one_folder(answers, workdir):
+    folder, _ = answers
+    with take_lock(open_workdir(str(folder / "whole"))):
+        with pytest.raises(ValueError, match="has been at work here"):
+            write(workdir, folder / "prompts.jsonl", folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lines: lines + lines[:1], "stands there twice"),
+        (lambda lines: [*lines[:3], lines[3].replace('"loss_mask": [0', '"loss_mask": [2')], "not a whole row"),
+        (lambda lines: ["{}\n", *lines], "no row of generations"),
+    ],
+)
+def test_what_is_damaged_is_found(change, words, answers, tmp_path):
+    folder, _ = answers
+    broken = shutil.copytree(folder / "whole", tmp_path / "broken")
+    path = broken / "generations-00000.jsonl"
+    path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+    with pytest.raises(ValueError, match=words):
+        validate(broken)
+
+
+# Conversations.
+
+
+@pytest.fixture(scope="module")
+def talker(workdir, tmp_path_factory):
+    """A run with a chat template."""
+    folder = tmp_path_factory.mktemp("talker") / "run"
+    shutil.copytree(workdir, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["context"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def say(role, content):
+    return {"role": role, "content": content}
+
+
+def test_turns_are_what_stands_before_answers():
+    system, one, two = say("system", "s"), say("user", "1"), say("user", "2")
+    answer = say("assistant", "x")
+    assert turns_of("text") == ("text",)
+    assert turns_of([system, one, answer, two]) == ([system, one], [two])
+    assert turns_of([one, two, answer]) == ([one, two],)
+    assert turns_of([system, answer, one, answer]) == ([system, one],)
+    for nobody in ([system], [answer], [system, answer]):
+        with pytest.raises(ValueError, match="no message asks"):
+            turns_of(nobody)
+
+
+def test_a_conversation_is_answered_on_its_own_history(talker, tmp_path):
+    """Given answers are dropped; every turn is a row, with what the model itself said before it, unsupervised."""
+    conversation = [say("user", "the cat"), say("assistant", "NEVER SEEN"), say("user", "a dog")]
+    rows = [{"id": "two", "messages": conversation}, {"id": "one", "messages": [say("user", "the cat")]}]
+    counts = write(talker, file_of(tmp_path / "p.jsonl", rows), tmp_path / "out", max_new_tokens=4)
+    assert (counts.ok, counts.prompts) == (2, 2)
+    run = open_run(str(talker))
+    first, second = [row for row in written(tmp_path / "out") if row["id"] == "two"]
+    assert (first["turn"], second["turn"], first["turns"], second["turns"]) == (0, 1, 2, 2)
+    assert first["group"] == second["group"]
+    ids, mask = np.array(first["ids"]), np.array(first["loss_mask"])
+    assert run.tokenizer.decode(ids[mask == 0]) == "<user>the cat<assistant>"
+    said = run.tokenizer.decode(ids[mask == 1])
+    ids, mask = np.array(second["ids"]), np.array(second["loss_mask"])
+    assert run.tokenizer.decode(ids[mask == 0]) == f"<user>the cat<assistant>{said}<user>a dog<assistant>"
+    assert np.all(np.diff(mask) >= 0) and mask[-1] == 1
+
+
+def test_a_conversation_that_comes_to_no_end_fails_as_a_whole(talker, tmp_path):
+    """Its second turn has no room: no row of it is written, and the others are."""
+    rows = [
+        {"id": "long", "messages": [say("user", "the cat"), say("user", "x")]},
+        {"id": "fails", "messages": [say("user", "the"), say("assistant", ""), say("user", " cat sat" * 9)]},
+        {"id": "none", "messages": [say("system", "the cat")]},
+    ]
+    counts = write(talker, file_of(tmp_path / "p.jsonl", rows), tmp_path / "out", max_new_tokens=8)
+    assert (counts.ok, counts.failed, counts.skipped) == (1, 1, 1)
+    left = {row["id"]: row for row in map(json.loads, (tmp_path / "out" / "left_out.jsonl").open())}
+    assert left["fails"]["status"] == "failed" and "turn 1" in left["fails"]["reason"]
+    assert left["none"]["status"] == "skipped" and {row["id"] for row in written(tmp_path / "out")} == {"long"}
+    # A row of the first turn alone, as a killed process leaves it, is cut off again.
+    again = write(talker, tmp_path / "p.jsonl", tmp_path / "out", max_new_tokens=8)
+    assert again == counts
+
+
+def test_half_a_conversation_is_taken_back(talker, tmp_path):
+    rows = [{"id": k, "messages": [say("user", "a"), say("assistant", ""), say("user", "b")]} for k in range(3)]
+    prompts = file_of(tmp_path / "p.jsonl", rows)
+    counts = write(talker, prompts, tmp_path / "out", max_new_tokens=3)
+    whole = contents(tmp_path / "out")
+    path = tmp_path / "out" / "generations-00000.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 6
+    path.write_text("".join(lines[:3]))
+    assert write(talker, prompts, tmp_path / "out", max_new_tokens=3) == counts
+    assert contents(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content }}{{ messages | length }}",
+        "{% if add_generation_prompt %}ask{% endif %}{{ messages[-1].content }}",
+    ],
+)
+def test_a_template_that_does_not_say_where_answers_begin_is_refused(template, talker, tmp_path):
+    other = shutil.copytree(talker, tmp_path / "run")
+    (other / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    rows = [{"messages": [say("user", "a")]}]
+    with pytest.raises(ValueError, match="not known what the model writes"):
+        write(other, file_of(tmp_path / "p.jsonl", rows), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# The command.
+
+
+def test_the_command_previews_writes_and_validates(answers, workdir, tmp_path, capsys, monkeypatch):
+    folder, counts = answers
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["corpus", *flags])
+        return corpus.main()
+
+    common = [f"--workdir={workdir}", f"--prompts={folder / 'prompts.jsonl'}", "--max_new_tokens=10", "--temperature=1"]
+    assert call(*common, "--preview=2", "--batch_size=4") == 0
+    shown = capsys.readouterr().out
+    assert "p0 turn 0: " in shown and "10 supervised" in shown and "p2 turn" not in shown
+    assert call(*common, "--batch_size=4", f"--output={tmp_path / 'out'}", f"--json={tmp_path / 'c.json'}") == 0
+    assert "28 prompts answered, 0 failed, 2 skipped, together 30" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == contents(folder / "whole")
+    assert json.loads((tmp_path / "c.json").read_text())["tokens"] == counts.tokens
+    assert call(f"--validate={tmp_path / 'out'}") == 0
+    with pytest.raises(ValueError, match="--output is missing"):
+        call(*common)
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(workdir, tmp_path):
+    """SIGKILL at random moments of writing, and once more without."""
+    prompts = file_of(tmp_path / "prompts.jsonl", texts(160))
+
+    def command(output):
+        return [sys.executable, "-m", "mtpd_jax.corpus", f"--workdir={workdir}", f"--prompts={prompts}",
+                f"--output={output}", "--max_new_tokens=20", "--temperature=1", "--batch_size=2"]  # fmt: skip
+
+    options = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command(tmp_path / "whole"), check=True, **options)
+    rng, shard, sizes = random.Random(0), tmp_path / "killed" / "generations-00000.jsonl", []
+    whole = (tmp_path / "whole" / "generations-00000.jsonl").stat().st_size
+    for kill in range(10):
+        process = subprocess.Popen(command(tmp_path / "killed"), **options)
+        enough, deadline = whole * (kill + rng.random()) / 11, time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if shard.exists() and shard.stat().st_size >= enough:
+                break
+            time.sleep(0.001 * rng.random())
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        sizes.append(shard.stat().st_size)
+    assert len(set(sizes)) >= 8 and sizes[-1] < whole
+    subprocess.run(command(tmp_path / "killed"), check=True, **options)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert read_prompts(prompts)[0].id == "p0"
