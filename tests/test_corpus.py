@@ -92,8 +92,8 @@ def test_a_row_is_the_prompts_ids_and_what_decoding_writes_after_them(answers, w
 
 
 def test_an_answer_depends_on_its_prompt_and_id_alone(answers, workdir, tmp_path):
-    """Neither on the order of prompts, nor on those beside it, nor on how many are decoded together; greedily not on who
-    drafts, either."""
+    """Neither on the order of prompts, nor on those beside it, nor on how many are decoded together; greedily not on
+    who drafts, either."""
     folder, _ = answers
     expected = {row["id"]: row for row in written(folder / "whole")}
     rows = texts(28)
