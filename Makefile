@@ -13,15 +13,15 @@ SEED ?= 0
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
 
-test: $(INSTALLED) .cache/libtpu .cache/transformers/.installed
+test: $(INSTALLED) .cache/libtpu .cache/transformers/.installed .cache/notebooks/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(INSTALLED) .cache/libtpu .cache/transformers/.installed
+test-all: $(INSTALLED) .cache/libtpu .cache/transformers/.installed .cache/notebooks/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
 	OPTIMISED=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m optimised
 
 # One-line faults, each against the tests beside it; prints those that no test notices. Forty minutes on two cores.
-mutants: $(INSTALLED) .cache/libtpu .cache/transformers/.installed
+mutants: $(INSTALLED) .cache/libtpu .cache/transformers/.installed .cache/notebooks/.installed
 	$(BIN)/python -m tests.mutation.run
 
 # Kills, signals, full disks, flipped bits and bad input, from a seed, for so many minutes.
@@ -61,3 +61,9 @@ PEER_INSTALL = $(BIN)/pip install --quiet --no-deps --target $(@D)
 	if $(PEER_INSTALL) torch==$(TORCH)+cpu 2> /dev/null || \
 	    $(PEER_INSTALL) --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH); \
 	then touch $@; else echo "no PyTorch for CPUs: tests against transformers are skipped"; fi
+
+# What runs the notebooks; apart from .venv for the same reason.
+.cache/notebooks/.installed: $(INSTALLED) tests/notebooks.txt
+	rm -rf $(@D)
+	$(PEER_INSTALL) -r tests/notebooks.txt
+	touch $@

@@ -8,7 +8,6 @@ So a run that was killed, however often, leaves the same bytes as one that was n
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +20,9 @@ from etils import epath
 from mtpd_jax.data.chat import Message, Prompt
 from mtpd_jax.data.documents import digest_of
 from mtpd_jax.data.files import read_json
-from mtpd_jax.data.generations import LEFT_OUT, MANIFEST, parse_row, shard, shards_of
+from mtpd_jax.data.generations import LEFT_OUT, MANIFEST, shard
 from mtpd_jax.data.prompts import PromptRow
+from mtpd_jax.data.written import Counts, LeftOut, Written, append, validate
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.stops import transitions_of
@@ -36,21 +36,6 @@ from mtpd_jax.validation import check_count
 _GROUPS_PER_SHARD, _BATCHES_PER_GROUP = 64, 4
 # Prompts of a call are padded to powers of two from this on, as the decoder does.
 _SHORTEST = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What became of the prompts: answered as a whole, failed on the way, or never begun; and the tokens written."""
-
-    ok: int = 0
-    failed: int = 0
-    skipped: int = 0
-    tokens: int = 0
-
-    @property
-    def prompts(self) -> int:
-        """All of them."""
-        return self.ok + self.failed + self.skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +116,7 @@ class Corpus:
         with take_lock(Workdir(epath.Path(folder))):
             write_atomically(epath.Path(folder / MANIFEST), json.dumps(manifest, indent=2) + "\n")
             tasks, skipped = self._tasks()
-            written, left_out = _Written.of(folder, mend=True), _LeftOut(folder / LEFT_OUT, mend=True)
+            written, left_out = Written.of(folder, mend=True), LeftOut(folder / LEFT_OUT, mend=True)
             for row, reason in skipped:
                 left_out.add(row.id, "skipped", reason)
             on_prompts(len(skipped))
@@ -174,9 +159,7 @@ class Corpus:
             raise ValueError(f"{len(ids)} tokens, and there is room for {room}")
         return ids
 
-    def _write_group(
-        self, path: pathlib.Path, group: Sequence[_Task], written: "_Written", left_out: "_LeftOut"
-    ) -> None:
+    def _write_group(self, path: pathlib.Path, group: Sequence[_Task], written: "Written", left_out: "LeftOut") -> None:
         lines = []
         for task, answers in zip(group, self._answers(group), strict=True):
             if isinstance(answers, str):
@@ -184,7 +167,7 @@ class Corpus:
             elif task.row.id not in written.ids:
                 lines += [json.dumps(row) + "\n" for row in answers]
                 written.ids.add(task.row.id)
-        _append(path, "".join(lines))
+        append(path, "".join(lines))
 
     def _answers(self, group: Sequence[_Task]) -> list[list[dict[str, Any]] | str]:
         """For each prompt its rows, one per turn, or why there are none; turn by turn for all of them."""
@@ -271,103 +254,6 @@ def _messages(turn: Prompt) -> Sequence[Message]:
     """A turn of a conversation."""
     assert not isinstance(turn, str)  # a text is one turn
     return turn
-
-
-def validate(folder: pathlib.Path) -> Counts:
-    """Reads everything again: every row whole, every id once, every prompt accounted for.
-
-    Raises:
-      ValueError: naming what is not.
-    """
-    manifest = read_json(folder / MANIFEST)
-    written, left_out = _Written.of(folder, mend=False), _LeftOut(folder / LEFT_OUT, mend=False)
-    both = sorted(written.ids & left_out.ids.keys())
-    if both:
-        raise ValueError(f"{folder}: id {both[0]!r} is answered, and left out")
-    states = list(left_out.ids.values())
-    counts = Counts(len(written.ids), states.count("failed"), states.count("skipped"), written.tokens)
-    if counts.prompts > manifest["rows"]:
-        raise ValueError(f"{folder}: accounts for {counts.prompts} prompts of {manifest['rows']}")
-    return counts
-
-
-@dataclasses.dataclass
-class _Written:
-    """What stands in a folder: ids whose turns are all there, and the tokens that were written."""
-
-    ids: set[str]
-    tokens: int
-
-    @classmethod
-    def of(cls, folder: pathlib.Path, mend: bool) -> "_Written":
-        """Reads the files of rows; to ``mend`` them is to cut off what a killed process left of an answer at an end.
-
-        Raises:
-          ValueError: something else is wrong with them.
-        """
-        found = cls(set(), 0)
-        for path in shards_of(folder):
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            place, rows = 0, []
-            for number, line in enumerate(whole.splitlines(keepends=True), 1):
-                rows.append((place, parse_row(line, f"{path}, line {number}")))
-                place += len(line)
-            end = found._take(path, rows, len(whole))
-            if mend and end < len(content):
-                with path.open("r+b") as file:
-                    file.truncate(end)
-        return found
-
-    def _take(self, path: pathlib.Path, rows: list[tuple[int, dict[str, Any]]], end: int) -> int:
-        """Takes in the rows of a file; returns where the last whole conversation in it ends."""
-        at = 0
-        while at < len(rows):
-            place, row = rows[at]
-            turns = [one for _, one in rows[at : at + row["turns"]]]
-            if row["id"] in self.ids:
-                raise ValueError(f"{path}: id {row['id']!r} stands there twice")
-            if [(one["id"], one["turn"]) for one in turns] != [(row["id"], turn) for turn in range(row["turns"])]:
-                if at + len(turns) < len(rows):
-                    raise ValueError(f"{path}: id {row['id']!r} lacks a turn")
-                return place
-            self.ids.add(row["id"])
-            self.tokens += sum(sum(one["loss_mask"]) for one in turns)
-            at += row["turns"]
-        return end
-
-
-class _LeftOut:
-    """The prompts without an answer, by id, and whether they failed or were skipped; a file of JSON lines."""
-
-    def __init__(self, path: pathlib.Path, mend: bool):
-        self._path = path
-        self.ids: dict[str, str] = {}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if mend and len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
-        try:
-            for line in whole.splitlines():
-                row = json.loads(line)
-                self.ids[row["id"]] = row["status"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a file of prompts that were left out ({error})") from error
-
-    def add(self, id: str, status: str, reason: str) -> None:
-        """Adds a prompt, unless it is there."""
-        if id not in self.ids:
-            self.ids[id] = status
-            _append(self._path, json.dumps({"id": id, "status": status, "reason": reason}) + "\n")
-
-
-def _append(path: pathlib.Path, text: str) -> None:
-    """Adds lines, on disk before this returns."""
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _check_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> None:

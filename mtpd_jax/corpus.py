@@ -14,9 +14,10 @@ import rich.console
 import rich.text
 
 from mtpd_jax import frontdoor
-from mtpd_jax.corpora import Corpus, Counts, validate
+from mtpd_jax.corpora import Corpus
 from mtpd_jax.data.prompts import read_prompts
 from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.data.written import Counts, validate
 from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.report import write_json

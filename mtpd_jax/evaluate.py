@@ -35,7 +35,6 @@ from mtpd_jax.evaluation.decoding import (
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_json
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.run import Run, check_stop, open_run
-from mtpd_jax.runs.choice import Choice
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.validation import check_flag, check_integer
@@ -107,10 +106,7 @@ def run(
     strategy: str = "speculative",
     past_trained_length: bool = False,
     stop: Sequence[str] = (),
-    checkpoint: Choice = None,
-    devices_per_model: int | None = None,
-    backbone: str | None = None,
-    other_backbone: bool = False,
+    **opening: Any,
 ) -> Report:
     """Measures a checkpoint of a workdir.
 
@@ -126,7 +122,7 @@ def run(
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
-      checkpoint, devices_per_model, backbone, other_backbone: see ``open_run``.
+      opening: what ``open_run`` takes beside the workdir.
 
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
@@ -134,16 +130,14 @@ def run(
     if not (text or split_name or prompts):
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
     _check_scope(text, split_name, limit, batch_size, heads)
-    check_seed(seed)
-    check_flag("bit_exact", bit_exact)
-    check_stop(stop)
+    _check_decoding(seed, bit_exact, stop)
     sampling = GREEDY if sampling is None else sampling
     options = Options(0, max_new_tokens, sampling, min_confidence, strategy=strategy)
     options.validate()
     documents: dict[str, list[Document]] = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
     prompt_texts = [] if prompts is None else prompts_of(prompts, limit)
     # All is checked before anything is measured.
-    opened = open_run(workdir, checkpoint, devices_per_model, backbone, other_backbone)
+    opened = open_run(workdir, **opening)
     opened.scorer(batch_size)
     options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
     ways = _ways(opened, heads, drafters, options, bit_exact)
@@ -153,6 +147,13 @@ def run(
     note = held_out_note(opened.trained.sources) if split_name else ""
     scores = _score_text(opened, documents, batch_size, note) if documents else {}
     return Report(scores, {prompts: decoding.run(opened)} if prompts and decoding else {})
+
+
+def _check_decoding(seed: int, bit_exact: bool, stop: Sequence[str]) -> None:
+    """Checks what no ``Options`` hold; for arguments and errors see ``run``."""
+    check_seed(seed)
+    check_flag("bit_exact", bit_exact)
+    check_stop(stop)
 
 
 def _check_scope(

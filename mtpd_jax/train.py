@@ -37,6 +37,7 @@ from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, so
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
+from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.trainer import Trainer
 from mtpd_jax.training.feasibility import check_attention, check_training
@@ -95,8 +96,7 @@ def run(
     config, folder, chosen = Config.of(config), open_workdir(workdir), parse_choice(checkpoint)
     named, config = config.objective.source_run, completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
-    if chosen != NEWEST:
-        candidates(folder, chosen)  # which says what is there, if it is not
+    candidates(folder, chosen)  # which says what is there, if it is not
     mesh = make_mesh(config.mesh)
     check_batch(mesh, config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
@@ -105,7 +105,7 @@ def run(
     source = open_source(config.data)
     origin = beginning(config, folder, mesh)
     given = _given_tokenizer(config, folder)
-    _check_ids(source, given if given or not folder.tokenizer_file.exists() else folder.read_tokenizer(config))
+    _check_ids(source, config, folder, given)
     with contextlib.ExitStack() as stack:
         # From here on the run exists.
         lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
@@ -123,14 +123,11 @@ def run(
         held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
         notes += [source.note, start.note, metrics.note, held_out, evaluate.note if evaluate else ""]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
-        step = make_step(method, optimizer, state_shardings(abstract))
         if method.rehearses_decoding and not start.step:
-            parameters = method.merge(start.peek().evaluated, start.peek().frozen)
-            progress.say(prove_parity(method, parameters, source, tokenizer))
-            del parameters
+            progress.say(prove_parity(method, start.parameters(method), source, tokenizer))
+        step = make_step(method, optimizer, state_shardings(abstract))
         about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
-        rates = evaluate is not None and evaluate.rates
-        trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about, rates)
+        trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
         done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
         finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
@@ -159,10 +156,10 @@ class _Start:
     message: str
     note: str
 
-    def peek(self) -> TrainState:
-        """The state, which stays here."""
+    def parameters(self, method: Method) -> Parameters:
+        """Of the whole model."""
         assert self.state is not None  # it was not taken yet
-        return self.state
+        return method.merge(self.state.evaluated, self.state.frozen)
 
     def take_state(self) -> TrainState:
         """Hands the state over, which nobody else may hold then: the first step consumes it."""
@@ -296,8 +293,9 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
     return None
 
 
-def _check_ids(source: Source, tokenizer: Tokenizer | None) -> None:
-    """Checks that token ids are those of the run's tokenizer."""
+def _check_ids(source: Source, config: Config, folder: Workdir, given: Tokenizer | None) -> None:
+    """Checks that token ids are those of the run's tokenizer: the given one, or that which is there."""
+    tokenizer = given if given or not folder.tokenizer_file.exists() else folder.read_tokenizer(config)
     if source.tokenizer_digest and (tokenizer is None or tokenizer.digest != source.tokenizer_digest):
         raise ValueError(
             "config.data.path: its token ids are of another tokenizer than the run's; have them written by a run that "

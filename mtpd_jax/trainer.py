@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -24,8 +24,20 @@ from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.step import StepResult
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
-# (parameters, keep going?) -> metrics, ``eval/…`` and perhaps ``decoded/…``, or None if it was told to stop.
-Evaluate = Callable[[Parameters, Callable[[], bool]], Mapping[str, float | None] | None]
+
+
+class Evaluate(Protocol):
+    """The evaluation of a run.
+
+    Attributes:
+      rates: whether it rates checkpoints: there is one wherever it is due, then.
+    """
+
+    rates: bool
+
+    def __call__(self, parameters: Parameters, keep_going: Callable[[], bool]) -> Mapping[str, float | None] | None:
+        """Metrics, ``eval/…`` and perhaps ``decoded/…``; None if it was told to stop."""
+        ...
 
 
 @dataclasses.dataclass
@@ -76,18 +88,17 @@ class Trainer:
         stop: StopRequest,
         progress: Progress,
         about: Mapping[str, Any],
-        rates: bool = False,
     ):
         """See ``train.run``.
 
         ``about`` is kept in every checkpoint: the digest of the tokenizer, and the origin (see ``origin.Origin``).
-        ``evaluate`` is None where nothing is held out; if it ``rates`` checkpoints, there is one wherever it is due.
+        ``evaluate`` is None where nothing is held out.
         """
         self._method, self._config, self._step = method, method.config, step
         self._schedule, self._sharding = learning_rate_schedule(method.config), batch_sharding(method.mesh)
         self._evaluate, self._data, self._checkpointer = evaluate, data, checkpointer
         self._metrics, self._stop, self._progress, self._about = metrics, stop, progress, about
-        self._rates = rates
+        self._rates = evaluate is not None and evaluate.rates
         self._meter = _Meter()
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0

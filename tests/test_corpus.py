@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from mtpd_jax import corpus, open_run
-from mtpd_jax.corpora import Corpus, turns_of, validate
+from mtpd_jax.corpora import Corpus, turns_of
 from mtpd_jax.data.generations import GenerationsData
 from mtpd_jax.data.prompts import read_prompts
+from mtpd_jax.data.written import validate
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.runs.lock import take_lock
 from mtpd_jax.runs.workdir import open_workdir

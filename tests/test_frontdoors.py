@@ -218,8 +218,8 @@ def test_seeds_have_an_effect(workdir, tmp_path):
         (["--config=configs/base.py", "--workdir=W", "--config.model.width=10000000000"], ["GiB of memory"]),
         (["--config=configs/base.py", "--workdir=W", f"--config.training.steps={10**30}"], ["steps = 1", "2**31"]),
         (
-            ["--config=configs/base.py", "--workdir=W", "--checkpoint=best"],
-            ["--checkpoint=best", "newest, or the step"],
+            ["--config=configs/base.py", "--workdir=W", "--checkpoint=latest"],
+            ["--checkpoint=latest", "newest, best, or the step"],
         ),
         (["--config=configs/base.py", "--workdir=W", "--checkpoint=3"], ["checkpoint = 3", "no complete checkpoint"]),
         (["--config=configs/base.py", "--workdir=s3://bucket/run"], ["s3://bucket/run", "gs://"]),

@@ -92,5 +92,5 @@ def test_the_root_holds_what_it_should():
     tops = {line.split("/")[0] for line in found.stdout.splitlines()}
     assert tops <= {
         ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "configs", "docs", "experiments", "mtpd_jax",
-        "pyproject.toml", "requirements.txt", "scripts", "tests",
+        "notebooks", "pyproject.toml", "requirements.txt", "scripts", "tests",
     }  # fmt: skip

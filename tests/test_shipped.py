@@ -5,7 +5,7 @@ import json
 
 from ml_collections import config_dict
 
-from configs import base, cpu, gpu, mtpd_2b, quickstart, stories
+from configs import base, cpu, gpu, mtpd_2b, posthoc, quickstart, stories
 from experiments import quickstart as quickstart_module
 from mtpd_jax import evaluate
 from mtpd_jax.config import Config
@@ -34,3 +34,6 @@ def test_the_quickstart_writes_its_summary(text_file, tmp_path, monkeypatch):
 def test_shipped_configs_are_valid():
     for module in (base, cpu, gpu, mtpd_2b, quickstart, stories):
         Config.build(module.get_config().to_dict())
+    named = posthoc.get_config()  # which leaves open whose heads are trained, and on what
+    named.objective.source, named.data.paths = "model", ("text.txt",)
+    Config.build(named.to_dict())

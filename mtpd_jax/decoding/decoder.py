@@ -56,8 +56,8 @@ class Continuation:
       tried, accepted: for the first draft of a round, the second, …: rounds in which it was verified after all those
         before it were accepted, and those of them in which it was accepted, too.
       seconds: wall time of the call that wrote it, shared evenly among the call's prompts.
-      by_place: the counts of passes and drafts, by the place in the text where a round began (see ``rows.places``);
-        prompts are text, too.
+      by_place: the counts of passes and drafts, by the place in the text where a round began (see ``rows.places``), of
+        those where one did; prompts are text, too.
     """
 
     tokens: tuple[int, ...]
@@ -362,6 +362,7 @@ def _continuation(written: Rows, row: int, prompt_length: int, seconds: float) -
     by_place = [
         PlaceCounts(begin, int(passes), tuple(tried.tolist()), tuple(accepted.tolist()))
         for begin, passes, tried, accepted in zip(places(written.tokens.shape[1]), *counts, strict=True)
+        if passes
     ]
     return Continuation(
         tokens=tuple(map(int, written.tokens[row, span])),

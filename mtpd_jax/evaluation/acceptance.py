@@ -12,11 +12,11 @@ MTP-D's "acceptance rate" is the conditional one, its "cumulative acceptance rat
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 from mtpd_jax.decoding.decoder import Continuation
+from mtpd_jax.decoding.rows import FIRST_PLACE
 from mtpd_jax.evaluation.statistics import Counts, Interval, figure_of, mean_of
 
 Rate = TypeVar("Rate")
@@ -72,22 +72,16 @@ class PlaceScore:
 
 def by_place(continuations: Sequence[Continuation]) -> tuple[PlaceScore, ...]:
     """Acceptance by place in the text; places that no round began at are left out."""
-    begins = sorted({place.begin for one in continuations for place in one.by_place})
     found = []
-    for begin, end in zip(begins, [*begins[1:], math.inf], strict=True):
+    for begin in sorted({place.begin for one in continuations for place in one.by_place}):
         # A prompt whose text never came there has nothing to say of it.
-        here = [place for one in continuations for place in one.by_place if place.begin == begin and place.passes]
-        if here:
-            accepted, tried = (
-                list(zip(*(getattr(one, name) for one in here), strict=True)) for name in ("accepted", "tried")
-            )
-            passes = [one.passes for one in here]
-            rate = mean_of(Counts.of_prompts([[sum(one.accepted) for one in here]], [passes]))
-            conditional = tuple(
-                mean_of(Counts.of_prompts([of_draft], [of_draft_tried]))
-                for of_draft, of_draft_tried in zip(accepted, tried, strict=True)
-            )
-            found.append(PlaceScore(begin, int(min(end, 2**31)), sum(passes), rate, conditional))
+        here = [place for one in continuations for place in one.by_place if place.begin == begin]
+        passes = [one.passes for one in here]
+        rate = mean_of(Counts.of_prompts([[sum(one.accepted) for one in here]], [passes]))
+        accepted, tried = (zip(*(getattr(one, name) for one in here), strict=True) for name in ("accepted", "tried"))
+        drafts = zip(accepted, tried, strict=True)
+        conditional = tuple(mean_of(Counts.of_prompts([stood], [of])) for stood, of in drafts)
+        found.append(PlaceScore(begin, max(FIRST_PLACE, 2 * begin), sum(passes), rate, conditional))
     return tuple(found)
 
 

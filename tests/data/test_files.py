@@ -13,6 +13,7 @@ from mtpd_jax import evaluate, train
 from mtpd_jax.data import files as files_module
 from mtpd_jax.data import sources as sources_module
 from mtpd_jax.data.files import File, json_field, plain_pieces, read_text
+from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.sources import holds_out, identity, open_source, split
 from tests.builders import replace, tiny_config
 

@@ -42,6 +42,7 @@ def test_rounds_are_counted_where_they_begin(kind):
         rounds = rounds_of(prompt, one, 4)
         assert len(rounds) == one.passes == sum(place.passes for place in one.by_place)
         ends = [place.begin for place in one.by_place[1:]] + [10**9]
+        assert all(place.passes for place in one.by_place)
         for place, end in zip(one.by_place, ends, strict=True):
             here = [accepted for at, accepted in rounds if place.begin <= at < end]
             assert place.passes == len(here)
