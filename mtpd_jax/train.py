@@ -45,6 +45,7 @@ from mtpd_jax.training.optimizer import make_optimizer
 from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
 
+_CUT_SHORT = "; its evaluation was cut short: the same command does it again"
 _NOTHING_HELD_OUT = "nothing is held out: there is no evaluation while training"
 
 
@@ -97,8 +98,7 @@ def run(
     named, config = config.objective.source_run, completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
     candidates(folder, chosen)  # which says what is there, if it is not
-    mesh = make_mesh(config.mesh)
-    check_batch(mesh, config.training)
+    check_batch(mesh := make_mesh(config.mesh), config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [check_training(method), check_attention(method)]
     abstract = abstract_state(method, optimizer)
@@ -120,8 +120,7 @@ def run(
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
         metrics = stack.enter_context(MetricsLog(folder, start.step, config.logging.tensorboard, lock))
         evaluate = HeldOut.of(method, source, tokenizer)
-        held_out = held_out_note(all_sources(data.identity, start.origin)) if evaluate else _NOTHING_HELD_OUT
-        notes += [source.note, start.note, metrics.note, held_out, evaluate.note if evaluate else ""]
+        notes += [source.note, start.note, metrics.note, *_held_out_notes(evaluate, data, start)]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
         if method.rehearses_decoding and not start.step:
             progress.say(prove_parity(method, start.parameters(method), source, tokenizer))
@@ -131,8 +130,7 @@ def run(
         done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
         finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
-            left = "; its evaluation was cut short: the same command does it again" if not trainer.evaluated else ""
-            progress.say(f"{folder.path}: asked to stop; saved step {done}{left}")
+            progress.say(f"{folder.path}: asked to stop; saved step {done}{'' if trainer.evaluated else _CUT_SHORT}")
     parameters = count_parameters(abstract.parameters) + count_parameters(abstract.frozen)
     return TrainResult(str(folder.path), done, finished, stop.signal, trainer.tokens, parameters, trainer.seconds)
 
@@ -221,6 +219,13 @@ def _restored(
     message = f"resuming from step {done}" if done < steps else f"already finished, at step {done}"
     counters = record["tokens"], record["seconds"], record["origin"]
     return _Start(state, done, *counters, f"{message} of {steps}", restored.note(folder))
+
+
+def _held_out_notes(evaluate: HeldOut | None, data: TrainingData, start: _Start) -> list[str]:
+    """What has to be said of what is held out."""
+    if evaluate is None:
+        return [_NOTHING_HELD_OUT]
+    return [held_out_note(all_sources(data.identity, start.origin)), evaluate.note]
 
 
 def _record_config(config: Config, folder: Workdir, done: int) -> None:

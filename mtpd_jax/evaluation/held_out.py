@@ -17,7 +17,7 @@ from mtpd_jax.config import Config
 from mtpd_jax.data.documents import Document, selects
 from mtpd_jax.data.sources import Source, holds_out, split
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass, tokens_per_pass_without_bonus
 from mtpd_jax.evaluation.scoring import Scorer, TextScore
@@ -161,12 +161,15 @@ class HeldOutDecoding:
         parameters = jax.device_put(parameters, self._shardings)
         if self._decoder is None:
             self._decoder = Decoder(self._method.model, parameters, self._end_ids, self._method.mesh)
-        decoder, found = self._decoder.with_parameters(parameters), []
-        for prompts in (self._prompts.rating, self._prompts.reporting):
+        decoder = self._decoder.with_parameters(parameters)
+        # A few at a time, for somebody may want to stop.
+        found: list[Continuation] = []
+        prompts = self._prompts.rating + self._prompts.reporting
+        for begin in range(0, len(prompts), _ROWS):
             if not keep_going():
                 return None
-            found.append(decoder.run(prompts, self._options, rows=min(_ROWS, len(prompts))))
-        rating, reported = found
+            found += decoder.run(prompts[begin : begin + _ROWS], self._options)
+        rating, reported = found[: len(self._prompts.rating)], found[len(self._prompts.rating) :]
         acceptance = acceptance_of(reported)
         values: Metrics = {
             RATING: tokens_per_pass(rating).mean,

@@ -61,14 +61,15 @@ def rounds(
     keys = jax.vmap(jax.random.key)(jnp.arange(len(prompts)))
 
     def start(parameters: DecodingParameters) -> Any:
-        return prefill(strategy, parameters, padded, lengths, keys, stops, width)
+        batch = prefill(strategy, parameters, padded, lengths, keys, stops, width)
+        return _whole(batch.rows, strategy.network), batch.state
 
     def one_round(parameters: DecodingParameters, rows: Rows, state: SpeculativeState) -> Any:
         *seen, state = strategy.play(parameters, rows, state, keys, stops)
         return *_whole(seen, strategy.network), state
 
-    batch, play = strategy.network.jit(start)(parameters), strategy.network.jit(one_round)
-    rows, state, before = batch.rows, batch.state, jax.device_get(batch.rows)
+    (rows, state), play = strategy.network.jit(start)(parameters), strategy.network.jit(one_round)
+    before = jax.device_get(rows)
     while not before.finished.all():
         drafts, accepted, rows, state = play(parameters, rows, state)
         after = jax.device_get(rows)

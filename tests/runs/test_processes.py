@@ -120,6 +120,22 @@ def test_two_processes_equal_one_and_go_on_where_one_stopped(text_file, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+def test_heads_on_a_frozen_backbone_are_trained_by_two_processes_as_by_one(axes, workdir, text_file, tmp_path):
+    """With the proof before the first step, and held-out prompts that are decoded where parameters are split."""
+    data, fsdp, tensor = axes
+    config = tiny_config(
+        objective__mode="posthoc", objective__source=str(workdir), data__source="text", data__paths=(text_file,),
+        training__steps=4, logging__every_steps=1, evaluation__every_steps=2, evaluation__prompts=6,
+        heads__kind="recurrent", heads__cache="shared", mesh__data=data, mesh__fsdp=fsdp, mesh__tensor=tensor,
+    )  # fmt: skip
+    train.run(config, str(tmp_path / "one"))
+    run_together(2, 4, config, tmp_path / "two", tmp_path, cached=False)
+    assert_same_metrics(tmp_path / "two", tmp_path / "one")
+    assert "selection/tokens_per_pass" in lines(tmp_path / "two")[-1]
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_in_all(text_file, tmp_path):
     """In the middle of an evaluation that would take minutes: both stop at the same place, and the step is saved."""
     config = tiny_config(
