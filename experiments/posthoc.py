@@ -19,7 +19,8 @@ from typing import Any
 import jax
 
 from configs import posthoc as config_file
-from experiments.posthoc_report import report
+from configs import stories
+from experiments.posthoc_report import FROZEN, JOINT, report
 from experiments.sweep.experiment import Experiment, run
 from experiments.sweep.fingerprint import code_version
 from experiments.sweep.runner import Code
@@ -29,6 +30,7 @@ from mtpd_jax import frontdoor
 from mtpd_jax.data.files import File
 from mtpd_jax.data.generations import MANIFEST
 from mtpd_jax.editing import change
+from mtpd_jax.fields import flat
 from mtpd_jax.runs.models import backbone_digest, open_model
 from mtpd_jax.sharding import data_mesh
 
@@ -143,6 +145,23 @@ def one_at_a_time(inputs: Inputs, sizes: Sizes) -> list[Variant]:
         make("shared", "kl", "both", "own", _ONCE),
         make("recurrent", "kl", "pre", "text", _ONCE),
         make("cascade", "kl", "pre", "text", _ONCE),
+        *joint_and_frozen(inputs, sizes),
+    ]
+
+
+def joint_and_frozen(inputs: Inputs, sizes: Sizes) -> list[Variant]:
+    """Four heads trained with their backbone (``configs/stories.py``, which the frozen one is of, too), and four on it.
+
+    The heads of both see as many tokens; the frozen backbone saw as many before.
+    """
+    tree = stories.get_config().to_dict()
+    decided = ("model", "heads", "objective", "optimizer", "training")
+    joint = dict(flat({section: tree[section] for section in decided}))
+    frozen = arm(inputs, sizes, "cascade", "kl", "pre", "text")
+    more = {"heads.num_heads": tree["heads"]["num_heads"], "training.steps": tree["training"]["steps"]}
+    return [
+        Variant(JOINT, {**joint, "data.shuffle_window": tree["data"]["shuffle_window"]}, decode=(3,), seeds=_ONCE),
+        Variant(FROZEN, {**frozen.diff, **more}, decode=(3,), seeds=_ONCE),
     ]
 
 

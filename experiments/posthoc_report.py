@@ -10,6 +10,8 @@ from experiments.variants import MODES
 from mtpd_jax.evaluation.statistics import Counts, mean_of
 
 _HEADS = 3
+# Four heads each, trained with their backbone and on a frozen one.
+JOINT, FROZEN = "joint, 4 heads", "frozen, 4 heads"
 # What is changed, by the place of its word in an arm's name: from the first to the second.
 _CHANGES = (
     ("KL in place of LM loss", 1, "lm", "kl"),
@@ -30,7 +32,8 @@ def report(arms: Mapping[str, Arm], scale: Scale, scale_name: str) -> Report:
         "other) and the data of its last stage. The checkpoint is the one that decoded best while it was trained, on "
         "other prompts. Intervals in brackets: 95 %, paired bootstrap over seeds and then held-out texts."
     )
-    return Report("Post-hoc heads", text, [_all(arms), *(_changes(arms, mode) for mode in MODES)], _panels(arms))
+    tables = [_all(arms), *(_changes(arms, mode) for mode in MODES), _freezing(arms)]
+    return Report("Post-hoc heads", text, tables, _panels(arms))
 
 
 def _all(arms: Mapping[str, Arm]) -> Table:
@@ -60,7 +63,7 @@ def _changes(arms: Mapping[str, Arm], mode: str) -> Table:
     for what, place, before, after in _CHANGES:
         for name in arms:
             words = name.split()
-            if words[place] == after:
+            if name not in (JOINT, FROZEN) and words[place] == after:
                 base = " ".join([*words[:place], before, *words[place + 1 :]])
                 # A second stage on own text is beside the first, which was on text.
                 if place == 2 and after == "both":
@@ -68,6 +71,30 @@ def _changes(arms: Mapping[str, Arm], mode: str) -> Table:
                 rows += _row(arms, what, name, base, figure)
     columns = ["change", "arm", "before", "after", "gain in tokens per pass", "per seed", "better"]
     return Table(f"One change at a time, {MODES[mode]}", columns, rows)
+
+
+def _freezing(arms: Mapping[str, Arm]) -> Table:
+    """What it costs that the backbone does not learn with its heads, and what it saves."""
+    rows = []
+    for name in (JOINT, FROZEN):
+        if name in arms:
+            arm = arms[name]
+            accepted = [share(mean_of(arm.conditional("sampled", 4, k))) for k in range(1, 5)]
+            decoded = [
+                with_interval(mean_of(figure))
+                for mode in MODES
+                for figure in (arm.tokens_per_pass(mode, 4), arm.speed_over(mode, 4, 0))
+            ]
+            ce = with_interval(mean_of(arm.main_ce()), digits=3)
+            rows.append([name, ce, f"{arm.mean('training_flops'):.3g}", *accepted, *decoded])
+    columns = ["", "main CE, nats", "training FLOPs", *(f"accepted {k}, %" for k in range(1, 5))]
+    for label in MODES.values():
+        columns += [f"tokens per pass, {label}", f"wall clock over plain, {label}"]
+    note = (
+        "As many tokens for the heads of both; the frozen backbone was trained before, on as many, without heads, "
+        "which its training FLOPs do not count. Accepted: conditional acceptance at temperature 1."
+    )
+    return Table("What freezing the backbone costs", columns, rows, note)
 
 
 def _row(arms: Mapping[str, Arm], what: str, name: str, base: str, figure: Callable[[Arm], Counts]) -> list[list[str]]:

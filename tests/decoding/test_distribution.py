@@ -16,7 +16,7 @@ import scipy.stats
 
 from mtpd_jax.decoding import sampling as sampling_module
 from mtpd_jax.decoding.batch import make_decode, prefill
-from mtpd_jax.decoding.drafters import heads
+from mtpd_jax.decoding.drafters import chain, heads
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
@@ -31,8 +31,9 @@ PROMPT = (1, 0)
 LEVEL, DISTANCE, POWER = 1e-3, 0.15, 0.99
 
 
-def tiny_model():
-    config = tiny_config(heads__num_heads=4, model__width=16, model__mlp_width=16, model__layers=1)
+def tiny_model(shared=False):
+    kind = {"heads__kind": "recurrent", "heads__cache": "shared"} if shared else {}
+    config = tiny_config(heads__num_heads=4, model__width=16, model__mlp_width=16, model__layers=1, **kind)
     model = model_of(with_vocabulary(config, VOCABULARY))
     return model, random_parameters(model, seed=6, scale=0.8)
 
@@ -132,13 +133,24 @@ def test_speculation_samples_the_plain_distribution(options):
     counts, rows = sample_texts(model, parameters, options)
     accepted, rejected = rows.accepted.sum(), (rows.tried - rows.accepted).sum()
     assert accepted > SAMPLES / 10 and rejected > SAMPLES / 50
-    assert rows.accepted[:, -1].sum() > 0 or options.adaptive  # whole blocks, and so bonus tokens
+    assert rows.accepted[..., -1].sum() > 0 or options.adaptive  # whole blocks, and so bonus tokens
     proposers = set(np.unique(rows.proposer)) - {0}
     expected = PROPOSERS[options.drafter](options.num_drafts)
     assert proposers == expected
     inside = (rows.tokens == END) & (rows.proposer != 0) & (rows.proposer != options.num_drafts)
     # An end token inside a block; but none can be copied, where there was none before.
     assert inside.sum() > 0 or options.num_drafts == 1 or options.drafter == "lookup"
+    assert p_value(counts, exact) > LEVEL
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("options", [Options(4, 7, Sampling(1.0)), Options(2, 5, Sampling(1.0), min_confidence=0.5)])
+def test_a_shared_cache_samples_the_plain_distribution(options):
+    """Each depth draws with a key of its own: drafts that share one are no draws from what they say."""
+    model, parameters = tiny_model(shared=True)
+    counts, rows = sample_texts(model, parameters, options)
+    assert rows.accepted.sum() > SAMPLES / 10 and (rows.tried - rows.accepted).sum() > SAMPLES / 50
+    exact = enumerate_texts(model, parameters, options.sampling, options.max_new_tokens)
     assert p_value(counts, exact) > LEVEL
 
 
@@ -168,12 +180,14 @@ MUTANTS = [
     (speculative, "accept_drafts", no_residual),
     (speculative, "accept_drafts", bonus_from_the_row_before),
     (heads, "choose", draft_at_another_temperature),
+    (chain, "choose", draft_at_another_temperature),
+    (chain, "fold", lambda keys, number: fold(keys, 1)),
 ]
 
 
 @pytest.mark.parametrize(("module", "name", "mutant"), MUTANTS, ids=lambda value: getattr(value, "__name__", None))
 def test_a_wrong_rule_is_noticed(monkeypatch, module, name, mutant):
-    model, parameters = tiny_model()
+    model, parameters = tiny_model(shared=module is chain)
     monkeypatch.setattr(module, name, mutant)
     counts, _ = sample_texts(model, parameters, Options(2, 5, Sampling(1.0)))
     assert p_value(counts, enumerate_texts(model, parameters, Sampling(1.0), 5)) < 1e-9

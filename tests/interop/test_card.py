@@ -14,6 +14,7 @@ from mtpd_jax.config import Config
 from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.reading import look
+from mtpd_jax.runs.exported import last_evaluation
 from mtpd_jax.runs.origin import completed
 from mtpd_jax.runs.workdir import open_workdir
 from tests.interop.peers import export, random_run, save_peer, small, tiny, torch, transformers
@@ -94,11 +95,19 @@ def test_ids_are_those_of_the_tokenizer_file(begins, tmp_path):
     assert peer.eos_token == "<|endoftext|>" and peer.bos_token == (found.begin_token or None)
 
 
+def test_a_card_shows_no_evaluation_of_a_later_step(tmp_path):
+    """Of those up to the checkpoint that is written, the newest."""
+    lines = [{"step": step, "eval/main/ce": step / 10} for step in (10, 20)] + [{"step": 15, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {step: last_evaluation(open_workdir(str(tmp_path)), step) for step in (5, 15, 20, 25)}
+    assert {step: line.get("step") for step, line in found.items()} == {5: None, 15: 10, 20: 20, 25: 20}
+
+
 def test_a_conversation_goes_there_and_back(tmp_path, monkeypatch, capsys):
     """A chat model of transformers here: its template, its end tokens; and out again, its template with it."""
     template = "{% for m in messages %}<|turn|>{{ m.role }} {{ m.content }}<|done|>{% endfor %}<|turn|>assistant "
     save_peer(tmp_path, small("Qwen3", head_dim=16))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [294, 0]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [294, 0], "temperature": 0.25, "top_k": 7}')
     settings = {"chat_template": template, "eos_token": "<|done|>", "tokenizer_class": "Qwen2Tokenizer", "junk": 1}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     convert.from_hf(str(tmp_path), str(tmp_path / "run"))
@@ -111,6 +120,7 @@ def test_a_conversation_goes_there_and_back(tmp_path, monkeypatch, capsys):
     assert run.encode(messages).tolist() == expected
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert set(model.generation_config.eos_token_id) == {294, 0}
+    assert (model.generation_config.temperature, model.generation_config.top_k) == (0.25, 7)
     ids = np.asarray([expected])
     written = model.generate(torch.tensor(ids), max_new_tokens=8, do_sample=False)
     assert list(run.generate([messages], max_new_tokens=8)[0].tokens) == written[0, ids.shape[1] :].tolist()

@@ -16,7 +16,7 @@ from mtpd_jax.conversion import from_hf, to_hf
 from mtpd_jax.model.backbone import LanguageModel
 from mtpd_jax.model.layers import apply
 from mtpd_jax.runs.checkpoint import restore_parameters
-from mtpd_jax.runs.models import OtherBackboneError, RunModel, open_model
+from mtpd_jax.runs.models import OtherBackboneError, RunModel, backbone_digest, open_model
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import data_mesh, make_mesh
 from tests.builders import (
@@ -181,6 +181,18 @@ def test_the_model_is_the_backbones_and_stays_bit_for_bit(base, heads):
     assert set(trained) == {"heads"} and frozen is None
     assert set(record["origin"]["backbone"]) == {"path", "step", "digest"}
     assert not any("backbone" in name or name == "embedding" for name in record["digests"])
+
+
+def test_a_digest_knows_every_bit_but_those_of_heads():
+    _, parameters = model_and_parameters(tiny_config())
+    digest = backbone_digest(parameters)
+    assert backbone_digest({**parameters, "heads": jax.tree.map(lambda leaf: leaf + 1, parameters["heads"])}) == digest
+    for path in ("embedding", "backbone"):
+        leaves, structure = jax.tree.flatten(parameters[path])
+        for number, leaf in enumerate(leaves):
+            other = leaf.at[(0,) * leaf.ndim].set(jnp.nextafter(leaf[(0,) * leaf.ndim], jnp.inf))
+            changed = structure.unflatten([*leaves[:number], other, *leaves[number + 1 :]])
+            assert backbone_digest({**parameters, path: changed}) != digest
 
 
 def test_its_greedy_text_is_the_backbones(base, heads):
