@@ -230,7 +230,8 @@ class Scorer:
         """What ``score`` takes of a document. Of what a model wrote only that counts, and not its prompt."""
         if isinstance(document, str):
             return self.tokenizer.encode_document_and_bytes(document)
-        return document.ids, self._bytes_of_ids[document.ids] * document.supervised, document.supervised
+        lengths = self._bytes_of_ids.take(document.ids, mode="clip")  # a model may have more ids than its tokenizer
+        return document.ids, lengths * document.supervised, document.supervised
 
     @functools.cached_property
     def _bytes_of_ids(self) -> np.ndarray:

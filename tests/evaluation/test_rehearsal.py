@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -44,10 +45,6 @@ def config(workdir, text_file):
 # The proof.
 
 
-def shift_by_one(real):
-    return lambda positions, config: real(positions + 1, config)
-
-
 def no_chain(real):
     return lambda query, first, later, segment_ids: real(query, first, later[-1:], segment_ids)
 
@@ -62,7 +59,7 @@ class Stale(ChainHeads):
 def break_(part, patch):
     """One fault of the decoder, or of the training path, as other projects had them."""
     if part == "positions":
-        patch.setattr(chains.Rotation, "of", classmethod(lambda cls, p, c, real=Rotation.of: real(p + (p >= 3), c)))
+        patch.setattr(chains, "Rotation", SimpleNamespace(of=lambda at, config: Rotation.of(2 * at, config)))
     if part == "a mask without the chain":
         patch.setattr(chains, "attend_to_chain", no_chain(chains.attend_to_chain))
     if part == "states of the round before":

@@ -89,10 +89,12 @@ def bytes_in(folder):
 # What is trained.
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_heads_have_the_gradient_of_joint_training_that_is_cut_off(kind):
+@pytest.mark.parametrize(("kind", "kl"), [*((kind, "forward") for kind in KINDS), ("shared", "lk"), ("cascade", "tv")])
+def test_heads_have_the_gradient_of_joint_training_that_is_cut_off(kind, kl):
     """The same loss beside a trunk that gets no gradient from it; the heads' own is the same, and there is no other."""
-    weights = {"objective__alpha": (0.1, 0.2), "objective__beta": (0.5, 0.6), **KINDS[kind]}
+    weights = {
+        "objective__alpha": (0.1, 0.2), "objective__beta": (0.5, 0.6), "objective__kl": kl, **KINDS[kind]
+    }  # fmt: skip
     config, joint = posthoc_config(**weights), tiny_config(objective__detach_trunk=True, **weights)
     _, parameters = model_and_parameters(config)
     batch, method = packed_batch(config), method_on(config)
