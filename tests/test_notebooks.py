@@ -32,8 +32,8 @@ def executed(path, parameters, folder, monkeypatch):
     paths = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(RUNNER)]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("JUPYTER_PATH", str(RUNNER / "share" / "jupyter"))
-    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", cwd=str(folder))
-    return client.execute()
+    where = {"metadata": {"path": str(folder)}}
+    return nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -64,7 +64,7 @@ def model(text_file, tmp_path_factory):
 
 def test_post_hoc_heads_for_your_model(model, text_file, tmp_path, monkeypatch):
     parameters = {
-        "MODEL": str(model), "TEXT": text_file, "WORK": str(tmp_path / "work"), "STEPS": 8, "BATCH": 4, "LENGTH": 64,
+        "MODEL": str(model), "TEXT": text_file, "WORK": "work", "STEPS": 8, "BATCH": 4, "LENGTH": 64,
         "DRAFTS": 2, "PROMPTS": 8, "PROMPT_CHARACTERS": 12, "NEW_TOKENS": 8,
     }  # fmt: skip
     notebook = executed(ROOT / "notebooks" / "posthoc.ipynb", parameters, tmp_path, monkeypatch)

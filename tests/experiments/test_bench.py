@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.bench import decode, training
+from experiments.bench import checkpoints, decode, training
 from experiments.sweep.scale import SCALES
 from tests.experiments.test_sweep import tiny_scale
 
@@ -40,3 +40,15 @@ def test_it_measures_steps(text_file, tmp_path, monkeypatch, capsys):
     assert rows["recurrent 2"]["state_bytes"] < rows["joint 2"]["state_bytes"]
     assert rows["recurrent 2"]["model_flops"] == rows["joint 2"]["model_flops"]
     assert "loop 1 to 2" in capsys.readouterr().out
+
+
+def test_every_checkpoint_is_measured(workdir, tmp_path, capsys):
+    """All that there are, oldest first, each with the tokens that it was trained on."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran"}\n')
+    flags = [f"--workdir={workdir}", f"--prompts={tmp_path / 'prompts.jsonl'}", "--max_new_tokens=6"]
+    outputs = [f"--json={tmp_path / 'rows.json'}", f"--figure={tmp_path / 'curve.png'}"]
+    assert checkpoints.main([*flags, *outputs]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(row["step"], row["tokens"], row["mode"]) for row in rows] == [(10, 2560, "greedy"), (10, 2560, "sampled")]
+    assert rows[0]["identical"] is True and rows[0]["tokens_per_pass"]["mean"] >= 1
+    assert (tmp_path / "curve.png").stat().st_size > 1000 and "2,560" in capsys.readouterr().out
