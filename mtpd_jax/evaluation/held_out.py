@@ -32,7 +32,7 @@ from mtpd_jax.training.state import abstract_parameters
 _PROMPTS, _ROWS = 32, 8
 
 Metrics = dict[str, float | None]
-# Metrics of parameters, or None if it was told to stop.
+# Asked again and again; nobody is told metrics that were not waited for.
 KeepGoing = Callable[[], bool]
 
 
@@ -159,9 +159,9 @@ class HeldOutDecoding:
     def __call__(self, parameters: Parameters, keep_going: KeepGoing) -> Metrics | None:
         """Metrics: ``decoded/…``, and what a checkpoint is rated by."""
         parameters = jax.device_put(parameters, self._shardings)
-        if self._decoder is None:
-            self._decoder = Decoder(self._method.model, parameters, self._end_ids, self._method.mesh)
-        decoder = self._decoder.with_parameters(parameters)
+        decoder = self._decoder or Decoder(self._method.model, parameters, self._end_ids, self._method.mesh)
+        decoder = decoder.with_parameters(parameters)
+        self._decoder = decoder.with_parameters({})  # what is compiled; parameters are the run's, and change
         # A few at a time, for somebody may want to stop.
         found: list[Continuation] = []
         prompts = self._prompts.rating + self._prompts.reporting

@@ -38,9 +38,10 @@ def completed(config: Config, workdir: Workdir) -> Config:
         raise ValueError(f"{workdir.path}: written by an earlier version, which did not record what a run began from")
     if config.objective.source_run != begun.objective.source_run:
         if not source_of(config).is_origin(origin):
+            needed = "" if METHODS[begun.objective.mode].names_backbone else ", though it need not be there any more"
             raise ValueError(
                 f"config.objective.source = {config.objective.source_run!r}: not the run that {workdir.path} began "
-                f"from, which is {begun.objective.source_run!r}; name that one, though it need not be there any more"
+                f"from, which is {begun.objective.source_run!r}; name that one{needed}"
             )
         config = dataclasses.replace(config, objective=config.objective.starting_from(begun.objective.source_run))
     return _complete(config, Config.stored(origin["config"]))

@@ -33,7 +33,7 @@ def rounds_of(prompt, found, drafts):
     return rounds + ([(at, accepted)] if accepted else [])
 
 
-@pytest.mark.parametrize("kind", ["cascade", "shared"])
+@pytest.mark.parametrize("kind", [pytest.param("cascade", marks=pytest.mark.slow), "shared"])
 def test_rounds_are_counted_where_they_begin(kind):
     """Against the texts themselves; and all places together are what is counted of a text."""
     model, parameters = small_vocabulary(kind)
@@ -59,8 +59,9 @@ def test_rounds_are_counted_where_they_begin(kind):
         assert score.tokens_per_pass_without_bonus.mean == pytest.approx(sum(accepted) / sum(passes))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["cascade", "shared"])
+@pytest.mark.parametrize(
+    ("kind", "rows"), [("cascade", 2), ("shared", 4), pytest.param("shared", 1, marks=pytest.mark.slow)]
+)
 def test_beyond_what_was_trained_text_is_plain(kind, rows):
     """Before, it is drafted as ever; and the text is the same, whoever else is in the batch."""
     model, parameters = small_vocabulary(kind)
@@ -79,7 +80,7 @@ def test_beyond_what_was_trained_text_is_plain(kind, rows):
     assert sum(one.by_place[2].tried[0] for one in free) > 0
 
 
-@pytest.mark.parametrize("options", [{"min_confidence": 0.4}, {"drafter": "both"}, {"pass_width": 8}])
+@pytest.mark.parametrize("options", [{"min_confidence": 0.4}, {"drafter": "both", "pass_width": 8}])
 def test_all_that_heads_draft_is_bound(options):
     model, parameters = small_vocabulary()
     decoder, bound = Decoder(model, parameters, []), Options(4, LONG, draft_until=60, **options)

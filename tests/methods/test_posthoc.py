@@ -268,6 +268,7 @@ def folder(base, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_a_folder_serves_as_its_import_does(folder, config, tmp_path):
     """Bit for bit: the same heads, from the folder and from the run that it was imported as; what says how the
