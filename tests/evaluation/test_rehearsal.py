@@ -157,10 +157,10 @@ def test_prompts_leave_room_in_what_the_heads_are_trained_on(config, workdir):
 def test_too_little_held_out_text_is_said(config, workdir, monkeypatch):
     monkeypatch.setattr(held_out_module, "selects", lambda document: True)
     run = open_run(str(workdir))
-    evaluation = HeldOut.of(method_on(run.config), open_source(config.data), run.tokenizer)
+    evaluation = HeldOut.of(method_on(run.config, run.mesh), open_source(config.data), run.tokenizer)
     assert not evaluation.note and not evaluation.rates  # of a run that asks for no prompts
     evaluation = HeldOut.of(
-        method_on(replace(run.config, evaluation__prompts=4)), open_source(config.data), run.tokenizer
+        method_on(replace(run.config, evaluation__prompts=4), run.mesh), open_source(config.data), run.tokenizer
     )
     assert "nothing is decoded while training" in evaluation.note and not evaluation.rates
     assert not any("decoded" in name for name in evaluation(run.parameters, lambda: True))
