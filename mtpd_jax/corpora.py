@@ -6,7 +6,7 @@ So a run that was killed, however often, leaves the same bytes as one that was n
 """
 
 import dataclasses
-import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from etils import epath
 
 from mtpd_jax.data.chat import Message, Prompt
 from mtpd_jax.data.documents import digest_of
-from mtpd_jax.data.files import read_json
+from mtpd_jax.data.files import json_digest, read_json
 from mtpd_jax.data.generations import LEFT_OUT, MANIFEST, shard
 from mtpd_jax.data.prompts import PromptRow
 from mtpd_jax.data.written import Counts, LeftOut, Written, append, validate
@@ -33,9 +33,7 @@ from mtpd_jax.runs.workdir import Workdir, write_atomically
 from mtpd_jax.validation import check_count
 
 # Groups of prompts whose answers stand in one file, and batches in a group. Our choice.
-_GROUPS_PER_SHARD, _BATCHES_PER_GROUP = 64, 4
-# Prompts of a call are padded to powers of two from this on, as the decoder does.
-_SHORTEST = 32
+_GROUPS_PER_SHARD, _BATCHES = 64, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +87,11 @@ class Corpus:
         digests, _ = digests_of(self._run.parameters)
         template = self._run.template
         return {
-            "weights": _sha256(digests),
+            "weights": json_digest(digests),
             "step": self._run.step,
             "tokenizer": self._run.tokenizer.digest,
             "template": None if template is None else template.digest,
-            "prompts": _sha256(prompts),
+            "prompts": json_digest(prompts),
             "rows": len(self._rows),
             "seed": self._seed,
             "stop": list(self._stop),
@@ -120,7 +118,7 @@ class Corpus:
             for row, reason in skipped:
                 left_out.add(row.id, "skipped", reason)
             on_prompts(len(skipped))
-            for number, group in enumerate(_groups(tasks, self._batch * _BATCHES_PER_GROUP)):
+            for number, group in enumerate(self._groups(tasks)):
                 if not all(task.row.id in written.ids or task.row.id in left_out.ids for task in group):
                     self._write_group(folder / shard(number // _GROUPS_PER_SHARD), group, written, left_out)
                 on_prompts(len(group))
@@ -159,7 +157,18 @@ class Corpus:
             raise ValueError(f"{len(ids)} tokens, and there is room for {room}")
         return ids
 
-    def _write_group(self, path: pathlib.Path, group: Sequence[_Task], written: "Written", left_out: "LeftOut") -> None:
+    def _groups(self, tasks: Sequence[_Task]) -> Iterator[list[_Task]]:
+        """Tasks whose first prompts have a length, in an order that follows from their ids."""
+
+        def length(task: _Task) -> int:
+            return self._run.decoder.padded_length(len(task.first))
+
+        ordered, size = sorted(tasks, key=lambda task: (length(task), task.hash, task.row.id)), self._batch * _BATCHES
+        for _, together in itertools.groupby(ordered, length):
+            alike = list(together)
+            yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+    def _write_group(self, path: pathlib.Path, group: Sequence[_Task], written: Written, left_out: LeftOut) -> None:
         lines = []
         for task, answers in zip(group, self._answers(group), strict=True):
             if isinstance(answers, str):
@@ -178,9 +187,8 @@ class Corpus:
             for place, task in enumerate(group):
                 if turn < len(task.turns) and not isinstance(found[place], str):
                     try:
-                        asked[place] = (
-                            task.first if not turn else self._encode([*said[place], *_messages(task.turns[turn])])
-                        )
+                        later = turn and [*said[place], *_messages(task.turns[turn])]
+                        asked[place] = self._encode(later) if later else task.first
                     except ValueError as error:
                         found[place] = f"turn {turn}: {error}"
             for place, answer in self._decode(asked, [task.hash for task in group], turn, len(group)).items():
@@ -198,7 +206,7 @@ class Corpus:
         """Answers by place; prompts of a length together, and always as many of them, so that programs are the same."""
         by_length: dict[int, list[int]] = {}
         for place, ids in asked.items():
-            by_length.setdefault(_padded(len(ids)), []).append(place)
+            by_length.setdefault(self._run.decoder.padded_length(len(ids)), []).append(place)
         found = {}
         for _, places in sorted(by_length.items()):
             full = [*places, *[places[-1]] * (size - len(places))]
@@ -270,27 +278,8 @@ def _check_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
         raise ValueError(f"{folder} holds other generations: {', '.join(changed)} {verb}; use another --output")
 
 
-def _groups(tasks: Sequence[_Task], size: int) -> Iterator[list[_Task]]:
-    """Tasks whose first prompts have a length, in an order that follows from their ids."""
-    ordered = sorted(tasks, key=lambda task: (_padded(len(task.first)), task.hash, task.row.id))
-    by_length: dict[int, list[_Task]] = {}
-    for task in ordered:
-        by_length.setdefault(_padded(len(task.first)), []).append(task)
-    for together in by_length.values():
-        for start in range(0, len(together), size):
-            yield together[start : start + size]
-
-
-def _padded(length: int) -> int:
-    return max(_SHORTEST, 1 << (length - 1).bit_length())
-
-
 def _folded(key: jax.Array, words: jax.Array) -> jax.Array:
     """A key for the words of an id's hash, and the turn."""
     for word in words:
         key = jax.random.fold_in(key, word)
     return key
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

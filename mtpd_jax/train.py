@@ -203,7 +203,7 @@ def _restored(
         moved = named if named != config.objective.source_run else None
         frozen = read_backbone(method, restored.record["origin"]["backbone"], moved)
         state = dataclasses.replace(state, frozen=frozen)
-    folder.read_tokenizer(config, restored.record["tokenizer"])
+    folder.check_tokenizer(restored.record["tokenizer"])
     data.set_state(restored.record["data"])
     # Newer checkpoints, and the metrics of their steps, give way.
     newer = [step for step in steps_of(folder) if step > restored.step]

@@ -1,14 +1,13 @@
 """What a sweep runs: variants as config diffs, and the keys by which their runs and rows are known."""
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from experiments.sweep.scale import Scale
 from mtpd_jax.config import Config
+from mtpd_jax.data.files import json_digest
 from mtpd_jax.fields import is_as_before
 
 # More than any experiment has: seeds are 0 to this, less one.
@@ -108,4 +107,4 @@ def decided(config: Config) -> dict[str, Any]:
 
 def digest(value: Any) -> str:
     """A short hash of a value that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return json_digest(value)[:12]

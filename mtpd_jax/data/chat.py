@@ -1,7 +1,6 @@
 """Conversations as prompts: rendered once by the model's own template, with no token that it did not ask for."""
 
 import datetime
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from etils import epath
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mtpd_jax.data.files import check_text, read_json
+from mtpd_jax.data.files import check_text, json_digest, read_json
 from mtpd_jax.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -53,7 +52,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        self.digest = hashlib.sha256(json.dumps([template, dict(tokens)], sort_keys=True).encode()).hexdigest()
+        self.digest = json_digest([template, dict(tokens)])
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self._tokens = dict(tokens)

@@ -211,6 +211,11 @@ def read_json(path: epath.Path | pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def json_digest(value: Any) -> str:
+    """A hash of a value as JSON, whatever the order of an object's fields."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def json_field(line: str | bytes, field: str, where: str) -> str:
     """Reads a text field of one line of JSON.
 

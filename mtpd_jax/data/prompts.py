@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
 from mtpd_jax.data.chat import Prompt, check_prompt
-from mtpd_jax.data.files import json_field, read_text
+from mtpd_jax.data.files import json_digest, json_field, read_text
 from mtpd_jax.data.sources import expand
 
 
@@ -61,5 +60,5 @@ def _row_of(line: str, number: int, where: str) -> PromptRow:
     named = row.get("id") if isinstance(row, dict) else None
     if named is not None and type(named) not in (str, int):
         raise ValueError(f"{where}: id = {named!r:.80}: expected a text or an integer")
-    content = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
+    content = json_digest(prompt)
     return PromptRow(number, content if named is None else str(named), prompt)

@@ -59,16 +59,14 @@ class Written:
         """
         found = cls(set(), 0)
         for path in shards_of(folder):
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
+            whole = _whole_lines(path)
             place, rows = 0, []
             for number, line in enumerate(whole.splitlines(keepends=True), 1):
                 rows.append((place, parse_row(line, f"{path}, line {number}")))
                 place += len(line)
             end = found._take(path, rows, len(whole))
-            if mend and end < len(content):
-                with path.open("r+b") as file:
-                    file.truncate(end)
+            if mend:
+                _cut(path, end)
         return found
 
     def _take(self, path: pathlib.Path, rows: list[tuple[int, dict[str, Any]]], end: int) -> int:
@@ -95,11 +93,11 @@ class LeftOut:
     def __init__(self, path: pathlib.Path, mend: bool):
         self._path = path
         self.ids: dict[str, str] = {}
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if mend and len(whole) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(whole))
+        if not path.exists():
+            return
+        whole = _whole_lines(path)
+        if mend:
+            _cut(path, len(whole))
         try:
             for line in whole.splitlines():
                 row = json.loads(line)
@@ -112,6 +110,18 @@ class LeftOut:
         if id not in self.ids:
             self.ids[id] = status
             append(self._path, json.dumps({"id": id, "status": status, "reason": reason}) + "\n")
+
+
+def _whole_lines(path: pathlib.Path) -> bytes:
+    """A file without what a killed process left of a line at its end."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _cut(path: pathlib.Path, end: int) -> None:
+    """Cuts off what stands after so many bytes of a file, if anything does."""
+    if path.stat().st_size > end:
+        os.truncate(path, end)
 
 
 def append(path: pathlib.Path, text: str) -> None:

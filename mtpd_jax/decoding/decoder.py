@@ -150,7 +150,7 @@ class Decoder:
         rows_per_copy = -(-rows // self._copies)
         copies = -(-rows // rows_per_copy)
         # Each copy has its own part of the prompts, and each prompt its own key.
-        shares = _Shares.of(prompts, copies, rows_per_copy, self._padded_length(max(map(len, prompts))))
+        shares = _Shares.of(prompts, copies, rows_per_copy, self.padded_length(max(map(len, prompts))))
         if keys is None:
             numbers = jnp.arange(first_row, first_row + len(prompts), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
@@ -174,7 +174,7 @@ class Decoder:
         seconds = (time.perf_counter() - start) / len(prompts)
         return [_continuation(written, place, int(shares.lengths[place]), seconds) for place in shares.places.tolist()]
 
-    def _padded_length(self, length: int) -> int:
+    def padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
         if length > self._chunk:
             return -(-length // self._chunk) * self._chunk
@@ -207,7 +207,7 @@ class Decoder:
         """
         config = dataclasses.replace(self._model.config, dtype=dtype, attention="dense")
         model = LanguageModel(config, self._model.heads_config)
-        row = np.zeros((1, self._padded_length(len(text))), np.int32)  # causality makes padding harmless
+        row = np.zeros((1, self.padded_length(len(text))), np.int32)  # causality makes padding harmless
         row[0, : len(text)] = text
         network, _ = self.network(Options(0, 1))
 

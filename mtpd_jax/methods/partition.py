@@ -9,6 +9,11 @@ import jax.numpy as jnp
 from mtpd_jax.shapes import Parameters
 
 
+def without_heads(parameters: Parameters) -> Parameters:
+    """All of a model's parameters but those of its heads."""
+    return {name: part for name, part in parameters.items() if name != "heads"}
+
+
 def cut_heads(parameters: Parameters, number: int) -> tuple[Parameters, Parameters]:
     """Cuts parameters into the heads after the first ``number``, and all the rest."""
     above = jax.tree.map(lambda stacked: stacked[number:], parameters["heads"])

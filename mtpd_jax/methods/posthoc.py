@@ -16,6 +16,7 @@ from mtpd_jax.config import Config, ModelConfig
 from mtpd_jax.fields import defaults_of, field, given, require
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
 from mtpd_jax.methods.frozen import HeadsOnFrozen
+from mtpd_jax.methods.partition import without_heads
 from mtpd_jax.shapes import Array, Parameters
 
 # What is said of how a backbone is run: the new run's own.
@@ -91,7 +92,7 @@ class Posthoc(HeadsOnFrozen, section=PosthocConfig):
         return {**source, "heads": jax.tree.map(lambda leaf: leaf.astype(weights), heads)}
 
     def split(self, parameters: Parameters) -> tuple[Parameters, Parameters | None]:
-        return {"heads": parameters["heads"]}, {name: tree for name, tree in parameters.items() if name != "heads"}
+        return {"heads": parameters["heads"]}, without_heads(parameters)
 
     def merge(self, trained: Parameters, frozen: Parameters | None) -> Parameters:
         assert frozen is not None  # see ``split``

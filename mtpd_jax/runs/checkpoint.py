@@ -5,9 +5,7 @@ read is held to digests of what was written. One that differs is passed over for
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN, PreservationPolicy
 
 from mtpd_jax.config import Config, differences
+from mtpd_jax.data.files import json_digest
 from mtpd_jax.methods.method import METHODS, Method
 from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step, ratings_of
 from mtpd_jax.runs.digests import digests_of
@@ -119,7 +118,7 @@ class Checkpointer:
             raise DivergedError(f"step {step}: {broken} is not finite any more; {self.kept()}")
         # What it is held to when it is read, sealed.
         record = {"config": config.to_dict(), "versions": package_versions(), "digests": digests, **progress}
-        sealed = {"sha256": _seal(record), **record}
+        sealed = {"sha256": json_digest(record), **record}
         arrays = {name: _saved(tree) for name, tree in fields.items()}
         items = ocp.args.Composite(**arrays, progress=ocp.args.JsonSave(sealed))
         try:
@@ -295,10 +294,6 @@ def _first_whole(
     raise ValueError(f"{workdir.checkpoints}: no checkpoint that can be used: {why}; to begin anew, move it away")
 
 
-def _seal(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 def _record(workdir: Workdir, step: int) -> dict[str, Any]:
     sealed = _restore(workdir, step, ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
     if not isinstance(sealed, dict):
@@ -307,7 +302,7 @@ def _record(workdir: Workdir, step: int) -> dict[str, Any]:
     record = {name: value for name, value in sealed.items() if name != "sha256"}
     if not {"sha256", "digests"} & sealed.keys():
         record = {**_BEFORE_DIGESTS, **record}
-    elif sealed.get("sha256") != _seal(record):
+    elif sealed.get("sha256") != json_digest(record):
         raise DamagedError("its record is not what was written")
     if not record.keys() >= _RECORDED:
         raise ValueError(

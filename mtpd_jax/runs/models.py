@@ -5,8 +5,6 @@ other is ever taken for it by mistake.
 """
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -15,9 +13,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, differences
+from mtpd_jax.data.files import json_digest, read_json
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.interop.reading import TOKENIZER, Found, look, read_parameters
 from mtpd_jax.methods.method import Method, method_of
+from mtpd_jax.methods.partition import without_heads
 from mtpd_jax.runs.checkpoint import read_record, restore_parameters
 from mtpd_jax.runs.choice import Choice, latest_step, steps_of
 from mtpd_jax.runs.digests import digests_of
@@ -35,7 +35,6 @@ class Model:
       step: optimizer steps done; 0 of a folder.
       sources: which documents it was trained on (see ``sources.identity``).
       backbone: where its backbone lies: ``path``, ``step`` and ``digest``.
-      record: of the checkpoint; None of a folder.
       note: what has to be said of it; nothing where there is nothing to say.
     """
 
@@ -43,7 +42,6 @@ class Model:
     step: int
     sources: list[dict[str, Any]]
     backbone: dict[str, Any]
-    record: dict[str, Any] | None = None
     note: str = ""
 
 
@@ -95,7 +93,7 @@ class RunModel:
         method = method_of(config, mesh)
         restored = restore_parameters(self.folder, method, choice)
         record = restored.record
-        self.folder.read_tokenizer(config, record["tokenizer"])
+        self.folder.check_tokenizer(record["tokenizer"])
         trained, frozen = restored.tree
         if method.names_backbone:
             where = record["origin"]["backbone"]
@@ -106,7 +104,7 @@ class RunModel:
             where = {"path": str(self.path), "step": restored.step}
         whole = method.merge(trained, frozen)
         note = restored.note(self.folder)
-        return Model(whole, restored.step, trained_on(record), where, record, note)
+        return Model(whole, restored.step, trained_on(record), where, note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,16 +156,15 @@ def open_model(path: str) -> RunModel | FolderModel:
 
 def _is_pretrained(config: pathlib.Path) -> bool:
     try:
-        settings = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return "model_type" in read_json(config)
+    except (OSError, ValueError):
         return False
-    return isinstance(settings, dict) and "model_type" in settings
 
 
 def backbone_digest(parameters: Parameters) -> str:
     """A hash of all of a model's parameters but its heads, bit for bit."""
-    digests, _ = digests_of({name: tree for name, tree in parameters.items() if name != "heads"})
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    digests, _ = digests_of(without_heads(parameters))
+    return json_digest(digests)
 
 
 def read_backbone(
@@ -199,7 +196,7 @@ def read_backbone(
             "where it lies elsewhere, name that folder with --backbone"
         ) from error
     _, wanted = abstract_parameters(method)
-    frozen = {part: tree for part, tree in read.parameters.items() if part != "heads"}
+    frozen = without_heads(read.parameters)
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree) for tree in (frozen, wanted)]
     if shapes[0] != shapes[1]:
         raise OtherBackboneError(f"{name}: a model of another shape than that which the heads were trained on")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config
 from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.fields import require
-from mtpd_jax.methods.method import METHODS, method_of
+from mtpd_jax.methods.method import METHODS
 from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import latest_step
 from mtpd_jax.runs.models import FolderModel, RunModel, backbone_digest, open_model
@@ -101,8 +101,7 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
     model = source.read(mesh)
     record = {"config": source.config.to_dict(), "step": model.step, "sources": model.sources}
     # What is frozen of it, if the run only names that.
-    method = method_of(config, mesh)
-    if method.names_backbone:
+    if METHODS[config.objective.mode].names_backbone:
         record["backbone"] = {**model.backbone, "digest": backbone_digest(model.parameters)}
     return Origin(model.parameters, record)
 

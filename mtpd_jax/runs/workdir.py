@@ -120,27 +120,34 @@ class Workdir:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
 
-    def read_tokenizer(self, config: Config, digest: str | None = None) -> Tokenizer:
-        """Reads tokenizer.json.
-
-        Args:
-          config: of the run.
-          digest: what ``tokenizer_digest`` was when the run was trained; None: it is new.
+    def read_tokenizer(self, config: Config) -> Tokenizer:
+        """Reads tokenizer.json, which a config of the run says how to use.
 
         Raises:
-          ValueError: it is missing, cannot be read, or is another one.
+          ValueError: it is missing, or cannot be read.
         """
-        if not self.tokenizer_file.exists():
-            raise ValueError(f"{self.tokenizer_file} is missing, without which the run's tokens cannot be read")
+        self._require_tokenizer()
+        return Tokenizer.load(self.tokenizer_file, config.tokenizer)
+
+    def check_tokenizer(self, digest: str | None) -> None:
+        """Checks that tokenizer.json is what ``tokenizer_digest`` was of when the run was trained; None: unknown.
+
+        Raises:
+          ValueError: it is missing, or another one.
+        """
+        self._require_tokenizer()
         if digest not in (None, self.tokenizer_digest()):
             raise ValueError(
                 f"{self.tokenizer_file}: not the tokenizer that the run was trained with; its own has to be put back"
             )
-        return Tokenizer.load(self.tokenizer_file, config.tokenizer)
 
     def tokenizer_digest(self) -> str:
         """A hash of tokenizer.json, as it lies there."""
         return hashlib.sha256(self.tokenizer_file.read_bytes()).hexdigest()
+
+    def _require_tokenizer(self) -> None:
+        if not self.tokenizer_file.exists():
+            raise ValueError(f"{self.tokenizer_file} is missing, without which the run's tokens cannot be read")
 
 
 def open_workdir(path: str | os.PathLike[str]) -> Workdir:

@@ -10,6 +10,7 @@ import optax
 from flax import struct
 
 from mtpd_jax.methods.method import Method
+from mtpd_jax.methods.partition import without_heads
 from mtpd_jax.shapes import Array, Int, Parameters
 from mtpd_jax.sharding import shardings_of, within
 
@@ -106,8 +107,8 @@ def initial_state(
     # What a run names without storing it stays where the source has it.
     frozen = None
     if method.names_backbone and source is not None:
-        _, frozen = method.split({"heads": None, **source})
-        frozen, shardings = jax.device_put(frozen, shardings.frozen), dataclasses.replace(shardings, frozen=None)
+        frozen = jax.device_put(without_heads(source), shardings.frozen)
+        shardings = dataclasses.replace(shardings, frozen=None)
 
     def create(key: jax.Array, source: Parameters | None) -> TrainState:
         state = _state_of(nn.meta.unbox(method.initial_parameters(key, source)), method, optimizer)
