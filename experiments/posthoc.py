@@ -1,16 +1,18 @@
 """Post-hoc heads on a frozen backbone (Electronics 15(7):1533): what they learn from, on what, in how many stages.
 
-``python -m experiments.posthoc --scale=stories_656k --backbone=DIR --text=FILE --generations=DIR --held_out=FILE
---workdir=DIR``: KL on the backbone's distribution against LM loss on the data; text against the backbone's own
-generations; a long first stage alone, a short one alone, or both; a cascade, a recurrent head, and one with a shared
-cache. ``--scale=stories_19m`` varies one thing at a time around a main arm, on a larger backbone.
+``python -m experiments.posthoc --scale=stories_656k --backbone=DIR --text=FILE --held_out=FILE --workdir=DIR``: KL on
+the backbone's distribution against LM loss on the data; text against the backbone's own generations; a long first stage
+alone, a short one alone, or both; a cascade, a recurrent head, and one with a shared cache. ``--scale=stories_19m``
+varies one thing at a time around a main arm, on a larger backbone.
 
-The backbone is a workdir or a folder of a Hugging Face model, ``--generations`` what ``mtpd_jax.corpus`` wrote with it
-after beginnings of the text. Figures are of other stories, ``--held_out``.
+The backbone is a workdir (``mtpd_jax.convert`` makes one of a pretrained model). Its own generations are written first:
+how it goes on after beginnings of stories of the text. Figures are of other stories, those of ``--held_out``. Without
+``--workdir`` the page is written anew, from the rows that are there.
 """
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -19,20 +21,18 @@ from typing import Any
 import jax
 
 from configs import posthoc as config_file
-from configs import stories
-from experiments.posthoc_report import FROZEN, JOINT, report
+from experiments.posthoc_report import SEEDS, report
 from experiments.sweep.experiment import Experiment, run
-from experiments.sweep.fingerprint import code_version
-from experiments.sweep.runner import Code
+from experiments.sweep.runner import RESULTS, locked
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from mtpd_jax import frontdoor
-from mtpd_jax.data.files import File
-from mtpd_jax.data.generations import MANIFEST
+from mtpd_jax import corpus, frontdoor
+from mtpd_jax.data.files import File, read_json
+from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.editing import change
-from mtpd_jax.fields import flat
-from mtpd_jax.runs.models import backbone_digest, open_model
-from mtpd_jax.sharding import data_mesh
+from mtpd_jax.evaluation.report import write_json
+from mtpd_jax.run import open_run
+from mtpd_jax.runs.models import backbone_digest
 
 KINDS = {
     "recurrent": {"heads.kind": "recurrent", "heads.cache": "per_depth"},
@@ -49,30 +49,32 @@ class Sizes:
     """How much is trained at a scale.
 
     Attributes:
-      pre, fine: optimizer steps of a first, and of a short stage.
       learning_rate: at the peak; a tenth of it in a second stage.
+      generations: beginnings of stories that the backbone goes on with.
+      pre, fine: optimizer steps of a first, and of a short stage.
       batch: rows per step.
-      texts, new_tokens, turns: see ``Scale``.
+      characters: of a beginning.
+      written: tokens that the backbone goes on with, at most, at temperature 1.
     """
 
-    pre: int
-    fine: int
     learning_rate: float
-    batch: int
-    texts: int
-    new_tokens: int
-    turns: int
+    generations: int
+    pre: int = 400
+    fine: int = 100
+    batch: int = 4
+    characters: int = 100
+    written: int = 192
 
 
 SIZES = {
-    "stories_656k": Sizes(pre=400, fine=100, learning_rate=1e-2, batch=4, texts=32, new_tokens=96, turns=1),
-    "stories_19m": Sizes(pre=800, fine=200, learning_rate=4e-3, batch=4, texts=32, new_tokens=96, turns=3),
+    "stories_656k": Sizes(learning_rate=1e-2, generations=3000),
+    "stories_19m": Sizes(learning_rate=4e-3, generations=2000),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the arms read: backbone, text, and the backbone's own generations."""
+    """What the arms read: backbone, text, and the folder of the backbone's own generations."""
 
     backbone: str
     text: str
@@ -83,15 +85,6 @@ class Inputs:
         if data == "text":
             return {"data.source": "text", "data.paths": (self.text,)}
         return {"data.source": "generations", "data.path": self.generations}
-
-    def digests(self) -> tuple[tuple[str, str], ...]:
-        """What they hold, wherever they lie."""
-        parameters = open_model(self.backbone).read(data_mesh(jax.devices()[:1])).parameters
-        files = {"text": pathlib.Path(self.text), "generations": pathlib.Path(self.generations) / MANIFEST}
-        return (
-            ("backbone", backbone_digest(parameters)),
-            *((name, File(path).digest()) for name, path in files.items()),
-        )
 
 
 def arm(
@@ -140,28 +133,11 @@ def one_at_a_time(inputs: Inputs, sizes: Sizes) -> list[Variant]:
         make("shared", "kl", "pre", "text"),
         make("shared", "lm", "pre", "text"),
         make("shared", "kl", "pre", "own"),
+        make("recurrent", "kl", "pre", "text", _ONCE),
+        make("cascade", "kl", "pre", "text", _ONCE),
         make("shared", "kl", "fine", "text", _ONCE),
         make("shared", "kl", "both", "text", _ONCE),
         make("shared", "kl", "both", "own", _ONCE),
-        make("recurrent", "kl", "pre", "text", _ONCE),
-        make("cascade", "kl", "pre", "text", _ONCE),
-        *joint_and_frozen(inputs, sizes),
-    ]
-
-
-def joint_and_frozen(inputs: Inputs, sizes: Sizes) -> list[Variant]:
-    """Four heads trained with their backbone (``configs/stories.py``, which the frozen one is of, too), and four on it.
-
-    The heads of both see as many tokens; the frozen backbone saw as many before.
-    """
-    tree = stories.get_config().to_dict()
-    decided = ("model", "heads", "objective", "optimizer", "training")
-    joint = dict(flat({section: tree[section] for section in decided}))
-    frozen = arm(inputs, sizes, "cascade", "kl", "pre", "text")
-    more = {"heads.num_heads": tree["heads"]["num_heads"], "training.steps": tree["training"]["steps"]}
-    return [
-        Variant(JOINT, {**joint, "data.shuffle_window": tree["data"]["shuffle_window"]}, decode=(3,), seeds=_ONCE),
-        Variant(FROZEN, {**frozen.diff, **more}, decode=(3,), seeds=_ONCE),
     ]
 
 
@@ -171,8 +147,33 @@ MATRICES: dict[str, Callable[[Inputs, Sizes], list[Variant]]] = {
 }
 
 
-def scale_of(name: str, inputs: Inputs, held_out: str) -> Scale:
-    """The scale of a name, with its base config and what runs read."""
+def write_generations(backbone: str, text: str, root: pathlib.Path, sizes: Sizes) -> str:
+    """Has the backbone go on with beginnings of the text, or with those that it has not yet.
+
+    Returns:
+      The folder of what it wrote.
+    """
+    folder, prompts = root / "generations", root / "beginnings.jsonl"
+    with locked(root / "generations.lock"):
+        stories = (story.strip() for story in pathlib.Path(text).read_text().split("<|endoftext|>"))
+        beginnings = dict.fromkeys(story[: sizes.characters].rpartition(" ")[0] for story in stories)
+        chosen = [beginning for beginning in beginnings if beginning][: sizes.generations]
+        prompts.write_text("".join(json.dumps({"prompt": beginning}) + "\n" for beginning in chosen))
+        corpus.run(
+            backbone, str(prompts), str(folder), max_new_tokens=sizes.written, sampling=Sampling(1.0), batch_size=32
+        )
+    return str(folder)
+
+
+def scale_of(name: str, inputs: Inputs, held_out: str, digests: dict[str, str]) -> Scale:
+    """The scale of a name, with its base config and what runs read.
+
+    Args:
+      name: of ``SIZES``.
+      inputs: where it lies.
+      held_out: the file of the stories that figures are of.
+      digests: of backbone, text and held-out stories, by which rows are known.
+    """
     sizes = SIZES[name]
 
     def base() -> Any:
@@ -180,44 +181,71 @@ def scale_of(name: str, inputs: Inputs, held_out: str) -> Scale:
         change(tree, {
             "objective.source": inputs.backbone, "data.paths": (inputs.text,), "training.batch_size": sizes.batch,
             "training.steps": sizes.pre, "checkpoint.keep": 1, "checkpoint.every_steps": sizes.pre,
-            "logging.tensorboard": False, "evaluation.every_steps": sizes.pre // 4, "evaluation.documents": 8,
+            "logging.tensorboard": False, "evaluation.every_steps": sizes.pre // 8, "evaluation.documents": 8,
         })  # fmt: skip
         return tree
 
+    of_generations = f"{sizes.generations} x {sizes.characters} characters, {sizes.written} tokens"
     return Scale(
-        name, base, loop_steps=0, texts=sizes.texts, prompt_tokens=32, new_tokens=sizes.new_tokens, turns=sizes.turns,
-        held_out=held_out, inputs=inputs.digests(),
+        name, base, loop_steps=0, texts=32, prompt_tokens=32, new_tokens=96, turns=1, held_out=held_out,
+        inputs=(*digests.items(), ("generations", of_generations)),
     )  # fmt: skip
+
+
+def digests_of(backbone: str, text: str, held_out: str) -> dict[str, str]:
+    """Digests of what the arms read, wherever it lies."""
+    files = {"text": text, "held_out": held_out}
+    parameters = open_run(backbone).parameters
+    return {
+        "backbone": backbone_digest(parameters),
+        **{name: File(pathlib.Path(path)).digest() for name, path in files.items()},
+    }
 
 
 def main() -> int:
     """Parses the flags, runs."""
     parser = frontdoor.Parser(prog="python -m experiments.posthoc", description=__doc__)
     parser.add_argument("--scale", required=True, choices=tuple(SIZES))
-    for name, what in (
-        ("backbone", "a workdir, or a folder of a Hugging Face model"), ("text", "stories to train on"),
-        ("generations", "what mtpd_jax.corpus wrote with the backbone"), ("held_out", "other stories"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", required=True, help=what)
-    parser.add_argument("--workdir", help="the folder that runs are trained in; without it, only the report is written")
+    names = ("backbone", "text", "held_out")
+    for name, what in zip(names, ("a workdir", "stories to train on", "other stories"), strict=True):
+        parser.add_argument(f"--{name}", help=what)
+    parser.add_argument("--workdir", help="the folder that runs are trained in; without it, only the page is written")
     parser.add_argument("--only", type=frontdoor.names, default=[], help="arms to run, separated by commas")
     parser.add_argument("--seeds", type=frontdoor.integers, default=[], help="to run, separated by commas")
     flags = parser.parse_args()
-    root = pathlib.Path(flags.workdir).resolve() if flags.workdir else None
-    if root is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # runs share most of their programs
-        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
-    files = [
-        str(pathlib.Path(path).resolve()) for path in (flags.backbone, flags.text, flags.generations, flags.held_out)
-    ]
-    inputs = Inputs(*files[:3])
-    scale, sizes = scale_of(flags.scale, inputs, files[3]), SIZES[flags.scale]
+    given = {name: getattr(flags, name) for name in (*names, "workdir")}
+    missing = [name for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise ValueError(f"--{missing[0]} is missing: expected all of {', '.join(f'--{name}' for name in given)}")
+    if missing and (flags.only or flags.seeds):
+        raise ValueError("--only and --seeds choose what is run: they need --workdir")
+    _run(flags.scale, {} if missing else given, flags.only, flags.seeds)
+    return 0
+
+
+def _run(name: str, given: dict[str, str], only: Sequence[str], seeds: Sequence[int]) -> None:
+    sizes, recorded = SIZES[name], RESULTS / name / "inputs.json"
+    if given:
+        backbone, text, held_out, work = (str(pathlib.Path(path).resolve()) for path in given.values())
+        root = pathlib.Path(work)
+        root.mkdir(parents=True, exist_ok=True)
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # runs share most of their programs
+            jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+        inputs = Inputs(backbone, text, write_generations(backbone, text, root, sizes))
+        digests = digests_of(backbone, text, held_out)
+        recorded.parent.mkdir(parents=True, exist_ok=True)
+        write_json(str(recorded), digests)
+    elif not recorded.exists():
+        raise ValueError(f"{recorded} is missing: there are no rows; run it with --workdir")
+    else:  # rows are known by what was read; where it lay says nothing
+        root, inputs, held_out, digests = None, Inputs("-", "-", "-"), "-", read_json(recorded)
 
     def variants(_: Scale) -> list[Variant]:
-        return MATRICES[flags.scale](inputs, sizes)
+        return MATRICES[name](inputs, sizes)
 
-    experiment = Experiment("posthoc", variants, functools.partial(report, scale_name=flags.scale))
-    run(experiment, scale, root, flags.only, flags.seeds, code=Code(code_version("posthoc")))
-    return 0
+    page = functools.partial(report, sizes=dataclasses.asdict(sizes), wanted=variants)
+    scale = scale_of(name, inputs, held_out, digests)
+    run(Experiment("posthoc", variants, page, SEEDS), scale, root, only, seeds, RESULTS)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
 """The page of ``experiments.posthoc``: every arm, and what one change at a time is worth."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.report import Report, Table, line, per_seed, share, verdict, with_interval
+from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.variants import MODES
 from mtpd_jax.evaluation.statistics import Counts, mean_of
 
 _HEADS = 3
-# Four heads each, trained with their backbone and on a frozen one.
-JOINT, FROZEN = "joint, 4 heads", "frozen, 4 heads"
+# Of every arm that names none.
+SEEDS = (0, 1, 2)
+_CAVEATS = {
+    "stories_656k": "TinyStories-656K is somebody else's: whether it was trained on our held-out stories is not known.",
+}
 # What is changed, by the place of its word in an arm's name: from the first to the second.
 _CHANGES = (
     ("KL in place of LM loss", 1, "lm", "kl"),
@@ -23,17 +27,47 @@ _CHANGES = (
 )
 
 
-def report(arms: Mapping[str, Arm], scale: Scale, scale_name: str) -> Report:
-    """Every arm, what changes are worth, and decoding during training."""
+def report(
+    arms: Mapping[str, Arm], scale: Scale, sizes: Mapping[str, Any], wanted: Callable[[Scale], Sequence[Variant]]
+) -> Report:
+    """Every arm, what changes are worth, and decoding during training.
+
+    Args:
+      arms: that have rows.
+      scale: of them.
+      sizes: how much was trained, by name; see ``posthoc.Sizes``.
+      wanted: the arms that there are to be.
+    """
+    digests = ", ".join(f"{name} `{digest[:16]}`" for name, digest in scale.inputs if name != "generations")
     text = (
-        f"Three depths on a frozen backbone ({scale_name}), {scale.texts} beginnings of held-out stories of "
+        f"Three depths on a frozen backbone ({scale.name}; {digests}), {scale.texts} beginnings of held-out stories of "
         f"{scale.prompt_tokens} tokens, continued by {scale.new_tokens}, one at a time. An arm is named by its kind, "
-        "its loss, its stages (`pre`: a long first stage; `fine`: a short one alone; `both`: one on text, then the "
-        "other) and the data of its last stage. The checkpoint is the one that decoded best while it was trained, on "
-        "other prompts. Intervals in brackets: 95 %, paired bootstrap over seeds and then held-out texts."
+        f"its loss, its stages (`pre`: a long first stage, {sizes['pre']} steps; `fine`: a short one alone, "
+        f"{sizes['fine']} steps; `both`: one on text, then the short one) and the data of its last stage: text, or "
+        f"what the backbone wrote at temperature 1 after {sizes['generations']:,} beginnings of it. The checkpoint is "
+        "the one that decoded best while it was trained, on other prompts. Intervals in brackets: 95 %, paired "
+        "bootstrap over seeds and then held-out texts."
     )
-    tables = [_all(arms), *(_changes(arms, mode) for mode in MODES), _freezing(arms)]
+    if scale.name in _CAVEATS:
+        text += f" {_CAVEATS[scale.name]}"
+    missing = _left_out(arms, wanted(scale))
+    text += f"\n\nLeft out: {missing}." if missing else ""
+    tables = [_all(arms), *(_changes(arms, mode) for mode in MODES)]
     return Report("Post-hoc heads", text, tables, _panels(arms))
+
+
+def _left_out(arms: Mapping[str, Arm], wanted: Sequence[Variant]) -> str:
+    """The seeds without a row, by arm: nothing where there are all."""
+    lacking: dict[tuple[int, ...], list[str]] = {}
+    for variant in wanted:
+        there = arms[variant.name].seeds if variant.name in arms else []
+        seeds = tuple(seed for seed in (SEEDS if variant.seeds is None else variant.seeds) if seed not in there)
+        if seeds:
+            lacking.setdefault(seeds, []).append(variant.name)
+    return "; ".join(
+        f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))} of {', '.join(names)}"
+        for seeds, names in lacking.items()
+    )
 
 
 def _all(arms: Mapping[str, Arm]) -> Table:
@@ -63,7 +97,7 @@ def _changes(arms: Mapping[str, Arm], mode: str) -> Table:
     for what, place, before, after in _CHANGES:
         for name in arms:
             words = name.split()
-            if name not in (JOINT, FROZEN) and words[place] == after:
+            if words[place] == after:
                 base = " ".join([*words[:place], before, *words[place + 1 :]])
                 # A second stage on own text is beside the first, which was on text.
                 if place == 2 and after == "both":
@@ -71,30 +105,6 @@ def _changes(arms: Mapping[str, Arm], mode: str) -> Table:
                 rows += _row(arms, what, name, base, figure)
     columns = ["change", "arm", "before", "after", "gain in tokens per pass", "per seed", "better"]
     return Table(f"One change at a time, {MODES[mode]}", columns, rows)
-
-
-def _freezing(arms: Mapping[str, Arm]) -> Table:
-    """What it costs that the backbone does not learn with its heads, and what it saves."""
-    rows = []
-    for name in (JOINT, FROZEN):
-        if name in arms:
-            arm = arms[name]
-            accepted = [share(mean_of(arm.conditional("sampled", 4, k))) for k in range(1, 5)]
-            decoded = [
-                with_interval(mean_of(figure))
-                for mode in MODES
-                for figure in (arm.tokens_per_pass(mode, 4), arm.speed_over(mode, 4, 0))
-            ]
-            ce = with_interval(mean_of(arm.main_ce()), digits=3)
-            rows.append([name, ce, f"{arm.mean('training_flops'):.3g}", *accepted, *decoded])
-    columns = ["", "main CE, nats", "training FLOPs", *(f"accepted {k}, %" for k in range(1, 5))]
-    for label in MODES.values():
-        columns += [f"tokens per pass, {label}", f"wall clock over plain, {label}"]
-    note = (
-        "As many tokens for the heads of both; the frozen backbone was trained before, on as many, without heads, "
-        "which its training FLOPs do not count. Accepted: conditional acceptance at temperature 1."
-    )
-    return Table("What freezing the backbone costs", columns, rows, note)
 
 
 def _row(arms: Mapping[str, Arm], what: str, name: str, base: str, figure: Callable[[Arm], Counts]) -> list[list[str]]:

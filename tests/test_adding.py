@@ -166,7 +166,7 @@ PROGRAMS = {
             return config
         scale = Scale("tiny", tiny, loop_steps=2, texts=2, prompt_tokens=8, new_tokens=4)
         folders = {"root": pathlib.Path("runs"), "results": pathlib.Path("results")}
-        run_experiment(depth.EXPERIMENT, scale, seeds=[0], code=Code("a toy"), **folders)
+        run_experiment(depth.EXPERIMENT, scale, seeds=[0], code=Code(lambda family: "a toy"), **folders)
         assert "layers_4" in pathlib.Path("results/tiny/depth.md").read_text()
         """,
 }

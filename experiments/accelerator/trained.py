@@ -75,7 +75,7 @@ def trained(place: Place, run: Run) -> Result:
 
     Rows are of the recorded version of the code (``sweep.fingerprint``), to which the tests hold it.
     """
-    code = Code("tiny" if place.tiny else version_of(recorded()))
+    code = Code(lambda family: "tiny" if place.tiny else version_of(recorded(family)))
     diverged = Sweep(NAME, [run], code, place.work / NAME, place.out).run()
     if diverged:
         raise ValueError("; ".join(diverged))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from experiments.sweep.arms import Arm
-from experiments.sweep.fingerprint import code_version
 from experiments.sweep.paper import write_configs
 from experiments.sweep.report import Report, write
 from experiments.sweep.rows import Row, read_rows
@@ -70,7 +69,7 @@ def run(
       ValueError: an unknown variant, or no row to report.
       DivergedError: runs whose loss became infinite, once all else is done.
     """
-    variants = experiment.variants(scale)
+    code, variants = code or Code(), experiment.variants(scale)
     unknown = sorted(set(only) - {variant.name for variant in variants})
     if unknown:
         raise ValueError(f"--only={unknown[0]}: expected some of {', '.join(variant.name for variant in variants)}")
@@ -84,13 +83,14 @@ def run(
             for variant in chosen
             if seeds or variant.seeds is None or seed in variant.seeds
         ]
-        diverged = Sweep(experiment.name, runs, code or Code(code_version()), root, results).run()
+        diverged = Sweep(experiment.name, runs, code, root, results).run()
     path = results / scale.name / f"{experiment.name}.jsonl"
     arms = arms_of(read_rows(path), variants, scale)
     if not arms:
         raise ValueError(f"{path}: holds no row of this experiment; run it with --workdir")
     command = f"python -m experiments.{experiment.name} --scale={scale.name} --workdir=DIR"
-    version = code.version if code else code_version()
+    families = sorted({Run(variant, 0, scale).family for variant in variants})
+    version = " ".join(map(code.version, families))
     write(experiment.report(arms, scale), arms, path.with_suffix(".md"), command, version)
     if diverged:
         raise DivergedError("; ".join(diverged))

@@ -22,7 +22,7 @@ def write_configs(name: str, variants: Sequence[Variant], scale: Scale, root: pa
     for variant in variants:
         run = Run(variant, 0, scale)
         seed = run.config().training.seed
-        diff = dict(variant.diff) | ({"objective.mode": "extension", "training.seed": seed} if variant.start else {})
+        diff = {"objective.mode": "extension", **variant.diff, "training.seed": seed} if variant.start else variant.diff
         lines = "".join(f"    config.{field} = {value!r}\n" for field, value in diff.items())
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{variant.name}.py").write_text(

@@ -12,6 +12,7 @@ import jax
 import rich.console
 
 from experiments.environment import environment
+from experiments.sweep.fingerprint import code_version
 from experiments.sweep.measure import measure
 from experiments.sweep.rows import Row, append_row, read_rows
 from experiments.sweep.runs import Run
@@ -28,11 +29,11 @@ class Code:
     """The code whose runs are compared.
 
     Attributes:
-      version: what rows know it by, see ``fingerprint.code_version``.
+      version: what the rows of a family of runs know it by.
       train: trains the run of a config in a workdir.
     """
 
-    version: str
+    version: Callable[[str], str] = code_version
     train: Callable[[Config, str], TrainResult] = train.run
 
 
@@ -95,7 +96,7 @@ class Sweep:
             self._train(run.start)
             start = self._workdir(run.start)
         workdir = self._workdir(run)
-        with _locked(workdir.with_suffix(".lock")):
+        with locked(workdir.with_suffix(".lock")):
             result = self._code.train(run.config(start), str(workdir))
         if not result.finished or result.signal is not None:
             raise SystemExit(128 + (result.signal or 0))
@@ -113,17 +114,18 @@ class Sweep:
         return False
 
     def _workdir(self, run: Run) -> pathlib.Path:
-        return run.workdir(self._root, self._code.version)
+        return run.workdir(self._root, self._code.version(run.family))
 
     def _name(self, run: Run) -> dict[str, Any]:
-        return {"config": run.key(), "seed": run.seed, "code": self._code.version}
+        return {"config": run.key(), "seed": run.seed, "code": self._code.version(run.family)}
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
+    """Waits for other processes that hold the file, and holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -53,6 +53,11 @@ class Run:
         return None if self.variant.start is None else Run(self.variant.start, self.seed, self.scale)
 
     @property
+    def family(self) -> str:
+        """The part of the code that its row depends on; see ``fingerprint.FAMILIES``."""
+        return "posthoc" if self.config().objective.mode == "posthoc" else "heads"
+
+    @property
     def extensions(self) -> int:
         """How many times heads were added, this run included."""
         return 0 if self.start is None else 1 + self.start.extensions

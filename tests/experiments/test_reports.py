@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from experiments import ablations, decay, distillation, head_count, looped
+from experiments import ablations, decay, distillation, freezing, head_count, looped
 from experiments.sweep import experiment as command_line
 from experiments.sweep.arms import Arm
 from experiments.sweep.experiment import arms_of, run
@@ -21,11 +21,12 @@ from mtpd_jax.config import Config
 from mtpd_jax.evaluation.statistics import Interval
 from tests.experiments.rows import made_up_row
 
-MODULES = {module.EXPERIMENT.name: module.EXPERIMENT for module in (distillation, ablations, looped, head_count, decay)}
+ALL = (distillation, ablations, looped, head_count, decay, freezing)
+MODULES = {module.EXPERIMENT.name: module.EXPERIMENT for module in ALL}
 CPU = SCALES["cpu"]
 
 
-CODE = Code("made up")
+CODE = Code(lambda family: "made up")
 
 
 def rows_of(experiment, seeds=(0, 1), names=None, quality=0.7):

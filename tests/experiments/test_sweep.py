@@ -61,8 +61,8 @@ def report(arms, scale):
 
 
 EXPERIMENT = Experiment("tiny", variants, report, seeds=(0,))
-CODE = Code("this code")
-TRAINS_NOTHING = Code("this code", lambda *_: pytest.fail("trained again"))
+CODE = Code(lambda family: "this code")
+TRAINS_NOTHING = Code(lambda family: "this code", lambda *_: pytest.fail("trained again"))
 
 
 def untimed(path):
@@ -120,7 +120,7 @@ def test_other_code_trains_anew(whole, text_file):
     """In a folder of its own, though the old one is there."""
     folder, _ = whole
     run = Run(mtp(2), 0, tiny_scale(text_file))
-    before = run.workdir(folder / "runs", CODE.version)
+    before = run.workdir(folder / "runs", "this code")
     trained = []
 
     def stop(config, workdir):
@@ -128,7 +128,7 @@ def test_other_code_trains_anew(whole, text_file):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Sweep("tiny", [run], Code("changed", stop), folder / "runs", folder).run()
+        Sweep("tiny", [run], Code(lambda family: "changed", stop), folder / "runs", folder).run()
     assert before.exists() and trained == [run.workdir(folder / "runs", "changed")] and trained[0] != before
 
 
@@ -144,7 +144,7 @@ def test_a_diverged_run_does_not_hold_up_the_others(text_file, tmp_path):
         raise DivergedError("step 3: loss nan")
 
     runs = [Run(mtp(2), seed, tiny_scale(text_file)) for seed in (0, 1)]
-    sweep = Sweep("tiny", runs, Code("this code", fail), tmp_path, tmp_path)
+    sweep = Sweep("tiny", runs, Code(lambda family: "this code", fail), tmp_path, tmp_path)
     assert sweep.run() == [f"mtp_2, seed {seed}: step 3: loss nan" for seed in (0, 1)]
 
 
@@ -228,7 +228,7 @@ def test_a_killed_sweep_ends_with_the_same_table(whole, text_file, tmp_path):
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         f"run(EXPERIMENT, tiny_scale({text_file!r}), folder / 'runs', results=folder, code=CODE)\n"
     )
-    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs", CODE.version)
+    second = Run(mtp_d(2), 0, tiny_scale(text_file)).workdir(tmp_path / "runs", "this code")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 300
     while not list((second / "checkpoints").glob("5*")) and time.monotonic() < deadline:

@@ -1,0 +1,111 @@
+"""What it costs that a backbone does not learn with its heads: post-hoc heads against joint MTP-D.
+
+``python -m experiments.freezing --scale=cpu --workdir=DIR``: four heads trained with their backbone, and four of the
+same kind on a frozen backbone of the same size, which was trained before on as many tokens. The heads of both see the
+same number of tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from experiments.sweep.arms import Arm, gain, paired
+from experiments.sweep.experiment import Experiment, main
+from experiments.sweep.report import Report, Table, line, per_seed, points, share, verdict, with_interval
+from experiments.sweep.runs import Variant
+from experiments.sweep.scale import Scale
+from experiments.variants import MODES, mtp_d, next_token
+from mtpd_jax import frontdoor
+from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
+
+_HEADS = 4
+# What is compared, by what its difference is written as.
+_SHARES: dict[str, Callable[[Arm, str], Counts]] = {
+    f"cumulative acceptance, head {k}": lambda arm, mode, k=k: arm.cumulative(mode, _HEADS, k) for k in (1, _HEADS)
+}
+_NUMBERS: dict[str, Callable[[Arm, str], Counts]] = {
+    "tokens per pass": lambda arm, mode: arm.tokens_per_pass(mode, _HEADS),
+    "wall clock over plain": lambda arm, mode: arm.speed_over(mode, _HEADS, 0),
+}
+
+
+def variants(scale: Scale) -> list[Variant]:
+    """Heads that are trained with their backbone; a backbone; and heads on it, by its distribution or by labels."""
+    frozen = {"heads.num_heads": _HEADS, "objective.mode": "posthoc"}
+    lm = {"objective.alpha": 1 / _HEADS, "objective.beta": 0.0}
+    return [
+        mtp_d(_HEADS),
+        next_token(),
+        Variant("frozen_kl", frozen, start=next_token()),
+        Variant("frozen_lm", {**frozen, **lm}, start=next_token()),
+    ]
+
+
+def report(arms: Mapping[str, Arm], scale: Scale) -> Report:
+    """Both by what their heads are worth, and what they cost."""
+    text = (
+        f"`mtp_d_{_HEADS}`: a backbone and {_HEADS} heads that learn together (MTP-D). `ntp`: a backbone of the same "
+        "size, trained without heads on as many tokens. `frozen_kl` and `frozen_lm`: as many heads on that one, which "
+        "stays as it is; they learn its distribution, or the labels of the data. All heads see the same number of "
+        "tokens. Intervals in brackets: 95 %, paired bootstrap over seeds and then held-out texts."
+    )
+    tables = [_main_head(arms), *(_decoding(arms, mode) for mode in MODES)]
+    return Report("What freezing the backbone costs", text, tables, _panels(arms))
+
+
+def _main_head(arms: Mapping[str, Arm]) -> Table:
+    rows = []
+    for name, arm in arms.items():
+        pair = paired(arms, name, f"mtp_d_{_HEADS}")
+        cost, seeds = (None, []) if pair is None or arm is pair[1] else gain(*pair, Arm.main_ce)
+        rows.append([
+            name, with_interval(mean_of(arm.main_ce()), digits=3), "–" if cost is None else
+            with_interval(cost, digits=3, signed=True), per_seed(seeds, 1, 3), f"{arm.mean('training_flops'):.3g}",
+            f"{arm.mean('seconds'):.0f}",
+        ])  # fmt: skip
+    columns = ["", "main CE, nats", "against joint", "per seed", "training FLOPs", "seconds"]
+    note = "FLOPs and seconds of a frozen backbone's heads are theirs alone: it was there before."
+    return Table("The main head, and what training costs", columns, rows, note)
+
+
+def _decoding(arms: Mapping[str, Arm], mode: str) -> Table:
+    rows = []
+    for name in arms:
+        pair = paired(arms, name, f"mtp_d_{_HEADS}")
+        if pair is None or not pair[0].heads or name == pair[1].name:
+            continue
+        shown: list[tuple[str, Callable[[Arm, str], Counts], Callable[[Interval], str], Callable[[Interval], str]]] = [
+            *((what, figure, share, points) for what, figure in _SHARES.items()),
+            *((what, figure, with_interval, _signed) for what, figure in _NUMBERS.items()),
+        ]
+        for what, figure, plain, signed in shown:
+            gained, seeds = gain(*pair, lambda arm, figure=figure: figure(arm, mode))
+            before, after = (plain(mean_of(figure(arm, mode))) for arm in reversed(pair))
+            factor = 100 if plain is share else 1
+            one_by_one = per_seed(seeds, factor, 1 if plain is share else 2)
+            rows.append([name, what, before, after, signed(gained), one_by_one, verdict(gained, len(seeds))])
+    columns = ["", "figure", "joint", "frozen", "gain by freezing", "per seed", "better"]
+    return Table(f"Decoding, {MODES[mode]}", columns, rows, "Acceptance in per cent.")
+
+
+def _signed(interval: Interval) -> str:
+    return with_interval(interval, signed=True)
+
+
+def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": f"conditional acceptance, {MODES[mode]}", "x": "head", "y": "%",
+            "lines": {
+                name: line({k: mean_of(arm.conditional(mode, _HEADS, k)) for k in range(1, _HEADS + 1)}, 100)
+                for name, arm in arms.items()
+                if arm.heads
+            },
+        }
+        for mode in MODES
+    ]  # fmt: skip
+
+
+EXPERIMENT = Experiment("freezing", variants, report)
+
+if __name__ == "__main__":
+    frontdoor.guarded(lambda: main(EXPERIMENT, __doc__))
