@@ -131,6 +131,11 @@ class ObjectiveConfig(Section, tag="mode", default="joint"):
         """The workdir of the run that training starts from, ``objective.source``; None: from random parameters."""
         return None
 
+    @property
+    def source_choice(self) -> str | None:
+        """Which checkpoint of that run, ``objective.source_checkpoint``; None: the one that it is opened with."""
+        return None
+
     def starting_from(self, source: str) -> "ObjectiveConfig":
         """This section with another ``objective.source``, for methods that have one."""
         return dataclasses.replace(self, source=source)
@@ -204,13 +209,19 @@ class LoggingConfig(Section):
     tensorboard: bool = field(True, resumable=True)
 
 
+# Prompts that rate, and prompts that are reported.
+SOME_OF_BOTH = Constraint(
+    lambda value: value != 1, "none, or at least two: some that rate, and others that are reported"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig(Section):
     every_steps: int = field(1000, POSITIVE, resumable=True)  # and after the last step
     documents: int = field(64, POSITIVE, resumable=True)  # held-out documents scored, at most
     # Held-out prompts that are decoded: half of them rate the checkpoint, the others are reported. None: 32 with heads
     # on a frozen backbone, none elsewhere.
-    prompts: int | None = field(None, ZERO_OR_MORE, as_before=None)
+    prompts: int | None = field(None, ZERO_OR_MORE, SOME_OF_BOTH, as_before=None)
     # Of each prompt, and of what is written after it, at most; together no more than a training sequence.
     prompt_tokens: int = field(32, POSITIVE, as_before=32)
     new_tokens: int = field(64, POSITIVE, as_before=64)

@@ -11,9 +11,9 @@ from mtpd_jax.interop.formats import FORMATS
 from mtpd_jax.interop.reading import look
 from mtpd_jax.interop.writing import plan
 from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.run import open_run
 from mtpd_jax.runs.exported import export_model, last_evaluation
 from mtpd_jax.runs.imported import import_model
-from mtpd_jax.runs.opening import load_run
 from mtpd_jax.runs.whole import check_free
 from mtpd_jax.runs.workdir import open_workdir
 
@@ -92,7 +92,7 @@ def to_hf(
     planned = plan(source.read_config(), format)
     check_free(target, planned.bytes + _MARGIN)
     decoding = {report: read_json(pathlib.Path(report)) for report in reports}
-    run = load_run(workdir, **opening)
+    run = open_run(workdir, **opening).trained
     text = card(planned, run.config, run.step, Measurements(last_evaluation(source, run.step), decoding))
     if not dry_run:
         export_model(planned, run, target, text)

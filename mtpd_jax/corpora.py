@@ -6,6 +6,7 @@ So a run that was killed, however often, leaves the same bytes as one that was n
 """
 
 import dataclasses
+import datetime
 import itertools
 import json
 import pathlib
@@ -20,12 +21,25 @@ from etils import epath
 from mtpd_jax.data.chat import Message, Prompt
 from mtpd_jax.data.documents import digest_of
 from mtpd_jax.data.files import json_digest, read_json
-from mtpd_jax.data.generations import LEFT_OUT, MANIFEST, shard
 from mtpd_jax.data.prompts import PromptRow
-from mtpd_jax.data.written import Counts, LeftOut, Written, append, validate
+from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.data.written import (
+    FAILED,
+    LEFT_OUT,
+    MANIFEST,
+    SKIPPED,
+    Counts,
+    LeftOut,
+    Written,
+    append,
+    shard,
+    shards_of,
+    validate,
+)
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.stops import transitions_of
+from mtpd_jax.evaluation.generation import cut_before
 from mtpd_jax.run import Run
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.runs.lock import take_lock
@@ -60,8 +74,12 @@ class Corpus:
       stop: strings that end an answer.
       batch_size: prompts that are decoded together.
 
+    Attributes:
+      rows: the prompts.
+
     Raises:
-      ValueError: an id stands twice; an option is out of range; or the chat template does not say where answers begin.
+      ValueError: an id stands twice; an option is out of range; there are conversations and no chat template, or one
+        that does not say where answers begin.
     """
 
     def __init__(
@@ -69,8 +87,9 @@ class Corpus:
     ):
         check_seed(seed)
         check_count("batch_size", batch_size)
-        options.validate()
-        self._run, self._rows, self._options, self._seed = run, rows, options, seed
+        # What holds for a short prompt; those that are too long are skipped.
+        run.decoder.check([np.zeros(1, np.int32)] * batch_size, options, batch_size)
+        self._run, self.rows, self._options, self._seed = run, rows, options, seed
         self._stop, self._batch = tuple(stop), batch_size
         self._transitions = transitions_of(run.tokenizer.token_bytes(), stop) if stop else None
         lines: dict[str, int] = {}
@@ -78,12 +97,24 @@ class Corpus:
             if row.id in lines:
                 raise ValueError(f"--prompts: lines {lines[row.id]} and {row.line} have the same id {row.id!r}")
             lines[row.id] = row.line
-        if run.template is not None and any(not isinstance(row.prompt, str) for row in rows):
+        if any(not isinstance(row.prompt, str) for row in rows):
+            if run.template is None:
+                raise ValueError("--prompts: holds conversations, and the model has no chat template to read them with")
             run.template.check_boundary()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the run."""
+        return self._run.tokenizer
+
+    def note(self) -> str:
+        """What has to be said of texts in which heads do not draft to the end; nothing where there is none."""
+        tasks, _ = self._tasks()
+        return self._run.note_of([task.first for task in tasks], self._options)
 
     def manifest(self) -> dict[str, Any]:
         """What decides every byte of the answers: another of any of these is another corpus."""
-        prompts = sorted((row.id, json.dumps(row.prompt, sort_keys=True)) for row in self._rows)
+        prompts = sorted((row.id, json.dumps(row.prompt, sort_keys=True)) for row in self.rows)
         digests, _ = digests_of(self._run.parameters)
         template = self._run.template
         return {
@@ -91,8 +122,12 @@ class Corpus:
             "step": self._run.step,
             "tokenizer": self._run.tokenizer.digest,
             "template": None if template is None else template.digest,
+            "config": json_digest(
+                [dataclasses.asdict(part) for part in (self._run.config.model, self._run.config.tokenizer)]
+            ),
+            "context": self._run.decoder.context,
             "prompts": json_digest(prompts),
-            "rows": len(self._rows),
+            "rows": len(self.rows),
             "seed": self._seed,
             "stop": list(self._stop),
             "batch_size": self._batch,
@@ -112,31 +147,61 @@ class Corpus:
         """
         _check_folder(folder, manifest := self.manifest())
         with take_lock(Workdir(epath.Path(folder))):
-            write_atomically(epath.Path(folder / MANIFEST), json.dumps(manifest, indent=2) + "\n")
+            begun = _check_folder(folder, manifest)  # again: another process may have begun meanwhile
+            if not begun:
+                (folder / LEFT_OUT).unlink(missing_ok=True)
+            moment = self._stop_clock(folder if begun else None)
+            write_atomically(epath.Path(folder / MANIFEST), json.dumps({**manifest, **moment}, indent=2) + "\n")
             tasks, skipped = self._tasks()
             written, left_out = Written.of(folder, mend=True), LeftOut(folder / LEFT_OUT, mend=True)
             for row, reason in skipped:
-                left_out.add(row.id, "skipped", reason)
+                left_out.add(row.id, SKIPPED, reason)
             on_prompts(len(skipped))
             for number, group in enumerate(self._groups(tasks)):
                 if not all(task.row.id in written.ids or task.row.id in left_out.ids for task in group):
                     self._write_group(folder / shard(number // _GROUPS_PER_SHARD), group, written, left_out)
                 on_prompts(len(group))
         counts = validate(folder)
-        if counts.prompts != len(self._rows):
-            raise ValueError(f"{folder}: accounts for {counts.prompts} of {len(self._rows)} prompts")
+        if counts.prompts != len(self.rows):
+            raise ValueError(f"{folder}: accounts for {counts.prompts} of {len(self.rows)} prompts")
         return counts
 
-    def preview(self, number: int) -> list[dict[str, Any]]:
-        """The rows of the first prompts that can be answered, without writing anything."""
-        tasks, _ = self._tasks()
-        first = sorted(tasks, key=lambda task: task.row.line)[:number]
-        return [row for answers in self._answers(first) if not isinstance(answers, str) for row in answers]
+    def preview(self, number: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """Answers the first prompts that can be answered, without writing anything.
+
+        Returns:
+          Their rows, and by id why prompts have none: those that cannot be answered, and those that failed.
+        """
+        tasks, skipped = self._tasks()
+        without = {row.id: reason for row, reason in skipped}
+        first, rows = sorted(tasks, key=lambda task: task.row.line)[:number], []
+        for task, answers in zip(first, self._answers(first), strict=True):
+            if isinstance(answers, str):
+                without[task.row.id] = answers
+            else:
+                rows += answers
+        return rows, without
+
+    def _stop_clock(self, begun: pathlib.Path | None) -> dict[str, str]:
+        """Has the template write one day in all prompts, whenever they are answered; returns what the manifest keeps.
+
+        ``begun`` is the folder of what was written before.
+        """
+        template = self._run.template
+        if template is None or not template.reads_clock:
+            return {}
+        now = (
+            datetime.datetime.now()
+            if begun is None
+            else datetime.datetime.fromisoformat(read_json(begun / MANIFEST)["now"])
+        )
+        template.stop_clock(now)
+        return {"now": now.isoformat()}
 
     def _tasks(self) -> tuple[list[_Task], list[tuple[PromptRow, str]]]:
         """What can be answered, and what cannot, with the reason."""
         tasks, skipped = [], []
-        for row in self._rows:
+        for row in self.rows:
             try:
                 turns = turns_of(row.prompt)
                 tasks.append(_Task(row, turns, self._encode(turns[0])))
@@ -151,7 +216,7 @@ class Corpus:
           ValueError: it cannot, and why.
         """
         ids, room = self._run.encode(prompt), self._run.decoder.context - self._options.max_new_tokens
-        if not len(ids):
+        if not prompt or not len(ids):  # a token that texts begin with says nothing
             raise ValueError("empty: there is nothing to continue")
         if len(ids) > room:
             raise ValueError(f"{len(ids)} tokens, and there is room for {room}")
@@ -172,7 +237,7 @@ class Corpus:
         lines = []
         for task, answers in zip(group, self._answers(group), strict=True):
             if isinstance(answers, str):
-                left_out.add(task.row.id, "failed", answers)
+                left_out.add(task.row.id, FAILED, answers)
             elif task.row.id not in written.ids:
                 lines += [json.dumps(row) + "\n" for row in answers]
                 written.ids.add(task.row.id)
@@ -182,7 +247,7 @@ class Corpus:
         """For each prompt its rows, one per turn, or why there are none; turn by turn for all of them."""
         found: list[list[dict[str, Any]] | str] = [[] for _ in group]
         said: list[list[Message]] = [[] for _ in group]
-        for turn in range(max(len(task.turns) for task in group)):
+        for turn in range(max((len(task.turns) for task in group), default=0)):
             asked: dict[int, np.ndarray] = {}
             for place, task in enumerate(group):
                 if turn < len(task.turns) and not isinstance(found[place], str):
@@ -191,24 +256,24 @@ class Corpus:
                         asked[place] = self._encode(later) if later else task.first
                     except ValueError as error:
                         found[place] = f"turn {turn}: {error}"
-            for place, answer in self._decode(asked, [task.hash for task in group], turn, len(group)).items():
+            for place, answer in self._decode(asked, [task.hash for task in group], turn).items():
                 task, rows = group[place], found[place]
                 assert isinstance(rows, list)  # or it was not asked
                 rows.append(self._row(task, turn, asked[place], answer))
                 if not isinstance(task.row.prompt, str):
-                    text = self._run.tokenizer.decode(answer.tokens)
+                    text = cut_before(self._run.tokenizer.decode(answer.tokens), self._stop)
                     said[place] += [*_messages(task.turns[turn]), {"role": "assistant", "content": text}]
         return found
 
-    def _decode(
-        self, asked: dict[int, np.ndarray], hashes: Sequence[int], turn: int, size: int
-    ) -> dict[int, Continuation]:
-        """Answers by place; prompts of a length together, and always as many of them, so that programs are the same."""
+    def _decode(self, asked: dict[int, np.ndarray], hashes: Sequence[int], turn: int) -> dict[int, Continuation]:
+        """Answers by place; prompts of a length together, few numbers of them, so that few programs are compiled."""
         by_length: dict[int, list[int]] = {}
         for place, ids in asked.items():
             by_length.setdefault(self._run.decoder.padded_length(len(ids)), []).append(place)
         found = {}
         for _, places in sorted(by_length.items()):
+            batches = -(-len(places) // self._batch)
+            size = self._batch << (batches - 1).bit_length()
             full = [*places, *[places[-1]] * (size - len(places))]
             keys = jax.random.key(self._seed)
             words = [(hashes[place] >> 32, hashes[place] % 2**32, turn) for place in full]
@@ -252,6 +317,7 @@ def turns_of(prompt: Prompt) -> tuple[Prompt, ...]:
             answered = False
         else:
             turns[-1].append(message)
+            answered = False
     asked = [turn for turn in turns if any(message["role"] != "system" for message in turn)]
     if not asked:
         raise ValueError("no message asks for an answer")
@@ -264,18 +330,22 @@ def _messages(turn: Prompt) -> Sequence[Message]:
     return turn
 
 
-def _check_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Checks that a folder is new, or holds the same corpus."""
+def _check_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> bool:
+    """Checks that a folder is new, or holds the same corpus; returns whether anything of it is written."""
     if not (folder / MANIFEST).exists():
         if folder.exists() and any(path.name not in ("lock", f"{MANIFEST}.tmp") for path in folder.iterdir()):
             raise ValueError(f"{folder} exists and holds no generations: use a new or an empty folder")
-        return
-    there = read_json(folder / MANIFEST)
+        return False
+    there = {name: value for name, value in read_json(folder / MANIFEST).items() if name != "now"}
     wanted = json.loads(json.dumps(manifest))
     changed = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
+    # Where no answer stands yet, nothing can be mixed.
+    if changed and not shards_of(folder):
+        return False
     if changed:
         verb = "differs" if len(changed) == 1 else "differ"
         raise ValueError(f"{folder} holds other generations: {', '.join(changed)} {verb}; use another --output")
+    return True
 
 
 def _folded(key: jax.Array, words: jax.Array) -> jax.Array:

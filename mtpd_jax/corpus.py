@@ -8,6 +8,7 @@ where it stopped, and ends with the same bytes.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import rich.console
@@ -23,6 +24,7 @@ from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.run import check_stop, open_run
 from mtpd_jax.runs.progress import Progress
+from mtpd_jax.validation import check_count
 
 
 def run(
@@ -36,8 +38,9 @@ def run(
     seed: int = 0,
     min_confidence: float = 0.0,
     drafter: str = "heads",
-    stop: tuple[str, ...] = (),
+    stop: Sequence[str] = (),
     batch_size: int = 16,
+    past_trained_length: bool = False,
     limit: int | None = None,
     **opening: object,
 ) -> Counts:
@@ -50,19 +53,41 @@ def run(
       limit: at most this many prompts.
       batch_size: prompts that are decoded together.
       opening: see ``open_run``.
-      heads, max_new_tokens, sampling, seed, min_confidence, drafter, stop: see ``Run.generate``.
+      heads, max_new_tokens, sampling, seed, min_confidence, drafter, past_trained_length, stop: see ``Run.generate``.
 
     Raises:
       ValueError: bad workdir, prompts or option; or the folder holds something else.
       OSError: something cannot be written.
     """
-    opened = open_run(workdir, **opening)  # pyright: ignore[reportArgumentType]
+    if "://" in output:
+        raise ValueError(f"--output={output}: expected a local folder")
+    decoding = {
+        "heads": heads, "max_new_tokens": max_new_tokens, "sampling": sampling, "min_confidence": min_confidence,
+        "drafter": drafter, "past_trained_length": past_trained_length,
+    }  # fmt: skip
+    corpus = _opened(workdir, prompts, limit, decoding, seed, stop, batch_size, opening)
+    with Progress("answering prompts", len(corpus.rows)) as progress:
+        if note := corpus.note():
+            progress.say(note)
+        return corpus.write(pathlib.Path(output).expanduser(), progress.advance)
+
+
+def _opened(
+    workdir: str,
+    prompts: str,
+    limit: int | None,
+    decoding: dict[str, Any],
+    seed: int,
+    stop: Sequence[str],
+    batch_size: int,
+    opening: dict[str, Any],
+) -> Corpus:
+    """What writes the answers; ``decoding`` and ``opening`` are what ``Run.options`` and ``open_run`` take."""
     check_stop(stop)
-    rows = read_prompts(prompts, limit)
-    options = opened.options(heads, max_new_tokens, sampling, min_confidence, drafter=drafter)
-    corpus = Corpus(opened, rows, options, seed, stop, batch_size)
-    with Progress("answering prompts", len(rows)) as progress:
-        return corpus.write(pathlib.Path(output), progress.advance)
+    if limit is not None:
+        check_count("limit", limit)
+    rows, opened = read_prompts(prompts, limit), open_run(workdir, **opening)
+    return Corpus(opened, rows, opened.options(**decoding), seed, stop, batch_size)
 
 
 def main() -> int:
@@ -84,29 +109,34 @@ def main() -> int:
     frontdoor.check_json_path(flags.json)
     console = rich.console.Console(highlight=False)
     if flags.validate:
-        return _report(console, flags.validate, validate(pathlib.Path(flags.validate)), flags.json)
+        return _report(console, flags.validate, validate(pathlib.Path(flags.validate).expanduser()), flags.json)
     wanted = ["workdir", "prompts", *([] if flags.preview else ["output"])]
     missing = next((name for name in wanted if not getattr(flags, name)), None)
     if missing:
         raise ValueError(f"--{missing} is missing")
     if flags.bit_exact or flags.strategy != "speculative":
         raise ValueError("--bit_exact, --strategy: expected neither: answers are written by the model as it is")
-    options = {
-        "heads": flags.heads, "max_new_tokens": flags.max_new_tokens, "sampling": frontdoor.sampling_of(flags),
-        "min_confidence": flags.min_confidence, "drafter": flags.drafter,
-    }  # fmt: skip
+    frontdoor.check_json_path(flags.json)
+    names = "heads", "max_new_tokens", "min_confidence", "drafter", "past_trained_length"
+    decoding = {name: getattr(flags, name) for name in names} | {"sampling": frontdoor.sampling_of(flags)}
+    common: dict[str, Any] = {"seed": flags.seed, "stop": flags.stop, "batch_size": flags.batch_size}
+    opening = frontdoor.opening_of(flags)
     if flags.preview:
-        opened = open_run(flags.workdir, **frontdoor.opening_of(flags))
-        rows = read_prompts(flags.prompts, flags.limit)
-        corpus = Corpus(opened, rows, opened.options(**options), flags.seed, flags.stop, flags.batch_size)
-        for row in corpus.preview(flags.preview):
-            console.print(_marked(row, opened.tokenizer), soft_wrap=True)
-        return 0
-    counts = run(
-        flags.workdir, flags.prompts, flags.output, **options, seed=flags.seed, stop=tuple(flags.stop),
-        batch_size=flags.batch_size, limit=flags.limit, **frontdoor.opening_of(flags),
-    )  # fmt: skip
+        check_count("preview", flags.preview)
+        corpus = _opened(flags.workdir, flags.prompts, flags.limit, decoding, **common, opening=opening)
+        return _show(console, corpus, flags.preview)
+    counts = run(flags.workdir, flags.prompts, flags.output, **decoding, **common, limit=flags.limit, **opening)
     return _report(console, flags.output, counts, flags.json)
+
+
+def _show(console: rich.console.Console, corpus: Corpus, number: int) -> int:
+    """Prints the first answers, and what has none."""
+    rows, without = corpus.preview(number)
+    for row in rows:
+        console.print(_marked(row, corpus.tokenizer), soft_wrap=True)
+    for id, reason in without.items():
+        console.print(f"{id[:16]}: no answer: {reason}", soft_wrap=True)
+    return 0
 
 
 def _report(console: rich.console.Console, folder: str, counts: Counts, json_path: str | None) -> int:

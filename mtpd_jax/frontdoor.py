@@ -203,6 +203,7 @@ class TrainFlags:
     config: ml_collections.ConfigDict
     workdir: str
     checkpoint: str
+    backbone: str | None
     break_lock: bool
 
 
@@ -223,6 +224,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "the run's folder, or a bucket path (gs://…)", flag_values=values)
     flags.DEFINE_string("checkpoint", NEWEST, "go on from this step, newest or best", flag_values=values)
+    flags.DEFINE_string("backbone", None, "where the backbone of its heads lies now", flag_values=values)
     flags.DEFINE_boolean("break_lock", False, "take the run from a process that trains in it", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
         print(f"{description}\n\nflags:\n{_CONFIG_HELP}\n{values.main_module_help() or values.get_help()}")
@@ -249,8 +251,8 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
     if not values["workdir"].value:
         raise ValueError("--workdir is missing")
-    checkpoint = str(values["checkpoint"].value)
-    return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value))
+    checkpoint, backbone = str(values["checkpoint"].value), values["backbone"].value
+    return TrainFlags(config, str(values["workdir"].value), checkpoint, backbone, bool(values["break_lock"].value))
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.chat import ChatTemplate, Prompt, encode_prompt, read_chat_template
+from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
@@ -103,10 +104,12 @@ class Run:
         return options.sharing_width(heads) if bit_exact else options
 
     def draft_until(self, past_trained_length: bool = False) -> int | None:
-        """Tokens of text that heads draft up to: those of a training sequence, if texts may be longer; None: any."""
+        """Tokens of text that heads draft up to: of the texts that they were trained on; None: as many as there are."""
         check_flag("past_trained_length", past_trained_length)
-        trained = self.config.training.sequence_length
-        return None if past_trained_length or self.config.context <= trained else trained
+        data, trained = self.config.data, self.config.training.sequence_length
+        if isinstance(data, UnknownData):  # an imported model's, whose sequences are our own
+            trained = data.heads_length
+        return None if past_trained_length or trained is None or self.config.context <= trained else trained
 
     def note_of(self, prompts: Sequence[np.ndarray], options: Options) -> str:
         """What has to be said of texts that may come to where heads do not draft; nothing where none does."""
@@ -237,9 +240,9 @@ def open_run(
 ) -> Run:
     """Opens a trained run, to generate and score with; for arguments and errors see ``runs.opening.load_run``.
 
-    With ``other_backbone`` a line on standard error says how well the heads fit the one that was taken.
+    Of heads on another backbone than theirs a line on standard error says how well they fit.
     """
     run = Run(load_run(workdir, checkpoint, devices_per_model, backbone, other_backbone))
-    if other_backbone:
+    if run.trained.other_backbone:
         say(fit(run.decoder, run.tokenizer, run.config.heads.num_heads))
     return run

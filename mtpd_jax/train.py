@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 import optax
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -27,7 +28,7 @@ from mtpd_jax.evaluation.proof import prove_parity
 from mtpd_jax.interop.reading import BESIDE_TOKENIZER
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
-from mtpd_jax.runs.checkpoint import Checkpointer, restore_state
+from mtpd_jax.runs.checkpoint import Checkpointer, read_record, restore_state
 from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step, parse_choice, steps_of
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.lock import Lock, take_lock
@@ -78,6 +79,7 @@ def run(
     workdir: str,
     *,
     checkpoint: Choice = NEWEST,
+    backbone: str | None = None,
     break_lock: bool = False,
 ) -> TrainResult:
     """Trains, or goes on training, the model of a config in a workdir.
@@ -85,7 +87,8 @@ def run(
     Args:
       config: a ``Config``, the ConfigDict of a config file, or the same as nested mappings.
       workdir: the run's folder, local or ``gs://…``; created if it is not there.
-      checkpoint: the step to go on from, "newest", or "best" (see ``open_run``). Newer ones are set aside.
+      checkpoint: the step to go on from, "newest" (None, too), or "best" (see ``open_run``). Newer ones are set aside.
+      backbone: of a run that names its backbone, or starts from one that does: where that lies now; None: where it lay.
       break_lock: take the run from another process that trains here.
 
     Raises:
@@ -94,7 +97,8 @@ def run(
       OSError: something cannot be read or written.
     """
     # Everything that can be wrong is looked at before anything is created.
-    config, folder, chosen = Config.of(config), open_workdir(workdir), parse_choice(checkpoint)
+    config, folder = Config.of(config), open_workdir(workdir)
+    chosen = NEWEST if checkpoint is None else parse_choice(checkpoint)
     named, config = config.objective.source_run, completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
     candidates(folder, chosen)  # which says what is there, if it is not
@@ -103,7 +107,7 @@ def run(
     notes = [check_training(method), check_attention(method)]
     abstract = abstract_state(method, optimizer)
     source = open_source(config.data)
-    origin = beginning(config, folder, mesh)
+    origin = beginning(config, folder, mesh, backbone)
     given = _given_tokenizer(config, folder)
     _check_ids(source, config, folder, given)
     with contextlib.ExitStack() as stack:
@@ -112,7 +116,7 @@ def run(
         tokenizer = _checked(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(method, folder, abstract, chosen, data, named)
+        start = _restored(method, folder, abstract, chosen, data, backbone or _moved(named, folder))
         start = start or _fresh(method, folder, optimizer, abstract, origin)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
@@ -184,25 +188,26 @@ def _fresh(
     if jax.process_index() == 0 and folder.metrics_file.exists() and folder.metrics_file.stat().length:
         kept = folder.set_aside(folder.metrics_file)
         note = f"no checkpoint is there, so that the run begins anew; the metrics that were there are kept in {kept}"
-    return _Start(state, 0, 0, 0.0, origin and origin.record, message, note)
+    notes = "\n".join(filter(None, [note, origin.note if origin else ""]))
+    return _Start(state, 0, 0, 0.0, origin and origin.record, message, notes)
 
 
 def _restored(
-    method: Method, folder: Workdir, abstract: TrainState, checkpoint: Choice, data: TrainingData, named: str | None
+    method: Method, folder: Workdir, abstract: TrainState, checkpoint: Choice, data: TrainingData, backbone: str | None
 ) -> _Start | None:
     """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside.
 
-    ``named`` is where what it began from lies now.
+    ``backbone`` is where that of a run that names it lies now; None: where it lay.
     """
     if latest_step(folder) is None and checkpoint == NEWEST:
         return None
     config = method.config
     restored = restore_state(folder, config, abstract, checkpoint)
     state: TrainState = restored.tree
+    origin = restored.record["origin"]
     if method.names_backbone:
-        moved = named if named != config.objective.source_run else None
-        frozen = read_backbone(method, restored.record["origin"]["backbone"], moved)
-        state = dataclasses.replace(state, frozen=frozen)
+        found = read_backbone(method, origin["backbone"], backbone)
+        state, origin = dataclasses.replace(state, frozen=found.parameters), {**origin, "backbone": found.where}
     folder.check_tokenizer(restored.record["tokenizer"])
     data.set_state(restored.record["data"])
     # Newer checkpoints, and the metrics of their steps, give way.
@@ -217,8 +222,21 @@ def _restored(
     # Counters go on from where they were.
     done, steps, record = restored.step, config.training.steps, restored.record
     message = f"resuming from step {done}" if done < steps else f"already finished, at step {done}"
-    counters = record["tokens"], record["seconds"], record["origin"]
+    counters = record["tokens"], record["seconds"], origin
     return _Start(state, done, *counters, f"{message} of {steps}", restored.note(folder))
+
+
+def _moved(named: str | None, folder: Workdir) -> str | None:
+    """Where a run of heads on a frozen backbone may find that, if it is not where it lay; None: look there.
+
+    Args:
+      named: what the command line names as the run to start from: the backbone itself, as a rule.
+      folder: of the run.
+    """
+    if named is None or latest_step(folder) is None:
+        return None
+    where = (read_record(folder)["origin"] or {}).get("backbone")
+    return None if where is None or epath.Path(where["path"]).exists() else named
 
 
 def _held_out_notes(evaluate: HeldOut | None, data: TrainingData, start: _Start) -> list[str]:
@@ -328,7 +346,9 @@ def _describe(mesh: Mesh) -> str:
 def main() -> int:
     """Parses the flags, trains, reports."""
     flags = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
-    result = run(flags.config, flags.workdir, checkpoint=flags.checkpoint, break_lock=flags.break_lock)
+    result = run(
+        flags.config, flags.workdir, checkpoint=flags.checkpoint, backbone=flags.backbone, break_lock=flags.break_lock
+    )
     return 0 if result.finished or result.signal is None else 128 + result.signal
 
 

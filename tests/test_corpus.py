@@ -1,5 +1,6 @@
 """The command that writes a model's own answers: what is written, in which order, and after which accidents."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -13,12 +14,13 @@ import time
 import numpy as np
 import pytest
 
-from mtpd_jax import corpus, open_run
+from mtpd_jax import corpora, corpus, open_run
 from mtpd_jax.corpora import Corpus, turns_of
 from mtpd_jax.data.generations import GenerationsData
 from mtpd_jax.data.prompts import read_prompts
 from mtpd_jax.data.written import validate
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.run import Run
 from mtpd_jax.runs.lock import take_lock
 from mtpd_jax.runs.workdir import open_workdir
 from tests.runs.runs import ROOT, environment
@@ -57,6 +59,12 @@ def answers(workdir, tmp_path_factory):
     file_of(folder / "prompts.jsonl", rows)
     counts = write(workdir, folder / "prompts.jsonl", folder / "whole")
     return folder, counts
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Two groups in a file, so that a few prompts fill several."""
+    monkeypatch.setattr(corpora, "_GROUPS_PER_SHARD", 2)
 
 
 def write(workdir, prompts, output, **options):
@@ -121,6 +129,33 @@ def test_the_same_prompt_with_another_id_has_another_answer(workdir, tmp_path):
     assert len({row["group"] for row in written(tmp_path / "out")}) == 1  # and is held out with them, or not
 
 
+def test_what_was_killed_anywhere_is_gone_on_with_across_files(small_shards, talker, tmp_path):
+    """Of several files, and of prompts that fail or are skipped: whatever was there of the last file and of those."""
+    failing = [say("user", "the"), say("assistant", ""), say("user", " cat sat" * 20)]
+    conversation = [say("user", "a"), say("assistant", ""), say("user", "b")]
+    rows = [{"id": f"two{k}", "messages": conversation} for k in range(5)]
+    rows += [{"id": f"fails{k}", "messages": failing} for k in range(3)] + texts(9) + [{"id": "none", "prompt": ""}]
+    prompts = file_of(tmp_path / "p.jsonl", rows)
+    options = {"batch_size": 1, "max_new_tokens": 4}
+    counts = write(talker, prompts, tmp_path / "whole", **options)
+    assert (counts.ok, counts.failed, counts.skipped) == (14, 3, 1)
+    whole = contents(tmp_path / "whole")
+    shards = sorted(name for name in whole if name.startswith("gen"))
+    assert len(shards) > 2
+    rng = random.Random(0)
+    for number, shard in enumerate(shards):
+        left = shutil.copytree(tmp_path / "whole", tmp_path / f"left{number}")
+        for later in shards[number + 1 :]:
+            (left / later).unlink()
+        for name in (shard, "left_out.jsonl"):
+            (left / name).write_bytes(whole[name][: rng.randrange(len(whole[name]))])
+        assert write(talker, prompts, left, **options) == counts
+        found = contents(left)
+        # Which prompts are without an answer is noted as they turn up.
+        noted = [sorted(one.pop("left_out.jsonl").splitlines()) for one in (found, dict(whole))]
+        assert noted[0] == noted[1] and found == {k: v for k, v in whole.items() if k != "left_out.jsonl"}
+
+
 @pytest.mark.parametrize("cut", [0, 1, 700, 1500, 2100, -1, -40])
 def test_what_a_killed_process_left_is_gone_on_with(cut, answers, workdir, tmp_path):
     """To the byte, whatever was on disk: nothing, half a line, a part of a group."""
@@ -163,6 +198,14 @@ def test_other_prompts_and_other_weights_are_another_corpus(answers, workdir, tm
     (tmp_path / "mine" / "diary.txt").write_text("")
     with pytest.raises(ValueError, match="exists and holds no generations"):
         write(workdir, folder / "prompts.jsonl", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+    # Another end of texts, or more room for them.
+    other = shutil.copytree(workdir, tmp_path / "run")
+    config = json.loads((other / "config.json").read_text())
+    config["tokenizer"]["more_end_tokens"] = ["cat"]
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds other generations: config differs"):
+        write(other, folder / "prompts.jsonl", folder / "whole")
     manifest = json.loads((folder / "whole" / "manifest.json").read_text())
     shutil.copytree(folder / "whole", tmp_path / "copy")
     (tmp_path / "copy" / "manifest.json").write_text(json.dumps({**manifest, "weights": "0"}))
@@ -170,10 +213,54 @@ def test_other_prompts_and_other_weights_are_another_corpus(answers, workdir, tm
         write(workdir, folder / "prompts.jsonl", tmp_path / "copy")
 
 
+def test_a_folder_without_answers_is_begun_anew(answers, workdir, tmp_path):
+    """As one is whose first batch did not fit into memory, say."""
+    folder, counts = answers
+    left = tmp_path / "left"
+    shutil.copytree(folder / "whole", left)
+    (left / "generations-00000.jsonl").unlink()
+    assert write(workdir, folder / "prompts.jsonl", left, batch_size=2) == counts
+    assert json.loads((left / "manifest.json").read_text())["batch_size"] == 2
+
+
+def test_what_cannot_be_decoded_creates_nothing(workdir, tmp_path):
+    prompts = file_of(tmp_path / "p.jsonl", texts(2))
+    for options, words in (
+        ({"max_new_tokens": 32}, "context"),
+        ({"min_confidence": 0.5, "drafter": "lookup"}, "min_confidence"),
+        ({"limit": 0}, "limit = 0"),
+        ({"batch_size": 0}, "batch_size = 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            write(workdir, prompts, tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="expected a local folder"):
+        write(workdir, prompts, "gs://bucket/out")
+    file_of(tmp_path / "q.jsonl", texts(2))
+    with pytest.raises(ValueError, match="expected one file, and 2 match"):
+        write(workdir, tmp_path / "?.jsonl", tmp_path / "out")
+    with pytest.raises(ValueError, match="no chat template"):
+        write(workdir, file_of(tmp_path / "c.jsonl", [{"messages": [say("user", "a")]}]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_prompt_is_none_where_texts_begin_with_a_token(workdir, tmp_path, monkeypatch):
+    encode = Run.encode
+    monkeypatch.setattr(Run, "encode", lambda run, prompt: np.append(np.int32(7), encode(run, prompt)))
+    rows = [{"id": "empty", "prompt": ""}, {"id": "one", "prompt": "the"}]
+    counts = write(workdir, file_of(tmp_path / "p.jsonl", rows), tmp_path / "out")
+    assert (counts.ok, counts.skipped) == (1, 1) and written(tmp_path / "out")[0]["id"] == "one"
+
+
 def test_ids_stand_once(workdir, tmp_path):
     rows = [{"id": "a", "prompt": "the"}, {"id": "b", "prompt": "cat"}, {"id": "a", "prompt": "dog"}]
     with pytest.raises(ValueError, match="lines 1 and 3 have the same id 'a'"):
         write(workdir, file_of(tmp_path / "prompts.jsonl", rows), tmp_path / "out")
+    same = file_of(tmp_path / "same.jsonl", [{"prompt": "the"}, {"prompt": "the", "of": 2}])
+    assert len({row.id for row in read_prompts(same)}) == 2
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"id": "\\ud800", "prompt": "the"}\n')
+    with pytest.raises(ValueError, match="line 1: id: character 0"):
+        write(workdir, odd, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -190,6 +277,11 @@ def test_two_processes_do_not_write_one_folder(answers, workdir):
         (lambda lines: lines + lines[:1], "stands there twice"),
         (lambda lines: [*lines[:3], lines[3].replace('"loss_mask": [0', '"loss_mask": [2')], "not a whole row"),
         (lambda lines: ["{}\n", *lines], "no row of generations"),
+        (lambda lines: lines[:-1], "accounts for 29 of 30 prompts"),
+        (lambda lines: [*lines[:-1], lines[-1][:-1]], "ends within a row"),
+        (lambda lines: [*lines[:-1], lines[-1].replace('"turns": 1', '"turns": 2')], "ends within a conversation"),
+        (lambda lines: [lines[0].replace('"turns": 1', '"turns": 2'), *lines[1:]], "lacks a turn"),
+        (lambda lines: [*lines[:-2], lines[-2].replace('"turns": 1', '"turns": 2'), lines[-1]], "lacks a turn"),
     ],
 )
 def test_what_is_damaged_is_found(change, words, answers, tmp_path):
@@ -198,6 +290,43 @@ def test_what_is_damaged_is_found(change, words, answers, tmp_path):
     path = broken / "generations-00000.jsonl"
     path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
     with pytest.raises(ValueError, match=words):
+        validate(broken)
+
+
+def test_damage_that_no_kill_leaves_is_not_cut_off(answers, workdir, tmp_path):
+    folder, _ = answers
+    broken = shutil.copytree(folder / "whole", tmp_path / "broken")
+    path = broken / "generations-00000.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:-2], lines[-2].replace('"turns": 1', '"turns": 2'), lines[-1]]))
+    before = contents(broken)
+    with pytest.raises(ValueError, match="lacks a turn"):
+        write(workdir, folder / "prompts.jsonl", broken)
+    assert contents(broken) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"id": "empty", "status": "skipped"}, "expected each id once"),
+        ({"id": "x", "status": "lost"}, "expected each id once, and its status"),
+        ({"id": "x"}, "no prompt that was left out"),
+    ],
+)
+def test_damaged_notes_of_what_is_left_out_are_found(line, words, answers, tmp_path):
+    folder, _ = answers
+    broken = shutil.copytree(folder / "whole", tmp_path / "broken")
+    with (broken / "left_out.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(ValueError, match=f"line 3: .*{words}"):
+        validate(broken)
+
+
+def test_a_manifest_that_says_nothing_is_no_manifest(answers, tmp_path):
+    folder, _ = answers
+    broken = shutil.copytree(folder / "whole", tmp_path / "broken")
+    (broken / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="rows = None: expected the number of prompts"):
         validate(broken)
 
 
@@ -227,6 +356,7 @@ def test_turns_are_what_stands_before_answers():
     assert turns_of([system, one, answer, two]) == ([system, one], [two])
     assert turns_of([one, two, answer]) == ([one, two],)
     assert turns_of([system, answer, one, answer]) == ([system, one],)
+    assert turns_of([system, answer, one, two]) == ([system, one, two],)
     for nobody in ([system], [answer], [system, answer]):
         with pytest.raises(ValueError, match="no message asks"):
             turns_of(nobody)
@@ -262,9 +392,49 @@ def test_a_conversation_that_comes_to_no_end_fails_as_a_whole(talker, tmp_path):
     left = {row["id"]: row for row in map(json.loads, (tmp_path / "out" / "left_out.jsonl").open())}
     assert left["fails"]["status"] == "failed" and "turn 1" in left["fails"]["reason"]
     assert left["none"]["status"] == "skipped" and {row["id"] for row in written(tmp_path / "out")} == {"long"}
-    # A row of the first turn alone, as a killed process leaves it, is cut off again.
-    again = write(talker, tmp_path / "p.jsonl", tmp_path / "out", max_new_tokens=8)
-    assert again == counts
+
+
+def test_a_stop_string_is_not_part_of_the_history(talker, tmp_path):
+    """As whoever reads an answer sees it: cut before the string."""
+    rows = [{"id": k, "messages": [say("user", "the"), say("user", "cat"), say("assistant", ""), say("user", "b")]}
+            for k in range(8)]  # fmt: skip
+    write(talker, file_of(tmp_path / "p.jsonl", rows), tmp_path / "out", max_new_tokens=12, stop=["a"])
+    run, stopped = open_run(str(talker)), 0
+    found = written(tmp_path / "out")
+    for first, second in zip(found[::2], found[1::2], strict=True):
+        (_, said), (given, _) = (texts_of(run, row) for row in (first, second))
+        assert given == f"<user>the<user>cat<assistant>{said.split('a')[0]}<user>b<assistant>"
+        stopped += first["finish"] == "stop"
+    assert stopped
+
+
+def texts_of(run, row):
+    """What stood before an answer, and the answer."""
+    ids, mask = np.array(row["ids"]), np.array(row["loss_mask"])
+    return run.tokenizer.decode(ids[mask == 0]), run.tokenizer.decode(ids[mask == 1])
+
+
+def test_a_template_that_writes_the_day_writes_the_first_one(talker, tmp_path, monkeypatch):
+    """A run that goes on after midnight ends with the bytes of one that did not."""
+    other = shutil.copytree(talker, tmp_path / "run")
+    (other / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ strftime_now('%S') }}" + TEMPLATE}))
+    prompts = file_of(tmp_path / "p.jsonl", [{"id": k, "messages": [say("user", WORDS[k])]} for k in range(9)])
+    options = {"max_new_tokens": 3, "batch_size": 1}
+    counts = write(other, prompts, tmp_path / "out", **options)
+    whole = contents(tmp_path / "out")
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return super().now(tz) + datetime.timedelta(seconds=7)
+
+    monkeypatch.setattr(datetime, "datetime", Later)
+    path = tmp_path / "out" / "generations-00000.jsonl"
+    path.write_bytes(path.read_bytes()[:300])
+    assert write(other, prompts, tmp_path / "out", **options) == counts
+    assert contents(tmp_path / "out") == whole
+    write(other, prompts, tmp_path / "later", **options)
+    assert contents(tmp_path / "later") != whole
 
 
 def test_half_a_conversation_is_taken_back(talker, tmp_path):
@@ -285,6 +455,8 @@ def test_half_a_conversation_is_taken_back(talker, tmp_path):
     [
         "{{ messages[0].content }}{{ messages | length }}",
         "{% if add_generation_prompt %}ask{% endif %}{{ messages[-1].content }}",
+        # Without a word for it: the model would have to write the beginning of its own turn.
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     ],
 )
 def test_a_template_that_does_not_say_where_answers_begin_is_refused(template, talker, tmp_path):
@@ -310,6 +482,12 @@ def test_the_command_previews_writes_and_validates(answers, workdir, tmp_path, c
     assert call(*common, "--preview=2", "--batch_size=4") == 0
     shown = capsys.readouterr().out
     assert "p0 turn 0: " in shown and "10 supervised" in shown and "p2 turn" not in shown
+    assert "long: no answer: " in shown and "empty: no answer: " in shown
+    only = file_of(tmp_path / "only.jsonl", [{"id": "empty", "prompt": ""}])
+    assert call(common[0], f"--prompts={only}", "--max_new_tokens=10", "--preview=1") == 0
+    assert capsys.readouterr().out == "empty: no answer: empty: there is nothing to continue\n"
+    with pytest.raises(ValueError, match="preview = -1"):
+        call(*common, "--preview=-1")
     assert call(*common, "--batch_size=4", f"--output={tmp_path / 'out'}", f"--json={tmp_path / 'c.json'}") == 0
     assert "28 prompts answered, 0 failed, 2 skipped, together 30" in capsys.readouterr().out
     assert contents(tmp_path / "out") == contents(folder / "whole")
@@ -322,7 +500,8 @@ def test_the_command_previews_writes_and_validates(answers, workdir, tmp_path, c
 @pytest.mark.slow
 def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(workdir, tmp_path):
     """SIGKILL at random moments of writing, and once more without."""
-    prompts = file_of(tmp_path / "prompts.jsonl", texts(160))
+    rows = [*texts(160), *({"id": f"long{k}", "prompt": "the cat sat " * 20} for k in range(40))]
+    prompts = file_of(tmp_path / "prompts.jsonl", rows)
 
     def command(output):
         return [sys.executable, "-m", "mtpd_jax.corpus", f"--workdir={workdir}", f"--prompts={prompts}",
@@ -345,4 +524,3 @@ def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(workdir, tmp_path):
     assert len(set(sizes)) >= 8 and sizes[-1] < whole
     subprocess.run(command(tmp_path / "killed"), check=True, **options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert read_prompts(prompts)[0].id == "p0"

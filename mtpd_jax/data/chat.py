@@ -21,6 +21,8 @@ Prompt = str | Sequence[Message]
 # Files beside tokenizer.json that say how it is used.
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_TOKENS = "special_tokens_map.json"
+# The function that templates ask for the day.
+_CLOCK = "strftime_now"
 
 
 class _Generation(jinja2.ext.Extension):
@@ -43,6 +45,7 @@ class ChatTemplate:
 
     Attributes:
       digest: a hash of both.
+      reads_clock: whether what it writes depends on the day.
 
     Raises:
       ValueError: it is no template.
@@ -52,14 +55,19 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        self.digest = json_digest([template, dict(tokens)])
+        self.digest, self.reads_clock = json_digest([template, dict(tokens)]), _CLOCK in template
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+        environment.globals |= {"raise_exception": _refuse, _CLOCK: self._written_now}
         self._tokens = dict(tokens)
+        self._now: datetime.datetime | None = None
         try:
             self._template = environment.from_string(template)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ValueError(f"chat template, line {getattr(error, 'lineno', '?')}: {error}") from error
+
+    def stop_clock(self, now: datetime.datetime) -> None:
+        """Has it write the day of a moment from here on, whatever the day is."""
+        self._now = now
 
     def check_boundary(self) -> None:
         """Checks that an answer stands where the model is asked to write it: right behind the prompt.
@@ -67,14 +75,20 @@ class ChatTemplate:
         Raises:
           ValueError: it does not, and so there is no telling which tokens of a conversation the model writes.
         """
-        asked = [{"role": "user", "content": "a"}]
-        prompt = self.render(asked)
-        answered = self.render([*asked, {"role": "assistant", "content": "b"}], answered=True)
-        if not answered.startswith(prompt) or "b" not in answered.removeprefix(prompt):
+        asked, answer = [{"role": "user", "content": "a"}], "some_answer"
+        prompt, without = self.render(asked), self.render(asked, answered=True)
+        answered = self.render([*asked, {"role": "assistant", "content": answer}], answered=True)
+        begun, found, _ = answered.removeprefix(prompt).partition(answer)
+        # One that asks for an answer may begin it, as with a thought that is left out; one that does not ask leaves
+        # what stands there to the model, which would have to write it.
+        if not answered.startswith(prompt) or not found or (prompt == without and begun.strip()):
             raise ValueError(
                 f"the model's chat template writes {prompt!r} to ask for an answer, and {answered!r} with one: the "
                 "answer does not follow the prompt, so that it is not known what the model writes"
             )
+
+    def _written_now(self, form: str) -> str:
+        return (self._now or datetime.datetime.now()).strftime(form)
 
     def render(self, messages: Sequence[Message], answered: bool = False) -> str:
         """The text of a conversation, up to where the model's answer begins; or of one that is answered.
@@ -98,10 +112,6 @@ def _to_json(
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def read_tokenizer_settings(folder: epath.Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from mtpd_jax.data.chat import Prompt, check_prompt
-from mtpd_jax.data.files import json_digest, json_field, read_text
+from mtpd_jax.data.files import check_text, json_digest, json_field, read_text
 from mtpd_jax.data.sources import expand
 
 
@@ -16,7 +16,7 @@ class PromptRow:
 
     Attributes:
       line: its number, from 1.
-      id: as the line says, or else a hash of what it holds.
+      id: as the line says, or else a hash of all that it holds.
       prompt: a text, or messages.
     """
 
@@ -29,12 +29,15 @@ def read_prompts(path: str, limit: int | None = None) -> list[PromptRow]:
     """The prompts of a file of JSON lines, at most ``limit`` of them.
 
     Raises:
-      ValueError: there is no such file, it holds no prompt, or a line has none.
+      ValueError: there is no such file, or several, it holds no prompt, or a line has none.
     """
     if not isinstance(path, str):
         raise ValueError(f"prompts = {path!r:.80}: expected the name of a file of JSON lines")
     # One prompt per line; empty lines are none.
-    (file,) = expand([path], "--prompts")[:1]
+    files = expand([path], "--prompts")
+    if len(files) > 1:
+        raise ValueError(f"--prompts={path}: expected one file, and {len(files)} match")
+    (file,) = files
     lines = [(number, line) for number, line in enumerate(read_text(file, "--prompts").split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"--prompts={path}: holds no prompt")
@@ -60,5 +63,5 @@ def _row_of(line: str, number: int, where: str) -> PromptRow:
     named = row.get("id") if isinstance(row, dict) else None
     if named is not None and type(named) not in (str, int):
         raise ValueError(f"{where}: id = {named!r:.80}: expected a text or an integer")
-    content = json_digest(prompt)
-    return PromptRow(number, content if named is None else str(named), prompt)
+    check_text(str(named), f"{where}: id")
+    return PromptRow(number, json_digest(row) if named is None else str(named), prompt)

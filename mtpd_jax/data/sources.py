@@ -14,7 +14,7 @@ from mtpd_jax import fields
 from mtpd_jax.config import DataConfig
 from mtpd_jax.data.documents import Document, held_out
 from mtpd_jax.data.files import File, json_field, plain_pieces
-from mtpd_jax.fields import given
+from mtpd_jax.fields import POSITIVE, given
 
 # Tests, and modules that are tables of data rather than code.
 _LEFT_OUT = {"test", "tests", "idle_test", "testing", "encodings", "pydoc_data", "site-packages", "__pycache__"}
@@ -276,6 +276,9 @@ class TfdsData(DataConfig, case="tfds"):
 @dataclasses.dataclass(frozen=True)
 class UnknownData(DataConfig, case="unknown"):
     """What an imported model was trained on: it is not here, and nothing of it can be held out."""
+
+    # Tokens of the texts that its heads were trained on, where its folder says so; None: nobody knows.
+    heads_length: int | None = fields.field(None, POSITIVE, as_before=None)
 
     def open(self) -> Source:
         raise ValueError(

@@ -255,6 +255,8 @@ class Decoder:
         rows_per_copy = -(-min(len(prompts), rows or len(prompts)) // self._copies)
         longest = max(map(len, prompts)) + options.max_new_tokens
         heads = heads_that_draft(options)
+        if self._model.heads_config.cache == "shared":
+            heads = min(heads, 1)
         check_decoding(self._model.config, options.num_drafts, heads, rows_per_copy, longest, self._mesh)
 
     def _program(

@@ -41,7 +41,9 @@ def choices_of_all_heads(
         places = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)
         rows = PackedRows.of(jnp.ones_like(tokens), places, network.config)
         states = network.run_chains(parameters, main, ahead, rows)
-        return jnp.concatenate([first, WHOLE.argmax(network.logits(parameters, states))])
+        # A depth's logits at a time.
+        deeper = jax.lax.map(lambda state: WHOLE.argmax(network.logits(parameters, state)), states)
+        return jnp.concatenate([first, deeper])
 
     def run_head(depth: Any, state: Hidden, cache: KVCache) -> tuple[Hidden, KVCache, Array]:
         ahead = jnp.roll(tokens, -1 - depth, axis=1)  # what comes around meets no target

@@ -26,6 +26,9 @@ from mtpd_jax.platform import Platform
 from mtpd_jax.shapes import Array, Float, Int, Parameters
 from mtpd_jax.sharding import replicated
 
+# Tokens of another document before the text, in the row that training reads. Our choice.
+_BEFORE = 13
+
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
@@ -87,6 +90,8 @@ def draft_parity(
 ) -> list[Parity]:
     """Compares every draft of every round with the training path on the text so far and the drafts before it.
 
+    Training reads them behind another document, on which they must not depend.
+
     Args:
       model, parameters: what was trained.
       prompts: token ids, decoded together.
@@ -99,11 +104,14 @@ def draft_parity(
     """
     network = Network(model, platform, mesh=mesh)
     laid_out = network.jit(network.parameters)(parameters)
-    length = max(map(len, prompts)) + options.max_new_tokens + options.num_drafts
+    length = _BEFORE + max(map(len, prompts)) + options.max_new_tokens + options.num_drafts
     length += -length % 128  # every attention kernel takes rows of such a length
+    # A row as training packs it: the end of another document, and then the text.
+    positions = jnp.concatenate([jnp.arange(_BEFORE), jnp.arange(length - _BEFORE)])[None]
+    segments = jnp.where(jnp.arange(length) < _BEFORE, 1, 2)[None]
 
     def trained(parameters: Parameters, row: Int[Array, "1 T"], place: Array) -> Float[Array, "K V"]:
-        hidden = apply(model, parameters, row, jnp.ones_like(row), jnp.arange(length)[None])
+        hidden = apply(model, parameters, row, segments, positions)
         states, matrix = hidden.heads[:, 0, place], unembedding_of(parameters).astype(network.dtype)
         return _whole(jnp.einsum("kd,vd->kv", states, matrix, preferred_element_type=jnp.float32), network)
 
@@ -113,9 +121,10 @@ def draft_parity(
         assert drafts.logits is not None  # heads drafted
         for row in np.nonzero(~before.finished)[0]:
             n = int(before.length[row])
-            text = np.zeros((1, length), np.int32)
-            text[0, : n + options.num_drafts] = np.concatenate([before.tokens[row, :n], drafts.tokens[row]])
-            expected = np.asarray(forward(parameters, text, n - 2))[: options.num_drafts]
+            text = np.concatenate([before.tokens[row, :n], drafts.tokens[row]])
+            packed = np.zeros((1, length), np.int32)
+            packed[0, :_BEFORE], packed[0, _BEFORE : _BEFORE + len(text)] = np.resize(text, _BEFORE), text
+            expected = np.asarray(forward(parameters, packed, _BEFORE + n - 2))[: options.num_drafts]
             errors = np.abs(drafts.logits[row] - expected).max(axis=1) / np.abs(expected).max()
             difference = np.maximum(difference, errors)
             same += expected.argmax(axis=1) == drafts.tokens[row]

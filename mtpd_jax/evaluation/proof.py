@@ -20,6 +20,9 @@ from mtpd_jax.shapes import Array, Parameters
 
 # Tokens of the rows that are read, of different lengths; and tokens that are written after each. Our choice.
 _PROMPTS, _NEW_TOKENS = (5, 12, 24), 10
+# Layers of the backbone that are run: what can be wrong with its states is wrong after a few of them, too, and all of a
+# large one, in float32 and as decoding lays it out, need not fit beside the state of the run. Our choice.
+_LAYERS = 4
 # Of the largest logit, in float32 at highest precision: rounding is a hundredth of it, and a wrong position, mask or
 # cache a thousand times as much.
 _TOLERANCE = 1e-4
@@ -32,8 +35,8 @@ class ParityError(ValueError):
 def prove_parity(method: Method, parameters: Parameters, source: Source, tokenizer: Tokenizer) -> str:
     """Decodes a few rows of a run's own data, and holds every draft's logits to the training path's.
 
-    In float32, so that nothing but rounding may differ, whatever the run computes in. Heads that begin at zero would
-    hide most of what can be wrong: noise is added to them, for both.
+    In float32, so that nothing but rounding may differ, whatever the run computes in, and on the first layers of the
+    backbone. Heads that begin at zero would hide most of what can be wrong: noise is added to them, for both.
 
     Args:
       method: of the run.
@@ -47,11 +50,15 @@ def prove_parity(method: Method, parameters: Parameters, source: Source, tokeniz
       ParityError: with the depth, and the difference.
     """
     config, (decodes, shardings) = method.config, decoding_method(method)
-    model = LanguageModel(dataclasses.replace(method.model.config, dtype="float32"), method.model.heads_config)
+    layers = min(_LAYERS, method.model.config.layers)
+    cut = dataclasses.replace(method.model.config, dtype="float32", layers=layers)
+    model = LanguageModel(cut, method.model.heads_config)
     documents = split(source, config.data.validation_fraction, validation=False)
     begun = (_beginning(one, tokenizer, size) for one, size in zip(documents, itertools.cycle(_PROMPTS), strict=False))
     rows = list(itertools.islice(filter(len, begun), len(_PROMPTS)))
     shaken = {**parameters, "heads": _with_noise(parameters["heads"], config.model.width)}
+    backbone: Any = parameters["backbone"]
+    shaken["backbone"] = {**backbone, "blocks": jax.tree.map(lambda stacked: stacked[:layers], backbone["blocks"])}
     number = config.heads.num_heads
     found = draft_parity(
         model, jax.device_put(shaken, shardings), rows, Options(number, _NEW_TOKENS + number), decodes.platform,

@@ -116,7 +116,7 @@ def _config(
     heads = dict(described.heads)
     return Config.build(
         {
-            "data": {"source": UnknownData.case},
+            "data": {"source": UnknownData.case, **described.data},
             "tokenizer": tokens,
             "model": {**model, "weights": weights.get("model", "float32")},
             "heads": {**heads, "weights": weights.get("heads", "float32")},

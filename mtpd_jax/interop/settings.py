@@ -45,13 +45,14 @@ class Described:
 
     Attributes:
       kind, family: of the model.
-      model, heads, training: fields of these sections of a config.
+      data, model, heads, training: fields of these sections of a config.
       tied: whether the config.json says that the embedding is the unembedding, too; the tensors decide (``reading``).
       notes: what has to be said of it.
     """
 
     kind: str
     family: Family
+    data: dict[str, Any]
     model: dict[str, Any]
     heads: dict[str, Any]
     training: dict[str, Any]
@@ -88,12 +89,14 @@ def _described(settings: Settings) -> Described:
     model, notes = _model(said, family, own)
     number = _number(said, "num_mtp_layers", _number(said, "num_nextn_predict_layers", 0))
     heads = {"num_heads": number, **{name: own[name] for name in ("kind", "pass_normed") if name in own}}
-    length = own.get("sequence_length", min(model["context"], _WINDOW))
+    trained_length = own.get("sequence_length")
+    length = min(model["context"], _WINDOW) if trained_length is None else trained_length
+    data = {"heads_length": trained_length if number else None}
     unknown = sorted(settings.keys() - _SILENT - _READ - _own_names(family))
     if unknown:
         notes.append(f"settings that are not known here, taken to change nothing: {', '.join(unknown)}")
     tied = own.get("tied", _flag(said, "tie_word_embeddings"))
-    return Described(kind, family, model, heads, {"sequence_length": length}, tied, tuple(notes))
+    return Described(kind, family, data, model, heads, {"sequence_length": length}, tied, tuple(notes))
 
 
 def _own_names(family: Family) -> set[str]:

@@ -1,11 +1,13 @@
 """Heads that are trained on top of a part of the model that is frozen."""
 
 import dataclasses
+from typing import ClassVar
 
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.fields import Constraint
 from mtpd_jax.losses.objective import Objective, objective_of
 from mtpd_jax.losses.terms import LossSums
 from mtpd_jax.methods.method import HeadsMethod, StepContext
@@ -15,6 +17,9 @@ from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Float, Parameters
 
+# What names a checkpoint of the run to start from.
+CHECKPOINT = Constraint(lambda value: value in ("newest", "best") or value.isdigit(), "newest, best, or a step")
+
 
 class HeadsOnFrozen(HeadsMethod):
     """The heads after the first ``frozen_heads`` are trained; those, and the backbone, are not differentiated at all.
@@ -23,6 +28,8 @@ class HeadsOnFrozen(HeadsMethod):
       config, mesh: see ``Method``.
       frozen_heads: that are trained already.
     """
+
+    freezes_text: ClassVar[bool] = True
 
     def __init__(self, config: Config, mesh: Mesh, frozen_heads: int):
         super().__init__(config, mesh)

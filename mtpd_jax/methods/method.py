@@ -46,12 +46,14 @@ class Method(abc.ABC):
       mesh, platform: where it is trained.
       model: the whole model, frozen parts included.
       names_backbone: whether what is frozen is not stored with the run, which names where it lies, and its digest.
+      freezes_text: whether what the model writes stays what it was, so that checkpoints differ in their drafts alone.
       rehearses_decoding: whether its parity with training is proved before the first step, and held-out prompts are
         decoded on the way, unless the config says otherwise.
     """
 
     section: ClassVar[type[ObjectiveConfig]]
     names_backbone: ClassVar[bool] = False
+    freezes_text: ClassVar[bool] = False
     rehearses_decoding: ClassVar[bool] = False
 
     def __init_subclass__(cls, section: type[ObjectiveConfig] | None = None) -> None:

@@ -31,8 +31,8 @@ from mtpd_jax.shapes import Array, AttentionMask, Float, Hidden, Int, SegmentIds
 # Keys and values of one depth, after RoPE, by the position that begins the chain.
 Entries = tuple[NewKey, NewKey]
 AllKeys = Float[Array, "B S G H"]
-# Queries whose scores are alive at once. Our choice.
-_QUERIES = 512
+# Scores of a row that are alive at once, over all its attention heads: 64 MiB of them. Our choice.
+_SCORES = 1 << 24
 
 
 @struct.dataclass
@@ -101,27 +101,36 @@ def attend_to_chain(
       later: of the depths after it up to the query's own.
       segment_ids: [B, T]; chains see the depth 1 of their own document.
     """
-    length = query.shape[1]
-    size = max(part for part in range(1, min(length, _QUERIES) + 1) if length % part == 0)
+    length, per_query = query.shape[1], query.shape[2] * query.shape[3] * query.shape[1]
+    blocks = -(-length // max(1, _SCORES // per_query))
+    size = -(-length // blocks)
+    # The last block is filled up with queries that see their own chain alone.
+    filled = [(0, 0), (0, size * blocks - length)]
 
+    def fill(values: Array) -> Array:
+        return jnp.pad(values, filled + [(0, 0)] * (values.ndim - 2))
+
+    queries, segments, chains = fill(query), fill(segment_ids), jax.tree.map(fill, later)
+
+    @jax.checkpoint
     def of_some(start: Int[Array, ""]) -> GroupedQuery:
         def cut(values: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(values, start, size, 1)
 
         places = start + jnp.arange(size)
-        own = [(cut(key), cut(value)) for key, value in later]
         causal_TxS = places[:, None] >= jnp.arange(length)[None, :]
-        seen_BxTxS = causal_TxS[None] & (cut(segment_ids)[:, :, None] == segment_ids[:, None, :])
-        return _attend(cut(query), first, own, seen_BxTxS)
+        seen_BxTxS = causal_TxS[None] & (cut(segments)[:, :, None] == segment_ids[:, None, :])
+        return _attend(cut(queries), first, jax.tree.map(cut, chains), seen_BxTxS)
 
-    if size == length:
+    if blocks == 1:
         return of_some(jnp.zeros((), jnp.int32))
-    parts = jax.lax.map(jax.checkpoint(of_some), jnp.arange(0, length, size))
-    return jnp.moveaxis(parts, 0, 1).reshape(query.shape)
+    parts = jax.lax.map(of_some, jnp.arange(0, size * blocks, size))  # [blocks, B, size, G, R, H]
+    whole = jnp.moveaxis(parts, 0, 1).reshape(query.shape[0], size * blocks, *query.shape[2:])
+    return whole[:, :length]
 
 
 def _attend(
-    query: GroupedQuery, first: tuple[AllKeys, AllKeys], own: list[Entries], seen: AttentionMask
+    query: GroupedQuery, first: tuple[AllKeys, AllKeys], own: tuple[Entries, ...], seen: AttentionMask
 ) -> GroupedQuery:
     """One softmax over [S] entries of depth 1 and the few of the chain."""
     (keys, values), length = first, first[0].shape[1]

@@ -172,7 +172,7 @@ class Restored:
         if not self.damaged:
             return ""
         steps = ", ".join(f"{step} ({why})" for step, why in self.damaged)
-        return f"{workdir.checkpoints}: damaged: {steps}; step {self.step}, the one before, is used"
+        return f"{workdir.checkpoints}: damaged: {steps}; step {self.step} is used instead"
 
 
 def restore_state(workdir: Workdir, config: Config, abstract: TrainState, choice: Choice = NEWEST) -> Restored:

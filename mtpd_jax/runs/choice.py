@@ -13,7 +13,8 @@ from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.validation import check_integer
 
 NEWEST, BEST = "newest", "best"
-# As it is asked for: its step, "newest", "best"; None: the best of a run that rates its checkpoints, else the newest.
+# As it is asked for: its step, "newest", "best"; None: where checkpoints differ in their drafts alone the best of those
+# that were rated, else the newest.
 Choice: TypeAlias = int | str | None
 # What a checkpoint is rated by: tokens per pass on the held-out prompts that select, and on no others.
 RATING = "selection/tokens_per_pass"

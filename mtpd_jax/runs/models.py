@@ -19,7 +19,7 @@ from mtpd_jax.interop.reading import TOKENIZER, Found, look, read_parameters
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.methods.partition import without_heads
 from mtpd_jax.runs.checkpoint import read_record, restore_parameters
-from mtpd_jax.runs.choice import Choice, latest_step, steps_of
+from mtpd_jax.runs.choice import NEWEST, Choice, latest_step, steps_of
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.runs.workdir import Workdir, open_workdir
 from mtpd_jax.shapes import Parameters
@@ -36,6 +36,7 @@ class Model:
       sources: which documents it was trained on (see ``sources.identity``).
       backbone: where its backbone lies: ``path``, ``step`` and ``digest``.
       note: what has to be said of it; nothing where there is nothing to say.
+      other_backbone: whether its heads were trained on another one.
     """
 
     parameters: Parameters
@@ -43,6 +44,22 @@ class Model:
     sources: list[dict[str, Any]]
     backbone: dict[str, Any]
     note: str = ""
+    other_backbone: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A backbone that heads were trained on.
+
+    Attributes:
+      parameters: of the model without its heads.
+      where: it lies, as a run records it: ``path``, ``step`` and ``digest``.
+      other: whether it is another one after all.
+    """
+
+    parameters: Parameters
+    where: dict[str, Any]
+    other: bool
 
 
 class OtherBackboneError(ValueError):
@@ -91,20 +108,20 @@ class RunModel:
         """
         config = self.config
         method = method_of(config, mesh)
+        if choice is None and not method.freezes_text:
+            choice = NEWEST
         restored = restore_parameters(self.folder, method, choice)
         record = restored.record
         self.folder.check_tokenizer(record["tokenizer"])
         trained, frozen = restored.tree
+        where, other = {"path": str(self.path), "step": restored.step}, False
         if method.names_backbone:
-            where = record["origin"]["backbone"]
-            frozen = read_backbone(method, where, backbone, other_backbone)
-        elif backbone is not None:
-            raise ValueError(f"backbone = {backbone!r}: expected nothing, for {self.path} has its own")
-        else:
-            where = {"path": str(self.path), "step": restored.step}
+            found = read_backbone(method, record["origin"]["backbone"], backbone, other_backbone)
+            frozen, where, other = found.parameters, found.where, found.other
+        elif backbone is not None or other_backbone:
+            raise ValueError(f"--backbone, --other_backbone: expected neither, for {self.path} has its own backbone")
         whole = method.merge(trained, frozen)
-        note = restored.note(self.folder)
-        return Model(whole, restored.step, trained_on(record), where, note)
+        return Model(whole, restored.step, trained_on(record), where, restored.note(self.folder), other)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +150,21 @@ class FolderModel:
             and [self.found.identity()] == origin["sources"]
         )
 
-    def read(self, mesh: Mesh, choice: Choice = None) -> Model:
-        """Reads it onto a mesh; it has no steps."""
+    def read(self, mesh: Mesh, choice: Choice = None, backbone: str | None = None) -> Model:
+        """Reads it onto a mesh.
+
+        Raises:
+          ValueError: a checkpoint or a backbone is named, and it has neither; or a tensor is not what it has to be.
+        """
+        if choice is not None or backbone is not None:
+            raise ValueError(
+                f"{self.path}: expected neither a checkpoint nor a backbone, for it is a folder of a model"
+            )
         trained, _ = abstract_parameters(method_of(self.config, mesh))
         tree = read_parameters(self.found, lambda: None)
         parameters = jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), tree, trained)
-        return Model(parameters, 0, [self.found.identity()], {"path": str(self.path), "step": 0})
+        where, note = {"path": str(self.path), "step": 0}, "\n".join(self.found.notes)
+        return Model(parameters, 0, [self.found.identity()], where, note)
 
 
 def open_model(path: str) -> RunModel | FolderModel:
@@ -169,7 +195,7 @@ def backbone_digest(parameters: Parameters) -> str:
 
 def read_backbone(
     method: Method, where: dict[str, Any], path: str | None = None, other_backbone: bool = False
-) -> Parameters:
+) -> Backbone:
     """Reads the backbone that heads were trained on.
 
     Args:
@@ -200,12 +226,13 @@ def read_backbone(
     shapes = [jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree) for tree in (frozen, wanted)]
     if shapes[0] != shapes[1]:
         raise OtherBackboneError(f"{name}: a model of another shape than that which the heads were trained on")
-    if not other_backbone and backbone_digest(frozen) != where["digest"]:
+    other = backbone_digest(frozen) != where["digest"]
+    if other and not other_backbone:
         raise OtherBackboneError(
             f"{name}: not the backbone that the heads were trained on (its parameters differ); "
             "--other_backbone takes it all the same, and measures how well they fit"
         )
-    return frozen
+    return Backbone(frozen, {"path": str(model.path), "step": read.step, "digest": where["digest"]}, other)
 
 
 def trained_on(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ class TrainedRun:
       step: optimizer steps done.
       sources: the documents that it was trained on (see ``sources.identity``); if it extends another run, that one's
         after its own.
+      other_backbone: whether its heads were trained on another backbone.
     """
 
     folder: Workdir
@@ -45,6 +46,7 @@ class TrainedRun:
     mesh: Mesh
     step: int
     sources: tuple[dict[str, Any], ...]
+    other_backbone: bool = False
 
     def held_out_documents(self) -> Iterator[Document]:
         """The run's own held-out documents.
@@ -81,7 +83,7 @@ def load_run(
     Args:
       workdir: of the run.
       checkpoint: its step, "newest", or "best", by decoding while the run trained; None: the best of a run that rates
-        its checkpoints so, else the newest.
+        its checkpoints so and whose text stays as it was (heads on a frozen backbone), else the newest.
       devices_per_model: devices that share one copy of the model, split by the rules (``ShardingRules``); as many
         copies as there is room for share the work. None: as few as the model fits on.
       backbone: of a run that names its backbone, the workdir or folder where that lies now; None: where it lay.
@@ -106,4 +108,5 @@ def load_run(
         say(model.note)
     parameters, tokenizer = jax.block_until_ready(model.parameters), folder.read_tokenizer(config)
     sources = tuple(model.sources)
-    return TrainedRun(folder, config, tokenizer, method.model, parameters, method.mesh, model.step, sources)
+    of_run = folder, config, tokenizer, method.model, parameters, method.mesh, model.step, sources
+    return TrainedRun(*of_run, model.other_backbone)

@@ -11,7 +11,7 @@ from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.fields import require
 from mtpd_jax.methods.method import METHODS
 from mtpd_jax.runs.checkpoint import read_record
-from mtpd_jax.runs.choice import latest_step
+from mtpd_jax.runs.choice import latest_step, parse_choice
 from mtpd_jax.runs.models import FolderModel, RunModel, backbone_digest, open_model
 from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.shapes import Parameters
@@ -83,14 +83,22 @@ class Origin:
       record: what the new run's checkpoints will say of where it comes from: ``config`` and ``step`` of that run,
         ``sources``, which documents that run and those before it were trained on (see ``sources.identity``), and
         ``backbone``, where it lies and its digest, of a run that does not store it.
+      note: what has to be said of it; nothing where there is nothing to say.
     """
 
     parameters: Parameters
     record: dict[str, Any]
+    note: str
 
 
-def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
+def beginning(config: Config, workdir: Workdir, mesh: Mesh, backbone: str | None = None) -> Origin | None:
     """The model to start from, as it is opened; None for a run that starts from nothing, or has a checkpoint.
+
+    Args:
+      config: of the new run.
+      workdir: its folder.
+      mesh: where parameters are to lie.
+      backbone: where that of the model to start from lies now; None: where it lay.
 
     Raises:
       ValueError: the run to start from has no checkpoint, or none that can be read.
@@ -98,12 +106,12 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh) -> Origin | None:
     if config.objective.source_run is None or latest_step(workdir) is not None:
         return None
     source = source_of(config)
-    model = source.read(mesh)
+    model = source.read(mesh, parse_choice(config.objective.source_choice), backbone)
     record = {"config": source.config.to_dict(), "step": model.step, "sources": model.sources}
     # What is frozen of it, if the run only names that.
     if METHODS[config.objective.mode].names_backbone:
         record["backbone"] = {**model.backbone, "digest": backbone_digest(model.parameters)}
-    return Origin(model.parameters, record)
+    return Origin(model.parameters, record, model.note)
 
 
 def held_out_note(sources: Sequence[dict[str, Any]]) -> str:

@@ -36,7 +36,7 @@ def rows(number=40, size=12):
 
 def write(folder, found, tokenizer="0"):
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": tokenizer, "rows": len(found)}))
     (folder / "generations-00000.jsonl").write_text("".join(json.dumps(one) + "\n" for one in found))
     return str(folder)
 
@@ -161,6 +161,10 @@ def test_a_tokenizer_is_known_however_its_file_is_written(workdir, tmp_path):
         ({"loss_mask": [0, 1]}, "not a whole row"),
         ({"ids": [1, 2, -3, 4, 5]}, "not a whole row"),
         ({"ids": "12345"}, "not a whole row"),
+        ({"ids": [1, 2, 3, 4, 2**31]}, "not a whole row"),
+        ({"loss_mask": [0, 1, 0, 1, 1]}, "not a whole row"),
+        ({"loss_mask": [1, 1, 1, 1, 1]}, "not a whole row"),
+        ({"loss_mask": 1}, "no row of generations"),
         ({"turn": 1}, "not a whole row"),
         ({"group": "x"}, "no row of generations"),
         ({"loss_mask": [0, 0, 1, 1, 2]}, "not a whole row"),
@@ -170,6 +174,20 @@ def test_a_bad_row_is_refused_with_its_place(change, words, tmp_path):
     bad = {**row(0, [1, 2], [3, 4, 5]), **change}
     with pytest.raises(ValueError, match=rf"generations-00000.jsonl, line 2: .*{words}"):
         GenerationsData(path=write(tmp_path / "own", [row(1, [1], [2]), bad])).open()
+
+
+def test_a_folder_that_is_not_finished_is_refused(tmp_path):
+    """What a killed process left is not what the model writes: short prompts come first."""
+    folder = tmp_path / "own"
+    write(folder, rows(5))
+    path = folder / "generations-00000.jsonl"
+    whole = path.read_text()
+    for end, words in ((-1, "ends within a row"), (whole[:-1].rindex("\n") + 1, "accounts for 4 of 5 prompts")):
+        path.write_text(whole[:end])
+        with pytest.raises(ValueError, match=words):
+            GenerationsData(path=str(folder)).open()
+    path.write_text(whole)
+    assert len(GenerationsData(path=str(folder)).open()) == 5
 
 
 def test_what_is_no_folder_of_generations_is_refused(tmp_path):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts, Window, by_head, moved
+from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts, Window, by_head, drafting, moved
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows, read
@@ -80,7 +80,7 @@ class ChainHeads(Drafter):
     ) -> tuple[Drafts, ChainState]:
         """Drafts tokens for every row, making depth 1 of the newest positions anew on the way."""
         most, adaptive = self.options.num_drafts, self.options.adaptive
-        working, confident = ~rows.finished, self.options.min_confidence
+        working, confident = drafting(rows, self.options), self.options.min_confidence
 
         def run(depth: Array | int, below: Hidden, ahead: Array, first: Array, cache: KVCache) -> tuple[Any, ...]:
             below, normed, cache = self.network.run_head(parameters, 0, below, ahead, first, cache, self.window)

@@ -9,7 +9,7 @@ from flax import struct
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows, slice_rows
-from mtpd_jax.shapes import AnyArray, Array, Float, Hidden, Int
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Hidden, Int
 
 DRAFTERS: dict[str, type["Drafter"]] = {}
 
@@ -119,6 +119,13 @@ class Nobody(Drafter):
     def draft(self, parameters: DecodingParameters, rows: Rows, state: Any, keys: Array) -> tuple[Drafts, Any]:
         nothing = jnp.zeros((rows.length.shape[0], 0), jnp.int32)
         return Drafts(nothing, rows.length * 0, nothing), state
+
+
+def drafting(rows: Rows, options: Options) -> Bool[Array, " B"]:
+    """The rows that go on, and all of whose drafts of a round lie where the heads were trained."""
+    if options.draft_until is None:
+        return ~rows.finished
+    return ~rows.finished & (rows.length + options.num_drafts <= options.draft_until)
 
 
 def moved(window: Window, hidden: Hidden, count: Int[Array, " B"]) -> Window:

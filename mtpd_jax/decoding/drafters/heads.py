@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.decoding.drafters.chain import ChainHeads
-from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts, Window, by_head, moved
+from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts, Window, by_head, drafting, moved
 from mtpd_jax.decoding.network import DecodingParameters, Network, over_layers
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows, read
@@ -140,7 +140,7 @@ class Heads(Drafter, name="heads"):
         assert isinstance(heads.caches, KVCache)  # a stack, for it is not known which heads run
         one_depth = self._one_depth(parameters, rows, keys)
         ahead = read(rows.tokens, rows.length - self.window, self.window)
-        working = ~rows.finished
+        working = drafting(rows, options)
         due = jnp.any(working & (heads.behind > self.window - 2 * most + 1))
 
         def goes_on(now: _Round) -> Bool[Array, ""]:

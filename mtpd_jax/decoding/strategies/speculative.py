@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mtpd_jax.decoding.drafters.drafter import DRAFTERS, Drafts, drafter_of
+from mtpd_jax.decoding.drafters.drafter import DRAFTERS, Drafts, drafter_of, drafting
 from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import Rows, read
@@ -27,7 +27,7 @@ from mtpd_jax.decoding.sampling import accept_drafts, count_leading, fold, proba
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies.strategy import Strategy
 from mtpd_jax.model.cache import Caches
-from mtpd_jax.shapes import Array, Bool, Hidden, Int
+from mtpd_jax.shapes import Array, Hidden, Int
 from mtpd_jax.sharding import WHOLE
 
 # Numbers folded into a row's key, to keep its draws apart: drafts use 1…K.
@@ -78,15 +78,10 @@ class Speculative(Strategy, name="speculative"):
         if self._until is None or self._until >= rows.tokens.shape[1]:
             return speculate()
         return jax.lax.cond(
-            jnp.any(~rows.finished & self._drafts_at(rows)),
+            jnp.any(drafting(rows, self.options)),
             speculate,
             lambda: self._plain_round(parameters, rows, state, keys, stops),
         )
-
-    def _drafts_at(self, rows: Rows) -> Bool[Array, " B"]:
-        """Whether all drafts of a round lie where the heads were trained."""
-        assert self._until is not None  # or nobody asks
-        return rows.length + self.options.num_drafts <= self._until
 
     def _plain_round(
         self, parameters: DecodingParameters, rows: Rows, state: SpeculativeState, keys: Array, stops: Stops
@@ -108,7 +103,7 @@ class Speculative(Strategy, name="speculative"):
         with jax.named_scope("draft"):
             drafts, drafter = self.drafter.draft(parameters, rows, state.drafter, keys)
             if self._until is not None:
-                drafts = dataclasses.replace(drafts, count=jnp.where(self._drafts_at(rows), drafts.count, 0))
+                drafts = dataclasses.replace(drafts, count=jnp.where(drafting(rows, self.options), drafts.count, 0))
         with jax.named_scope("verify"):
             candidates, accepted, cache, hidden = self.verify(parameters, rows, state.cache, drafts, keys)
         with jax.named_scope("accept"):
