@@ -1,16 +1,21 @@
 """Rounds by their place in the text, and texts that go on beyond what heads were trained on."""
 
 import dataclasses
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mtpd_jax import evaluate, generate, open_run, train
+from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.drafters.drafter import drafting
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.rows import places
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import by_place
+from mtpd_jax.run import Run
 from tests.builders import replace
 from tests.decoding.models import PROMPTS, small_vocabulary
 
@@ -100,6 +105,31 @@ def test_sampled_text_beyond_is_the_main_heads(monkeypatch):
     found, plain = (decoder.run(PROMPTS, options, seed=3) for options in (bound, bound.with_drafts(0)))
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert all(one.tried == (0, 0, 0, 0) for one in found)
+    # Also in the rounds in which another row drafts.
+    until = max(map(len, PROMPTS)) + 40
+    prompts, bound = [np.arange(until, dtype=np.int32) % 7, *PROMPTS], dataclasses.replace(bound, draft_until=until)
+    found, plain = (decoder.run(prompts, options, seed=3, rows=4) for options in (bound, bound.with_drafts(0)))
+    assert found[0].tokens == plain[0].tokens and found[0].tried == (0, 0, 0, 0)
+    assert any(one.tried[0] and one.tokens != other.tokens for one, other in zip(found, plain, strict=True))
+
+
+def test_rows_draft_up_to_where_heads_were_trained_and_finished_ones_do_not():
+    rows = SimpleNamespace(length=jnp.array([3, 6, 7, 3]), finished=jnp.array([False, False, False, True]))
+    assert drafting(rows, Options(4, 9, draft_until=10)).tolist() == [True, True, False, False]
+    assert drafting(rows, Options(4, 9)).tolist() == [True, True, True, False]
+
+
+def test_of_an_imported_model_only_what_its_folder_says_is_known(workdir):
+    """Its sequences are what text is scored in, and say nothing of what its heads were trained on."""
+    run = open_run(str(workdir))
+
+    def until(data):
+        config = dataclasses.replace(replace(run.config, model__context=128), data=data)
+        return Run(dataclasses.replace(run.trained, config=config)).draft_until()
+
+    assert until(run.config.data) == run.config.training.sequence_length == 32
+    assert until(UnknownData()) is None
+    assert until(UnknownData(heads_length=64)) == 64 and until(UnknownData(heads_length=128)) is None
 
 
 @pytest.fixture(scope="module")

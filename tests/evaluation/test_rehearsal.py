@@ -21,6 +21,7 @@ from mtpd_jax.evaluation.proof import ParityError, prove_parity
 from mtpd_jax.model import chains
 from mtpd_jax.model.views import Rotation
 from mtpd_jax.runs.choice import candidates, latest_step, parse_choice, ratings_of
+from mtpd_jax.runs.origin import beginning, completed
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
 from tests.builders import method_on, replace, tiny_config
@@ -49,6 +50,10 @@ def no_chain(real):
     return lambda query, first, later, segment_ids: real(query, first, later[-1:], segment_ids)
 
 
+def no_documents(real):
+    return lambda query, first, later, segment_ids: real(query, first, later, 0 * segment_ids)
+
+
 class Stale(ChainHeads):
     """A window that is never moved."""
 
@@ -64,6 +69,8 @@ def break_(part, patch):
         patch.setattr(chains, "attend_to_chain", no_chain(chains.attend_to_chain))
     if part == "states of the round before":
         patch.setattr(Heads, "of", classmethod(lambda cls, network, options, alone=True: Stale(network, options)))
+    if part == "a mask without documents":
+        patch.setattr(chains, "attend_to_chain", no_documents(chains.attend_to_chain))
     if part == "the wrong token":
         patch.setattr(ChainHeads, "draft", wrong_token(ChainHeads.draft))
 
@@ -78,7 +85,14 @@ def wrong_token(real):
 
 
 @pytest.mark.parametrize(
-    "part", ["positions", "a mask without the chain", "states of the round before", "the wrong token"]
+    "part",
+    [
+        "positions",
+        "a mask without the chain",
+        "a mask without documents",
+        "states of the round before",
+        "the wrong token",
+    ],
 )
 def test_heads_that_would_not_decode_as_they_are_trained_are_not_trained(part, config, tmp_path, monkeypatch):
     """With the depth, and by how much; and there is no checkpoint."""
@@ -127,10 +141,12 @@ def test_documents_that_rate_are_others_than_those_that_report(config, workdir):
     """Both are held out, and of each there are as many as were asked for, or as there are."""
     source = open_source(config.data)
     tokenizer = open_run(str(workdir)).tokenizer
-    method = method_on(replace(config, evaluation__prompts=7), make_mesh(config.mesh))
+    method = method_on(replace(config, evaluation__prompts=5), make_mesh(config.mesh))
     evaluation = HeldOut.of(method, source, tokenizer)
     prompts = evaluation._decoding._prompts
-    assert (len(prompts.rating), len(prompts.reporting)) == (4, 3) or min(map(len, (prompts.rating, prompts.reporting)))
+    there = [selects(source[i]) for i in range(len(source)) if held_out(source[i], 0.2)]
+    assert there.count(True) > 3 and there.count(False) > 2
+    assert (len(prompts.rating), len(prompts.reporting)) == (3, 2)
     beginnings = {
         rates: {tuple(tokenizer.encode_prompt(source[i])[:8]) for i in range(len(source))
                 if held_out(source[i], 0.2) and selects(source[i]) is rates}
@@ -189,6 +205,20 @@ def rated(config, tmp_path_factory):
     return path
 
 
+def test_checkpoints_are_rated_by_the_prompts_that_are_not_reported(config, rated):
+    run = open_run(str(rated), checkpoint="newest")
+    decoding = HeldOut.of(method_on(run.config), open_source(config.data), run.tokenizer)._decoding
+    prompts, options = decoding._prompts, Options(3, decoding._prompts.new_tokens)
+    found = {}
+    for name in ("rating", "reporting"):
+        written = run.decoder.run(getattr(prompts, name), options)
+        found[name] = sum(len(one.tokens) - 1 for one in written) / sum(one.passes for one in written)
+    assert found["rating"] != found["reporting"]
+    values = decoding(run.parameters, lambda: True)
+    assert values["selection/tokens_per_pass"] == pytest.approx(found["rating"])
+    assert values["decoded/tokens_per_pass"] == pytest.approx(found["reporting"])
+
+
 def test_what_is_written_is_what_decoding_comes_to(config, rated):
     """The reporting prompts, decoded again with the finished run, one by one."""
     run = open_run(str(rated), checkpoint="newest")
@@ -227,6 +257,34 @@ def test_the_best_stays_the_best_after_a_restart(config, rated, tmp_path, monkey
     assert ratings[25] < 1.5
 
 
+def test_where_the_text_changes_the_newest_is_opened(text_file, tmp_path, monkeypatch):
+    """A main head that repeats itself is easy to draft for: joint training is not rated by its drafts alone."""
+    with_ratings(monkeypatch, [2.0, 1.0])
+    config = tiny_config(
+        data__source="text", data__paths=(text_file,), training__steps=4, evaluation__every_steps=2,
+        evaluation__prompts=4, checkpoint__every_steps=2, checkpoint__keep=1,
+    )  # fmt: skip
+    assert train.run(config, str(tmp_path / "run")).finished
+    steps = {choice: open_run(str(tmp_path / "run"), checkpoint=choice).step for choice in (None, "best", "newest")}
+    assert steps == {None: 4, "best": 2, "newest": 4}
+
+
+def test_a_second_stage_starts_from_the_checkpoint_that_is_named(config, rated):
+    for choice, step in ((None, 10), ("newest", 20), ("best", 10), ("20", 20)):
+        named = {"objective__source": str(rated), "objective__initial_heads": "source"}
+        second = replace(config, **named, objective__source_checkpoint=choice)
+        nowhere = open_workdir("/nowhere")
+        origin = beginning(completed(second, nowhere), nowhere, make_mesh(config.mesh))
+        assert origin.record["step"] == step
+    with pytest.raises(ValueError, match="objective.source_checkpoint = 'latest': expected newest, best, or a step"):
+        replace(config, objective__source_checkpoint="latest").validate()
+
+
+def test_one_prompt_cannot_both_rate_and_be_reported(config):
+    with pytest.raises(ValueError, match="evaluation.prompts = 1: expected none, or at least two"):
+        replace(config, evaluation__prompts=1).validate()
+
+
 def test_runs_that_rate_nothing_are_opened_as_before(workdir):
     assert open_run(str(workdir)).step == 10
     with pytest.raises(ValueError, match="no checkpoint that was rated .* ask for newest"):
@@ -241,7 +299,8 @@ def test_a_damaged_best_gives_way(rated, tmp_path, capsys):
         if file.is_file():
             file.write_bytes(b"")
     assert open_run(str(broken)).step == 20
-    assert "damaged: 10" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "damaged: 10" in said and "step 20 is used instead" in said
 
 
 def test_a_decoder_takes_other_parameters_without_compiling_again(workdir):

@@ -222,13 +222,17 @@ def test_another_backbone_is_refused_and_a_moved_one_is_named(base, base_config,
     with pytest.raises(ValueError, match="nowhere: the backbone .* name that folder with --backbone") as raised:
         open_run(str(mine), backbone=str(tmp_path / "nowhere"))
     assert len(str(raised.value).splitlines()) == 1
-    with pytest.raises(ValueError, match="expected nothing, for .* has its own"):
+    with pytest.raises(ValueError, match="expected neither, for .* has its own"):
         open_run(str(base), backbone=str(moved))
     capsys.readouterr()
+    open_run(str(mine), backbone=str(moved), other_backbone=True)  # which it is not
+    assert not capsys.readouterr().err
     fitted = open_run(str(mine), backbone=str(other), other_backbone=True)
     assert "heads 1 to 2 choose the token that it chooses in" in capsys.readouterr().err
     assert_bitwise({**fitted.parameters, "heads": 0}, {**parameters_of(other), "heads": 0})
     assert_bitwise(fitted.parameters["heads"], parameters_of(heads)["heads"])
+    to_hf(str(mine), str(tmp_path / "exported"), backbone=str(other), other_backbone=True, dry_run=True)
+    assert "heads 1 to 2 choose the token that it chooses in" in capsys.readouterr().err
 
 
 def test_a_backbone_whose_bits_changed_is_refused(base, config, heads, tmp_path):
@@ -255,6 +259,26 @@ def test_a_run_is_resumed_bit_for_bit_wherever_its_backbone_lies(base, config, h
     trees = [restored(path, open_workdir(str(path)).read_config())[0] for path in (stopped, heads)]
     assert trees[0].frozen is None and mine.objective.mode == "posthoc"
     assert_bitwise(*trees)
+    # And it says so from here on.
+    assert open_run(str(stopped)).step == open_run(str(heads)).step
+
+
+def test_a_second_stage_finds_a_backbone_that_was_moved(base, config, tmp_path):
+    """Where it is named; the run that it starts from knows only where that lay."""
+    source = shutil.copytree(base, tmp_path / "source")
+    first = replace(config, objective__source=str(source), training__steps=2, optimizer__warmup_steps=1)
+    assert train.run(first, str(tmp_path / "first")).finished
+    moved = str(source.rename(tmp_path / "moved"))
+    second = replace(first, objective__source=str(tmp_path / "first"), objective__initial_heads="source")
+    with pytest.raises(ValueError, match="where it lies elsewhere, name that folder with --backbone"):
+        train.run(second, str(tmp_path / "second"))
+    assert not (tmp_path / "second").exists()
+    assert train.run(second, str(tmp_path / "second"), backbone=moved).finished
+    assert open_run(str(tmp_path / "second")).step == 2
+    with pytest.raises(ValueError, match="expected neither, for .* has its own backbone"):
+        open_run(str(base), other_backbone=True)
+    with pytest.raises(ValueError, match="expected neither, for .* has its own backbone"):
+        train.run(replace(first, objective__source=str(base)), str(tmp_path / "third"), backbone=moved)
 
 
 # Where it comes from.
@@ -283,6 +307,20 @@ def test_a_folder_serves_as_its_import_does(folder, config, tmp_path):
         found.append(parameters_of(workdir))
         assert RunModel(open_workdir(str(workdir))).config.context == 64
     assert_bitwise(*found)
+
+
+def test_what_an_import_would_say_of_a_folder_is_said(folder, config, tmp_path, capsys):
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    settings = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**settings, "attention_sinks": 4}))
+    assert train.run(replace(config, objective__source=str(odd), training__steps=2, optimizer__warmup_steps=1),
+                     str(tmp_path / "run")).finished  # fmt: skip
+    said = capsys.readouterr().err
+    assert "settings that are not known here, taken to change nothing: attention_sinks" in said
+    for more in ({"objective__source_checkpoint": "newest"}, {}):
+        with pytest.raises(ValueError, match="expected neither a checkpoint nor a backbone"):
+            where = {} if more else {"backbone": str(folder)}
+            train.run(replace(config, objective__source=str(odd), **more), str(tmp_path / "other"), **where)
 
 
 def test_a_backbone_stays_in_the_numbers_that_it_is_stored_in(folder, config, tmp_path):

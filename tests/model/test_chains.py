@@ -27,41 +27,46 @@ def written_out(query, keys, values, segments):
     return found
 
 
-@pytest.mark.parametrize("queries", [512, 4])
+@pytest.mark.parametrize(("queries", "length"), [(12, 12), (4, 12), (4, 11)])
 @pytest.mark.parametrize("depths", [2, 4])
-def test_attention_to_a_chain_is_what_it_says(depths, queries, monkeypatch):
-    """Also where a few queries are taken at a time, with their gradients."""
-    monkeypatch.setattr(chains, "_QUERIES", queries)
+def test_attention_to_a_chain_is_what_it_says(depths, queries, length, monkeypatch):
+    """Also where a few queries are taken at a time, which need not divide the length, with their gradients."""
+    monkeypatch.setattr(chains, "_SCORES", queries * 6 * length)
     rng = np.random.default_rng(0)
-    query = rng.standard_normal((2, 12, 2, 3, 4)).astype(np.float32)
-    keys, values = rng.standard_normal((2, depths, 2, 12, 2, 4)).astype(np.float32)
+    query = rng.standard_normal((2, length, 2, 3, 4)).astype(np.float32)
+    keys, values = rng.standard_normal((2, depths, 2, length, 2, 4)).astype(np.float32)
+    segments = SEGMENTS[:, :length]
 
     def attended(query, keys, values):
         entries = list(zip(keys, values, strict=True))
-        return chains.attend_to_chain(query, entries[0], tuple(entries[1:]), jnp.asarray(SEGMENTS))
+        return chains.attend_to_chain(query, entries[0], tuple(entries[1:]), jnp.asarray(segments))
 
     query, keys, values = (jnp.asarray(part) for part in (query, keys, values))
-    np.testing.assert_allclose(attended(query, keys, values), written_out(query, keys, values, SEGMENTS), atol=1e-5)
+    np.testing.assert_allclose(attended(query, keys, values), written_out(query, keys, values, segments), atol=1e-5)
     # The gradient, against finite differences of the form that is written out.
     by = rng.standard_normal(query.shape).astype(np.float32)
     gradient = jax.grad(lambda keys: jnp.sum(attended(query, keys, values) * by))(keys)
     step = rng.standard_normal(keys.shape).astype(np.float32)
-    ends = [np.sum(written_out(query, keys + sign * 1e-2 * step, values, SEGMENTS) * by) for sign in (1, -1)]
+    ends = [np.sum(written_out(query, keys + sign * 1e-2 * step, values, segments) * by) for sign in (1, -1)]
     np.testing.assert_allclose(jnp.sum(gradient * step), (ends[0] - ends[1]) / 2e-2, rtol=2e-2)
 
 
 def test_no_more_scores_are_kept_than_those_of_a_few_queries(monkeypatch):
-    def memory(queries):
-        monkeypatch.setattr(chains, "_QUERIES", queries)
+    def memory(queries, depths=1):
+        monkeypatch.setattr(chains, "_SCORES", queries * 1024)
         row = jnp.ones((1, 1024, 1, 1, 8))
         entry = (row[:, :, 0], row[:, :, 0])
 
         def loss(query):
-            return jnp.sum(chains.attend_to_chain(query, entry, (entry,), jnp.ones((1, 1024), jnp.int32)))
+            for _ in range(depths):
+                query = chains.attend_to_chain(query, entry, (entry,), jnp.ones((1, 1024), jnp.int32))
+            return jnp.sum(query)
 
         return jax.jit(jax.grad(loss)).lower(row).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(64) < memory(1024) / 4
+    # Nor are they kept from depth to depth, where all queries are one block.
+    assert memory(1024, 4) - memory(1024, 2) < 4 * 1024**2
 
 
 def shared_model(**fields) -> LanguageModel:
@@ -103,9 +108,18 @@ def test_recomputed_activations_change_nothing():
     tokens = jnp.arange(24).reshape(2, 12)
     inputs = tokens, jnp.ones_like(tokens), jnp.tile(jnp.arange(12), (2, 1))
 
-    def gradient(model):
-        parameters = random_parameters(model)
-        return jax.grad(lambda part: jnp.sum(model.apply({"params": part}, *inputs).heads ** 2))(parameters)
+    def squares(model, parameters):
+        return jnp.sum(model.apply({"params": parameters}, *inputs).heads ** 2)
 
-    plain, again = (gradient(shared_model(model__remat=remat)) for remat in (False, True))
+    models = [shared_model(model__remat=remat) for remat in (False, True)]
+    parameters = random_parameters(models[0])
+    # A head at each of three depths, and the backbone's scanned block.
+    traced = [str(jax.make_jaxpr(lambda part, model=model: squares(model, part))(parameters)) for model in models]
+    assert (
+        traced[1].count("name=checkpoint")
+        + traced[1].count("remat2[")
+        - (traced[0].count("name=checkpoint") + traced[0].count("remat2["))
+        >= 4
+    )
+    plain, again = (jax.grad(lambda part, model=model: squares(model, part))(parameters) for model in models)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), plain, again)
