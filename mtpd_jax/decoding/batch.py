@@ -2,7 +2,7 @@
 
 The rows of a batch share every pass, so that a pass costs the same however many of them are finished. Therefore a queue
 of prompts stands behind them: whenever a row is finished, its text is put away, and the next prompt is read into its
-place. What a prompt brings forth depends on the prompt and its own key alone.
+place. What a prompt brings forth depends, up to rounding, on the prompt and its own key alone.
 """
 
 import dataclasses

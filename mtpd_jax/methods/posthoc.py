@@ -75,6 +75,8 @@ class Posthoc(HeadsOnFrozen, section=PosthocConfig):
         length, most = config.training.sequence_length, source.context
         expected = f"at most {most}, the length of texts that {where} was made for"
         require(length <= most, "training.sequence_length", length, expected)
+        if own["context"] is not None:
+            require(own["context"] <= most, "model.context", own["context"], expected)
         free = {name: own[name] for name in _FREE}
         model = dataclasses.replace(source.model, **{**free, "context": own["context"] or context})
         # Texts end as they do there.
