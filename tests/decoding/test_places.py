@@ -1,7 +1,6 @@
 """Rounds by their place in the text, and texts that go on beyond what heads were trained on."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.drafter import drafting
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.rows import places
+from mtpd_jax.decoding.rows import Rows, places
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import by_place
 from mtpd_jax.run import Run
@@ -114,7 +113,8 @@ def test_sampled_text_beyond_is_the_main_heads(monkeypatch):
 
 
 def test_rows_draft_up_to_where_heads_were_trained_and_finished_ones_do_not():
-    rows = SimpleNamespace(length=jnp.array([3, 6, 7, 3]), finished=jnp.array([False, False, False, True]))
+    rows = Rows.start(jnp.ones((4, 7), jnp.int32), jnp.array([3, 6, 7, 3]), 4, 9, 20)
+    rows = dataclasses.replace(rows, finished=jnp.array([False, False, False, True]))
     assert drafting(rows, Options(4, 9, draft_until=10)).tolist() == [True, True, False, False]
     assert drafting(rows, Options(4, 9)).tolist() == [True, True, True, False]
 

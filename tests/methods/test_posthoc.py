@@ -231,7 +231,7 @@ def test_another_backbone_is_refused_and_a_moved_one_is_named(base, base_config,
     assert "heads 1 to 2 choose the token that it chooses in" in capsys.readouterr().err
     assert_bitwise({**fitted.parameters, "heads": 0}, {**parameters_of(other), "heads": 0})
     assert_bitwise(fitted.parameters["heads"], parameters_of(heads)["heads"])
-    to_hf(str(mine), str(tmp_path / "exported"), backbone=str(other), other_backbone=True, dry_run=True)
+    to_hf(str(mine), str(tmp_path / "x"), format="backbone", backbone=str(other), other_backbone=True, dry_run=True)
     assert "heads 1 to 2 choose the token that it chooses in" in capsys.readouterr().err
 
 

@@ -66,7 +66,7 @@ def test_no_more_scores_are_kept_than_those_of_a_few_queries(monkeypatch):
 
     assert memory(64) < memory(1024) / 4
     # Nor are they kept from depth to depth, where all queries are one block.
-    assert memory(1024, 4) - memory(1024, 2) < 4 * 1024**2
+    assert memory(1024, 4) - memory(1024, 2) < 1.5 * 4 * 1024**2  # which would be twice that of one depth
 
 
 def shared_model(**fields) -> LanguageModel:
