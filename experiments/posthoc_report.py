@@ -65,7 +65,8 @@ def _left_out(arms: Mapping[str, Arm], wanted: Sequence[Variant]) -> str:
         if seeds:
             lacking.setdefault(seeds, []).append(variant.name)
     return "; ".join(
-        f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))} of {', '.join(names)}"
+        f"seed{'s' * (len(seeds) > 1)} {' and '.join(map(str, seeds))} of "
+        f"{'every arm' if len(names) == len(wanted) else ', '.join(names)}"
         for seeds, names in lacking.items()
     )
 
