@@ -203,8 +203,8 @@ class TrainFlags:
     config: ml_collections.ConfigDict
     workdir: str
     checkpoint: str
-    backbone: str | None
     break_lock: bool
+    backbone: str | None = None
 
 
 def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
@@ -252,7 +252,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     if not values["workdir"].value:
         raise ValueError("--workdir is missing")
     checkpoint, backbone = str(values["checkpoint"].value), values["backbone"].value
-    return TrainFlags(config, str(values["workdir"].value), checkpoint, backbone, bool(values["break_lock"].value))
+    return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value), backbone)
 
 
 def _joined(arguments: list[str]) -> list[str]:

@@ -78,7 +78,7 @@ def run(
     config: Config | ml_collections.ConfigDict | Mapping[str, Any],
     workdir: str,
     *,
-    checkpoint: Choice = NEWEST,
+    checkpoint: int | str = NEWEST,
     backbone: str | None = None,
     break_lock: bool = False,
 ) -> TrainResult:
@@ -87,7 +87,7 @@ def run(
     Args:
       config: a ``Config``, the ConfigDict of a config file, or the same as nested mappings.
       workdir: the run's folder, local or ``gs://…``; created if it is not there.
-      checkpoint: the step to go on from, "newest" (None, too), or "best" (see ``open_run``). Newer ones are set aside.
+      checkpoint: the step to go on from, "newest", or "best" (see ``open_run``). Newer ones are set aside.
       backbone: of a run that names its backbone, or starts from one that does: where that lies now; None: where it lay.
       break_lock: take the run from another process that trains here.
 
@@ -97,19 +97,16 @@ def run(
       OSError: something cannot be read or written.
     """
     # Everything that can be wrong is looked at before anything is created.
-    config, folder = Config.of(config), open_workdir(workdir)
-    chosen = NEWEST if checkpoint is None else parse_choice(checkpoint)
+    config, folder, chosen = Config.of(config), open_workdir(workdir), parse_choice(checkpoint)
     named, config = config.objective.source_run, completed(config, folder)
     folder.check(config, begun=latest_step(folder) is not None)
     candidates(folder, chosen)  # which says what is there, if it is not
     check_batch(mesh := make_mesh(config.mesh), config.training)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [check_training(method), check_attention(method)]
-    abstract = abstract_state(method, optimizer)
-    source = open_source(config.data)
+    abstract, source = abstract_state(method, optimizer), open_source(config.data)
     origin = beginning(config, folder, mesh, backbone)
-    given = _given_tokenizer(config, folder)
-    _check_ids(source, config, folder, given)
+    given = _knows_ids(source, config, folder, _given_tokenizer(config, folder))
     with contextlib.ExitStack() as stack:
         # From here on the run exists.
         lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
@@ -316,14 +313,15 @@ def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
     return None
 
 
-def _check_ids(source: Source, config: Config, folder: Workdir, given: Tokenizer | None) -> None:
-    """Checks that token ids are those of the run's tokenizer: the given one, or that which is there."""
+def _knows_ids(source: Source, config: Config, folder: Workdir, given: Tokenizer | None) -> Tokenizer | None:
+    """The given tokenizer; token ids have to be those of the run's: of that one, or of the one that is there."""
     tokenizer = given if given or not folder.tokenizer_file.exists() else folder.read_tokenizer(config)
     if source.tokenizer_digest and (tokenizer is None or tokenizer.digest != source.tokenizer_digest):
         raise ValueError(
             "config.data.path: its token ids are of another tokenizer than the run's; have them written by a run that "
             "has the same, such as the backbone"
         )
+    return given
 
 
 def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:

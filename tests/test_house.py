@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What stands further down may import what stands further up.
 ORDER = (
     "shapes", "validation", "fields", "config", "editing", "platform", "sharding", "data", "model", "losses", "methods",
-    "training", "decoding", "interop", "runs", "conversion", "evaluation", "run", "corpora", "trainer", "frontdoor",
+    "training", "decoding", "interop", "runs", "evaluation", "run", "conversion", "corpora", "trainer", "frontdoor",
 )  # fmt: skip
 COMMANDS = ("train", "generate", "evaluate", "convert", "corpus")
 LIBRARY = sorted((ROOT / "mtpd_jax").rglob("*.py"))

@@ -47,6 +47,7 @@ def wait_for(condition, seconds=300):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_all_of_it_in_tiny_sizes_killed_and_continued(tmp_path, environ):
     """Without the packages that it can do without; every case is measured once, and the page shows them all."""
     out, rows = tmp_path / "out", tmp_path / "out" / "results.jsonl"

@@ -37,7 +37,9 @@ def test_rounding_is_no_new_version_and_anything_else_is():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("part", fingerprint.PARTS)
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=pytest.mark.slow if part == "shared" else ()) for part in fingerprint.PARTS]
+)
 def test_this_code_does_what_is_recorded(part, tmp_path):
     """With the tests' eight devices and without optimisation, where the record was made with one and with it."""
     with fingerprint.jax.default_matmul_precision("highest"):

@@ -259,8 +259,7 @@ def test_a_run_is_resumed_bit_for_bit_wherever_its_backbone_lies(base, config, h
     trees = [restored(path, open_workdir(str(path)).read_config())[0] for path in (stopped, heads)]
     assert trees[0].frozen is None and mine.objective.mode == "posthoc"
     assert_bitwise(*trees)
-    # And it says so from here on.
-    assert open_run(str(stopped)).step == open_run(str(heads)).step
+    assert open_run(str(stopped)).step == open_run(str(heads)).step  # and it says so from here on
 
 
 def test_a_second_stage_finds_a_backbone_that_was_moved(base, config, tmp_path):

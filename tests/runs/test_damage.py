@@ -14,8 +14,8 @@ import pytest
 
 from mtpd_jax import evaluate, generate, train
 from mtpd_jax.config import MeshConfig
+from mtpd_jax.data.files import json_digest
 from mtpd_jax.run import open_run
-from mtpd_jax.runs import checkpoint as checkpoint_module
 from mtpd_jax.runs import digests as digests_module
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.sharding import make_mesh
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_config, whole, copy, capsys):
     capsys.readouterr()
     assert generate.run(str(copy), ["the cat"], max_new_tokens=8)[0].tokens == before
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and "damaged: 8 (" in said and "step 4, the one before, is used" in said
+    assert len(said.splitlines()) == 1 and "damaged: 8 (" in said and "step 4 is used instead" in said
     assert open_run(str(copy)).step == 4
     assert train.run(run_config, str(copy)).finished
     said = capsys.readouterr().err
@@ -228,7 +228,7 @@ def test_a_run_is_read_on_other_devices_than_it_was_trained_on(copy):
         file.write_text(file.read_text().replace('"attention": "auto"', '"attention": "splash"'))
         if file.name == "metadata":
             record = {name: value for name, value in json.loads(file.read_text()).items() if name != "sha256"}
-            file.write_text(json.dumps({"sha256": checkpoint_module._seal(record), **record}))
+            file.write_text(json.dumps({"sha256": json_digest(record), **record}))
     run = open_run(str(copy))
     assert run.config.model.attention == "splash" and run.trained.model.config.attention == "dense"
 
