@@ -162,7 +162,7 @@ def test_what_was_killed_anywhere_is_gone_on_with_across_files(small_shards, tal
     assert (counts.ok, counts.failed, counts.skipped) == (7, 2, 1)
     whole = contents(tmp_path / "whole")
     shards = sorted(name for name in whole if name.startswith("gen"))
-    assert len(shards) > 2
+    assert len(shards) > 1
     rng = random.Random(0)
     for number, shard in enumerate(shards):
         left = shutil.copytree(tmp_path / "whole", tmp_path / f"left{number}")
