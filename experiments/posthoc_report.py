@@ -127,7 +127,7 @@ def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     }
     curves = {
         name: [
-            (point["step"] * arm.rows[0].tokens / arm.rows[0].steps, point["decoded/tokens_per_pass"])
+            (point["step"] * arm.rows[0].tokens / arm.rows[0].steps / 1000, point["decoded/tokens_per_pass"])
             for point in arm.rows[0].curve
             if point.get("decoded/tokens_per_pass")
         ]
@@ -135,5 +135,5 @@ def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     }
     return [
         {"title": "conditional acceptance, temperature 1", "x": "depth", "y": "%", "lines": by_depth},
-        {"title": "greedy, while training", "x": "tokens of training", "y": "tokens per pass", "lines": curves},
+        {"title": "greedy, while training", "x": "thousand tokens of training", "y": "tokens per pass", "lines": curves},
     ]
