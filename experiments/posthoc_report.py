@@ -11,6 +11,8 @@ from experiments.variants import MODES
 from mtpd_jax.evaluation.statistics import Counts, mean_of
 
 _HEADS = 3
+# What the figure varies.
+_MAIN = ("shared", "kl", "pre", "text")
 # Of every arm that names none.
 SEEDS = (0, 1, 2)
 _CAVEATS = {
@@ -119,8 +121,12 @@ def _row(arms: Mapping[str, Arm], what: str, name: str, base: str, figure: Calla
 
 
 def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
-    """Acceptance by depth, and decoding while the first stages went on."""
-    pre = {name: arm for name, arm in arms.items() if " pre " in name}
+    """Acceptance by depth, and decoding while first stages went on: of the main arm, and one thing changed at a time."""
+    pre = {
+        name: arm
+        for name, arm in arms.items()
+        if " pre " in name and sum(a != b for a, b in zip(name.split(), _MAIN, strict=True)) <= 1
+    }
     by_depth = {
         name: line({k: mean_of(arm.conditional("sampled", _HEADS, k)) for k in range(1, _HEADS + 1)}, 100)
         for name, arm in pre.items()
@@ -135,5 +141,5 @@ def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
     }
     return [
         {"title": "conditional acceptance, temperature 1", "x": "depth", "y": "%", "lines": by_depth},
-        {"title": "greedy, while training", "x": "thousand tokens of training", "y": "tokens per pass", "lines": curves},
+        {"title": "greedy, in training", "x": "thousand tokens of training", "y": "tokens per pass", "lines": curves},
     ]
