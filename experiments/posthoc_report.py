@@ -121,7 +121,7 @@ def _row(arms: Mapping[str, Arm], what: str, name: str, base: str, figure: Calla
 
 
 def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:
-    """Acceptance by depth, and decoding while first stages went on: of the main arm, and one thing changed at a time."""
+    """Acceptance by depth, and decoding in first stages: of the main arm, and with one thing changed at a time."""
     pre = {
         name: arm
         for name, arm in arms.items()
