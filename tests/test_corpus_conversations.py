@@ -150,6 +150,7 @@ def test_a_template_that_does_not_say_where_answers_begin_is_refused(template, t
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_was_killed_anywhere_is_gone_on_with_across_files(small_shards, talker, tmp_path):
     """Of several files, and of prompts that fail or are skipped: whatever was there of the last file and of those."""
     failing = [say("user", "the"), say("assistant", ""), say("user", " cat sat" * 20)]
