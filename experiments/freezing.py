@@ -10,20 +10,19 @@ from typing import Any
 
 from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.experiment import Experiment, main
-from experiments.sweep.report import Report, Table, line, per_seed, points, share, verdict, with_interval
+from experiments.sweep.report import Report, Table, line, per_seed, verdict, with_interval
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.variants import MODES, mtp_d, next_token
 from mtpd_jax import frontdoor
-from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
+from mtpd_jax.evaluation.statistics import Counts, mean_of
 
 _HEADS = 4
-# What is compared, by what its difference is written as.
-_SHARES: dict[str, Callable[[Arm, str], Counts]] = {
-    f"cumulative acceptance, head {k}": lambda arm, mode, k=k: arm.cumulative(mode, _HEADS, k) for k in (1, _HEADS)
-}
-_NUMBERS: dict[str, Callable[[Arm, str], Counts]] = {
-    "tokens per pass": lambda arm, mode: arm.tokens_per_pass(mode, _HEADS),
+# What is compared, with the factor and the digits that it is written with.
+_FIGURES: dict[str, tuple[Callable[[Arm, str], Counts], int, int]] = {
+    "cumulative acceptance, head 1": (lambda arm, mode: arm.cumulative(mode, _HEADS, 1), 100, 1),
+    f"cumulative acceptance, head {_HEADS}": (lambda arm, mode: arm.cumulative(mode, _HEADS, _HEADS), 100, 1),
+    "tokens per pass": (lambda arm, mode: arm.tokens_per_pass(mode, _HEADS), 1, 2),
 }
 
 
@@ -72,22 +71,13 @@ def _decoding(arms: Mapping[str, Arm], mode: str) -> Table:
         pair = paired(arms, name, f"mtp_d_{_HEADS}")
         if pair is None or not pair[0].heads or name == pair[1].name:
             continue
-        shown: list[tuple[str, Callable[[Arm, str], Counts], Callable[[Interval], str], Callable[[Interval], str]]] = [
-            *((what, figure, share, points) for what, figure in _SHARES.items()),
-            *((what, figure, with_interval, _signed) for what, figure in _NUMBERS.items()),
-        ]
-        for what, figure, plain, signed in shown:
+        for what, (figure, factor, digits) in _FIGURES.items():
             gained, seeds = gain(*pair, lambda arm, figure=figure: figure(arm, mode))
-            before, after = (plain(mean_of(figure(arm, mode))) for arm in reversed(pair))
-            factor = 100 if plain is share else 1
-            one_by_one = per_seed(seeds, factor, 1 if plain is share else 2)
-            rows.append([name, what, before, after, signed(gained), one_by_one, verdict(gained, len(seeds))])
+            before, after = (with_interval(mean_of(figure(arm, mode)), factor, digits) for arm in reversed(pair))
+            more = with_interval(gained, factor, digits, signed=True), per_seed(seeds, factor, digits)
+            rows.append([name, what, before, after, *more, verdict(gained, len(seeds))])
     columns = ["", "figure", "joint", "frozen", "gain by freezing", "per seed", "better"]
     return Table(f"Decoding, {MODES[mode]}", columns, rows, "Acceptance in per cent.")
-
-
-def _signed(interval: Interval) -> str:
-    return with_interval(interval, signed=True)
 
 
 def _panels(arms: Mapping[str, Arm]) -> list[dict[str, Any]]:

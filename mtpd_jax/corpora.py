@@ -243,8 +243,8 @@ class Corpus:
             for place, task in enumerate(group):
                 if turn < len(task.turns) and not isinstance(found[place], str):
                     try:
-                        later = turn and [*said[place], *_messages(task.turns[turn])]
-                        asked[place] = self._encode(later) if later else task.first
+                        prompt = task.turns[turn]
+                        asked[place] = self._encode([*said[place], *_messages(prompt)]) if turn else task.first
                     except ValueError as error:
                         found[place] = f"turn {turn}: {error}"
             for place, answer in self._decode(asked, [task.hash for task in group], turn).items():

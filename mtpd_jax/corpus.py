@@ -116,7 +116,6 @@ def main() -> int:
         raise ValueError(f"--{missing} is missing")
     if flags.bit_exact or flags.strategy != "speculative":
         raise ValueError("--bit_exact, --strategy: expected neither: answers are written by the model as it is")
-    frontdoor.check_json_path(flags.json)
     names = "heads", "max_new_tokens", "min_confidence", "drafter", "past_trained_length"
     decoding = {name: getattr(flags, name) for name in names} | {"sampling": frontdoor.sampling_of(flags)}
     common: dict[str, Any] = {"seed": flags.seed, "stop": flags.stop, "batch_size": flags.batch_size}
