@@ -8,6 +8,7 @@ import pytest
 
 from mtpd_jax import evaluate, generate, open_run, train
 from mtpd_jax.data.sources import UnknownData
+from mtpd_jax.decoding import decoder as decoder_module
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.drafter import drafting
 from mtpd_jax.decoding.options import Options
@@ -15,6 +16,8 @@ from mtpd_jax.decoding.rows import Rows, places
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.acceptance import by_place
 from mtpd_jax.run import Run
+from mtpd_jax.runs.origin import completed
+from mtpd_jax.runs.workdir import open_workdir
 from tests.builders import replace
 from tests.decoding.models import PROMPTS, small_vocabulary
 
@@ -117,6 +120,23 @@ def test_rows_draft_up_to_where_heads_were_trained_and_finished_ones_do_not():
     rows = dataclasses.replace(rows, finished=jnp.array([False, False, False, True]))
     assert drafting(rows, Options(4, 9, draft_until=10)).tolist() == [True, True, False, False]
     assert drafting(rows, Options(4, 9)).tolist() == [True, True, True, False]
+
+
+def test_memory_is_asked_for_the_caches_that_there_are(monkeypatch):
+    """One where all depths share it, and else one per depth."""
+    asked = []
+    monkeypatch.setattr(decoder_module, "check_decoding", lambda model, drafts, heads, *_: asked.append(heads))
+    for kind in ("shared", "cascade"):
+        Decoder(*small_vocabulary(kind), []).check(PROMPTS, Options(4, 8))
+    assert asked == [1, 4]
+
+
+def test_a_text_may_not_be_longer_than_the_backbone_was_made_for(workdir):
+    source = open_run(str(workdir)).config
+    config = replace(source, objective__mode="posthoc", objective__source=str(workdir), model__context=33)
+    with pytest.raises(ValueError, match="model.context = 33: expected at most 32, the length of texts"):
+        completed(config, open_workdir("/nowhere"))
+    assert completed(replace(config, model__context=32), open_workdir("/nowhere")).context == 32
 
 
 def test_of_an_imported_model_only_what_its_folder_says_is_known(workdir):
