@@ -103,6 +103,7 @@ def test_initial_parameters_are_drawn_for_no_mesh():
     assert "sharding_constraint" not in str(jax.make_jaxpr(create)(jax.random.key(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is not installed: make .cache/libtpu")
 def test_on_a_tpu_only_parameters_and_their_gradients_travel():
     """A step over four chips with parameters and rows split, in which activations are larger than any parameter: each

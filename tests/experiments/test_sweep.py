@@ -93,6 +93,7 @@ def test_a_finished_sweep_trains_nothing(whole, text_file):
     assert [row.variant for row in read_rows(path)] == ["mtp_2", "mtp_d_2", "loop"]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_ends_with_the_same_table(whole, text_file, tmp_path, monkeypatch):
     """Asked to stop in the second run, after its first checkpoint; then started again."""
     scale = tiny_scale(text_file)

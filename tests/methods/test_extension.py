@@ -195,6 +195,7 @@ def test_text_that_the_trunk_was_trained_on_is_not_held_out(base, longer_config,
     assert note not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_an_extended_run_is_extended_and_resumed_without_its_source(extended, longer_config, tmp_path, monkeypatch):
     """5 to 7 heads, stopped on the way, gone on with after the run that it began from is moved, and gone: the same
