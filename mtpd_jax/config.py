@@ -87,6 +87,9 @@ class ModelConfig(Section):
     qkv_bias: bool = field(False)
     tied_unembedding: bool = field(True)  # the unembedding is the embedding
     scale_embedding: bool = field(True)  # multiply input embeddings by sqrt(width)
+    # An input embedding beside the vocabulary's, which stands for a token that is not there yet: the id after the last
+    # one, vocabulary_size, which no logit is of. A run that trains it says so.
+    mask_embedding: bool = field(False, as_before=False)
     remat: bool = field(False)  # recompute each block's activations in the backward pass
     weights: Weights = field("float32", as_before="float32")  # of embedding, backbone and unembedding
     # Of activations; auto: bfloat16 on accelerators, float32 on CPU.
@@ -106,6 +109,8 @@ class ModelConfig(Section):
         length = config.training.sequence_length
         expected = f"at least training.sequence_length = {length}, or None"
         require(config.context >= length, "model.context", self.context, expected)
+        there = not self.mask_embedding or config.objective.source_run is not None
+        require(there, "model.mask_embedding", self.mask_embedding, "False without a run to start from")
 
 
 @dataclasses.dataclass(frozen=True)

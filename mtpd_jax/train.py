@@ -37,6 +37,7 @@ from mtpd_jax.runs.models import all_sources, read_backbone
 from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, source_of
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
+from mtpd_jax.runs.teacher import keep_teacher, read_teacher
 from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import check_batch, make_mesh
@@ -114,7 +115,7 @@ def run(
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
         start = _restored(method, folder, abstract, chosen, data, backbone or _moved(named, folder))
-        start = start or _fresh(method, folder, optimizer, abstract, origin)
+        start = start or _fresh(method, folder, optimizer, abstract, origin, lock)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
         _record_config(config, folder, start.step)
@@ -173,8 +174,11 @@ def _fresh(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     origin: Origin | None,
+    lock: Lock,
 ) -> _Start:
     """A run that begins; what is left of the metrics of one that lost its checkpoints is put aside."""
+    if origin is not None and method.keeps_teacher:
+        keep_teacher(folder, lock, origin.record, origin.parameters)
     state = initial_state(method, optimizer, origin and origin.parameters)
     steps, trained = method.config.training.steps, count_parameters(abstract.parameters)
     message = f"training {trained:,} parameters for {steps} steps on {_describe(method.mesh)}"
@@ -205,6 +209,8 @@ def _restored(
     if method.names_backbone:
         found = read_backbone(method, origin["backbone"], backbone)
         state, origin = dataclasses.replace(state, frozen=found.parameters), {**origin, "backbone": found.where}
+    elif method.keeps_teacher:
+        state = dataclasses.replace(state, frozen=read_teacher(folder, method, origin))
     folder.check_tokenizer(restored.record["tokenizer"])
     data.set_state(restored.record["data"])
     # Newer checkpoints, and the metrics of their steps, give way.

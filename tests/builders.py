@@ -72,7 +72,7 @@ def method_on(config: Config, mesh: Mesh | None = None) -> Method:
 
 def step_context() -> StepContext:
     """That of the first rows of a first step."""
-    return StepContext(jnp.int32(0), jax.random.key(0), jax.random.key(1))
+    return StepContext(jnp.int32(0), jax.random.key(0), jax.random.split(jax.random.key(1), 8))
 
 
 def gradients(method: Method, trained: Any, batch: Batch, frozen: Any = None) -> Any:

@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mtpd_jax.decoding.batch import make_decode
 from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
-from mtpd_jax.decoding.network import DecodingParameters, Network, cast_matrices
+from mtpd_jax.decoding.network import DecodingParameters, Network
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.rows import Rows, places
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
-from mtpd_jax.model.layers import apply, compute_dtype
+from mtpd_jax.model.layers import apply, cast_matrices, compute_dtype
 from mtpd_jax.platform import platform_of
 from mtpd_jax.shapes import Array, Parameters
 from mtpd_jax.sharding import RULES, data_mesh, parts_of
@@ -235,7 +235,7 @@ class Decoder:
             the model cannot make, or more memory needed than there is.
         """
         options.validate()
-        check_drafter(options, self._model.heads_config.num_heads)
+        check_drafter(options, self._model.heads_config.num_heads, self._model.config.mask_embedding)
         if options.num_drafts >= self._context:
             raise ValueError(
                 f"heads = {options.num_drafts}: expected fewer than the model's context of {self._context}"
@@ -271,8 +271,8 @@ class Decoder:
         return self._compiled[key]
 
 
-def check_drafter(options: Options, heads: int) -> None:
-    """Checks that a model with so many heads can draft as the options say.
+def check_drafter(options: Options, heads: int, masks: bool) -> None:
+    """Checks that a model with so many heads, or a mask embedding, can draft as the options say.
 
     Raises:
       ValueError: naming the option and what is allowed.
@@ -280,10 +280,17 @@ def check_drafter(options: Options, heads: int) -> None:
     for name, value, known in (("drafter", options.drafter, DRAFTERS), ("strategy", options.strategy, STRATEGIES)):
         if value not in known:
             raise ValueError(f"{name} = {value!r}: expected one of {', '.join(known)}")
-    # What the drafter cannot do without, and what it cannot do.
-    drafter = DRAFTERS[options.drafter]
+    # What the strategy asks for; what the drafter cannot do without, and what it cannot do.
+    drafter, strategy = DRAFTERS[options.drafter], STRATEGIES[options.strategy]
+    if strategy.drafter_name not in (None, options.drafter):
+        raise ValueError(
+            f"drafter = {options.drafter!r}: expected {strategy.drafter_name!r} with strategy = {options.strategy!r}"
+        )
+    strategy.check(options)
     if options.num_drafts and drafter.needs_heads and not heads:
         raise ValueError(f"heads = {options.num_drafts}: expected 0, for the model was trained without heads")
+    if options.num_drafts and drafter.needs_masks and not masks:
+        raise ValueError(f"drafter = {options.drafter!r}: expected a model that was trained to fill in masks")
     if options.min_confidence and not drafter.adapts:
         raise ValueError(f"min_confidence = {options.min_confidence}: expected 0 with drafter = {options.drafter!r}")
 

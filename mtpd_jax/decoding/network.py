@@ -20,7 +20,7 @@ from mtpd_jax.model.chains import run_chain
 from mtpd_jax.model.forward import run_backbone, run_heads
 from mtpd_jax.model.head import HeadOutput
 from mtpd_jax.model.heads import HEAD_KINDS
-from mtpd_jax.model.layers import apply, compute_dtype, norm
+from mtpd_jax.model.layers import apply, cast_matrices, compute_dtype, norm
 from mtpd_jax.model.views import CachedRows, PackedRows
 from mtpd_jax.platform import Platform
 from mtpd_jax.shapes import Array, Float, HeadsHidden, Hidden, Int, Parameters
@@ -38,6 +38,7 @@ class DecodingParameters:
         over which the layers are scanned.
       final_norm: the backbone's.
       heads: like ``blocks``; a shared head is a stack of one.
+      mask_embedding: [D], of models that have one.
     """
 
     # Not annotated as arrays: ahead-of-time compilation makes such trees of other things, too.
@@ -46,6 +47,7 @@ class DecodingParameters:
     blocks: Any
     final_norm: Any
     heads: Any
+    mask_embedding: Any = None
 
 
 def precision_of(model: LanguageModel) -> str:
@@ -108,6 +110,7 @@ class Network:
             blocks=_laid_out(parameters["backbone"]["blocks"], self.config.layers, self.scanned),
             final_norm=parameters["backbone"]["final_norm"],
             heads=_laid_out(heads, self.modules, self.scanned_heads),
+            mask_embedding=parameters.get("mask_embedding"),
         )
 
     def empty_cache(self, batch: int, slots: int) -> Caches:
@@ -145,7 +148,9 @@ class Network:
         def final_norm(x: Hidden) -> Hidden:
             return apply(self._final_norm, parameters.final_norm, x)
 
-        return run_backbone(self.config, parameters.embedding, blocks, final_norm, tokens, view)
+        return run_backbone(
+            self.config, parameters.embedding, blocks, final_norm, tokens, view, parameters.mask_embedding
+        )
 
     def run_head(
         self,
@@ -208,16 +213,6 @@ class Network:
                 return function(*arguments)
 
         return jax.jit(with_precision if self.mesh is None else within(self.mesh, with_precision))
-
-
-def cast_matrices(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
-    """Casts matrices, so that no pass reads more bytes than it multiplies; norms and biases stay as they are."""
-
-    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-        names = {getattr(key, "key", None) for key in path}
-        return leaf if names & {"scale", "bias"} else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, parameters)
 
 
 def over_layers(

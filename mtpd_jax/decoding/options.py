@@ -5,6 +5,9 @@ import dataclasses
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.validation import check_count, check_integer, check_number
 
+# The drafter whose masks are read in the passes that verify; see ``drafters.masks``.
+MASKS = "masks"
+
 
 def check_seed(seed: int) -> None:
     """Checks a seed of sampling.
@@ -24,14 +27,15 @@ class Options:
     Attributes:
       num_drafts: K, the length of a draft at most; 0 is plain decoding. Heads make one each; more than the model has
         modules loops them (MTP-D §3.3, without training): depth j uses module ((j-1) mod modules)+1, with a cache of
-        its own.
+        its own. A model that fills in masks reads K of them: spans of k = K+1 tokens.
       max_new_tokens: tokens per prompt at most, the one from prefill included.
       sampling: greedy, or how to sample.
       min_confidence: drafting stops when the probability that the heads give to a row's drafts so far, all together,
-        falls below this; 0 always drafts K tokens. At least one is drafted.
-      pass_width: tokens per pass of the backbone; None: K+1. Passes of the same width run the same kernels, whose
-        results do not depend on what else stands in the pass: with one width for plain and speculative decoding,
-        greedy text is equal bit for bit, whatever the dtype.
+        falls below this; 0 always drafts K tokens. At least one is drafted. Of masks, tau: those are filled in up to
+        the first one whose own probability is below it, perhaps none.
+      pass_width: tokens per pass of the backbone; None: as many as it takes. Passes of the same width run the same
+        kernels, whose results do not depend on what else stands in the pass: with one width for plain and speculative
+        decoding, greedy text is equal bit for bit, whatever the dtype.
       drafter: who drafts, a name in ``drafters.drafter.DRAFTERS``.
       strategy: how a round goes, a name in ``strategies.strategy.STRATEGIES``.
       draft_until: tokens of text that heads draft up to: what they were trained on. Beyond, a text is decoded plainly.
@@ -50,7 +54,12 @@ class Options:
     @property
     def width(self) -> int:
         """Tokens per pass."""
-        return self.num_drafts + 1 if self.pass_width is None else self.pass_width
+        return self._least_width if self.pass_width is None else self.pass_width
+
+    @property
+    def _least_width(self) -> int:
+        """What a pass has to have room for: the last confirmed token, drafts, and masks that draft the next ones."""
+        return 1 + self.num_drafts * (2 if self.drafter == MASKS else 1)
 
     @property
     def adaptive(self) -> bool:
@@ -71,7 +80,8 @@ class Options:
 
         It is a multiple of 8: kernels for products of few rows treat the rows that are left over differently.
         """
-        return dataclasses.replace(self, pass_width=-(-(most_drafts + 1) // 8) * 8)
+        needed = self.with_drafts(most_drafts)._least_width
+        return dataclasses.replace(self, pass_width=-(-needed // 8) * 8)
 
     def validate(self) -> None:
         """Checks the values; whether the model can draft so is for ``Decoder.check``.
@@ -90,5 +100,7 @@ class Options:
             raise ValueError(f"heads = {self.num_drafts}: expected 0 (plain decoding) or more")
         if not 0 <= self.min_confidence < 1:
             raise ValueError(f"min_confidence = {self.min_confidence}: expected a probability, zero or more, under one")
-        if self.width <= self.num_drafts:
-            raise ValueError(f"pass_width = {self.pass_width}: expected more than heads = {self.num_drafts}")
+        if self.width < self._least_width:
+            raise ValueError(
+                f"pass_width = {self.pass_width}: expected at least {self._least_width}, for heads = {self.num_drafts}"
+            )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from mtpd_jax.losses.terms import Distillation, LossSums, chunk_loss, zero_sums
@@ -71,6 +72,20 @@ def choose_tiling(rows: int, heads: int, vocabulary: int, width: int, chunk_rows
     return Tiling(chunk_rows, group_rows, min(vocabulary, max(1, _BLOCK_ELEMENTS // width)))
 
 
+@struct.dataclass
+class Teacher:
+    """Another model with the same vocabulary, in whose distribution heads are taught. It gets no gradient.
+
+    Attributes:
+      hidden: [B, T, D']; its states, of whatever width, that predict the same targets.
+      unembedding: [V, D'].
+    """
+
+    # Not annotated as arrays: specifications of where they lie make such a structure, too.
+    hidden: Any
+    unembedding: Any
+
+
 def fused_loss(
     hidden: Float[Array, "J B T D"],
     unembedding: Float[Array, "V D"],
@@ -83,6 +98,7 @@ def fused_loss(
     mesh: Mesh,
     trunk: Trunk = "trained",
     chunk_rows: int | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Float[Array, ""], LossSums]:
     """The total loss of rows aligned by target, differentiable in ``hidden`` and ``unembedding``.
 
@@ -92,18 +108,21 @@ def fused_loss(
       targets: [B, T].
       mask: [K+1, B, T]; which heads are supervised where. Chunks in which nothing is supervised are not computed.
       ce_scale, kl_scale: [K+1] and [K]; coefficient / weight of each term, the weight counted over the whole step.
+        With another model as teacher [J] and [J].
       distillation: how heads are compared with the main head; None for cross entropy alone.
       mesh: that the program is for. Every device works on its own part of B and V, and the unembedding's gradient is
         summed over devices once.
       trunk: what the unembedding gets a gradient from; frozen, the main head's states get none either.
       chunk_rows: rows (of B x T on a device) whose logits are alive at once; None: chosen from the shapes.
+      teacher: another model, with which all heads are compared, the main head like the others; None: the main head is
+        the teacher. Its logits, too, exist a chunk at a time.
 
     Returns:
       The total, and the sums behind it, which carry no gradient.
     """
     problem = _Problem(distillation, trunk, chunk_rows, mesh, platform_of(mesh).on_cpu)
     with jax.named_scope("loss"):  # for profiles
-        return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale)
+        return _loss(problem, hidden, unembedding, targets, mask, ce_scale, kl_scale, teacher)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +137,12 @@ class _Problem:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(problem: _Problem, *arrays: Array) -> tuple[Array, LossSums]:
+def _loss(problem: _Problem, *arrays: Any) -> tuple[Array, LossSums]:
     total, sums, _ = _over_mesh(problem, False, arrays)
     return total, sums
 
 
-def _forward(problem: _Problem, *arrays: Array) -> tuple[tuple[Array, LossSums], tuple[Array, Array | None]]:
+def _forward(problem: _Problem, *arrays: Any) -> tuple[tuple[Array, LossSums], tuple[Array, Array | None]]:
     total, sums, gradients = _over_mesh(problem, True, arrays)
     return (total, sums), gradients
 
@@ -136,28 +155,30 @@ def _backward(
     by_hidden = (scale * hidden_gradient).astype(hidden_gradient.dtype)
     # A frozen unembedding has none; elsewhere it is there.
     by_unembedding = None if problem.trunk == "frozen" else scale * unembedding_gradient  # pyright: ignore[reportOperatorIssue]
-    return by_hidden, by_unembedding, None, None, None, None
+    return by_hidden, by_unembedding, None, None, None, None, None
 
 
 _loss.defvjp(_forward, _backward)
 
 
-def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...]) -> Any:
+def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Any, ...]) -> Any:
     """Runs the chunks, on each device's own rows and tokens if there is a mesh.
 
     Left to the partitioner, the loop over chunks would run on every device over all rows, because the split axis of
     the rows becomes the axis of the loop; and the unembedding's gradient would be reduced once per chunk.
     """
-    hidden, unembedding, *rest = arrays
-    # Cast before it is gathered, so that half the bytes travel.
-    arrays = hidden, unembedding.astype(hidden.dtype), *rest
+    hidden, unembedding, *rest, teacher = arrays
+    # Cast before they are gathered, so that half the bytes travel.
+    if teacher is not None:
+        teacher = Teacher(teacher.hidden, teacher.unembedding.astype(teacher.hidden.dtype))
+    arrays = hidden, unembedding.astype(hidden.dtype), *rest, teacher
     mesh = problem.mesh
     vocabulary = LastAxis.of("vocabulary", mesh, problem.on_cpu)
     if mesh.size == 1:
         return _over_chunks(problem, vocabulary, with_gradients, *arrays)
 
     # Each device its own rows and tokens; then one sum of what is shared.
-    def run_and_reduce(*local: Array) -> Any:
+    def run_and_reduce(*local: Any) -> Any:
         total, sums, gradients = _over_chunks(problem, vocabulary, with_gradients, *local)
         if gradients is not None:
             by_hidden, by_matrix = gradients
@@ -165,10 +186,11 @@ def _over_mesh(problem: _Problem, with_gradients: bool, arrays: tuple[Array, ...
         return *sum_over((total, sums), "batch"), gradients
 
     states, tokens, whole = RULES.spec(None, "batch"), RULES.spec("vocabulary"), RULES.spec()
+    rows = RULES.spec("batch")
     return jax.shard_map(
         run_and_reduce,
         mesh=mesh,
-        in_specs=(states, tokens, RULES.spec("batch"), states, whole, whole),
+        in_specs=(states, tokens, rows, states, whole, whole, None if teacher is None else Teacher(rows, tokens)),
         out_specs=(whole, whole, (states, tokens) if with_gradients else None),
         check_vma=False,
     )(*arrays)
@@ -183,6 +205,8 @@ class _Chunks:
       tiling: how the rows are cut.
       with_gradients: whether gradients are formed, too.
       hidden, matrix, targets, mask, ce_scale, kl_scale: [J, M, D], [V, D], [M], [J, M], [J], [K].
+      teacher: another model's hidden and matrix, [1, M, D'] and [V, D']. It is row 0 then of whatever has rows of
+        logits, supervised nowhere, in ``mask``, ``ce_scale`` and ``kl_scale``, too, and ``hidden`` begins at row 1.
     """
 
     problem: _Problem
@@ -195,18 +219,29 @@ class _Chunks:
     mask: Array
     ce_scale: Array
     kl_scale: Array
+    teacher: tuple[Array, Array] | None
 
     @property
     def frozen(self) -> bool:
-        """Whether neither unembedding nor main head gets a gradient."""
+        """Whether the unembedding gets no gradient, and neither does a main head that is the teacher."""
         return self.problem.trunk == "frozen"
+
+    @property
+    def untrained(self) -> int:
+        """Rows of logits, the first ones, that get no gradient."""
+        return int(self.frozen or self.teacher is not None)
+
+    @property
+    def trained(self) -> Array:
+        """The states that get a gradient."""
+        return self.hidden[int(self.frozen and self.teacher is None) :]
 
     def start(self) -> Any:
         """Sums over no rows, and gradients of nothing: what goes from chunk to chunk."""
-        sums = zero_sums(self.hidden.shape[0] - 1)
+        sums = zero_sums(self.mask.shape[0] - 1)
         if not self.with_gradients:
             return sums, None, None, None
-        trained = self.hidden[int(self.frozen) :]
+        trained = self.trained
         groups, group_rows = self.tiling.chunk_rows // self.tiling.group_rows, self.tiling.group_rows
         # The chunk's gradient by the logits is carried along only to be written over: a CPU would clear a new one.
         chunk = jnp.zeros((groups, trained.shape[0], group_rows, self.matrix.shape[0]), self.hidden.dtype)
@@ -218,7 +253,10 @@ class _Chunks:
         # Logits of all heads, in groups of rows that a cache holds.
         sums, by_hidden, by_matrix, gradient = carry
         hidden_QxJxPxD = self._in_groups(self.hidden, start)
-        logits = jnp.einsum("qjpd,vd->qjpv", hidden_QxJxPxD, self.matrix, preferred_element_type=jnp.float32)
+        logits = _products(hidden_QxJxPxD, self.matrix)
+        if self.teacher is not None:
+            states, matrix = self.teacher
+            logits = jnp.concatenate([_products(self._in_groups(states, start), matrix), logits], axis=1)
         # Group by group: the sums, and the gradient by the logits while they are there.
         targets, mask = self._in_groups(self.targets[None], start)[:, 0], self._in_groups(self.mask, start)
         rows_of_groups = logits, logits[:, :1], targets, mask
@@ -252,7 +290,7 @@ class _Chunks:
             logits, teacher, targets, mask, self.ce_scale, self.kl_scale, self.problem.distillation, self.vocabulary
         )
         if gradient is not None:
-            part = part[int(self.frozen) :].astype(self.hidden.dtype)
+            part = part[self.untrained :].astype(self.hidden.dtype)
             gradient = jax.lax.dynamic_update_index_in_dim(gradient, part, group, 0)
         return jax.tree.map(jnp.add, sums, added), gradient
 
@@ -275,19 +313,24 @@ def _over_chunks(
     mask: Array,
     ce_scale: Array,
     kl_scale: Array,
+    teacher: Teacher | None,
 ) -> tuple[Array, LossSums, tuple[Array, Array | None] | None]:
     """The chunks of one device's rows, one after the other: total, sums, gradients by hidden states and unembedding."""
     # All rows in a line, filled up to whole chunks.
-    heads, width, rows = hidden.shape[0], hidden.shape[-1], targets.size
-    tiling = choose_tiling(rows, heads, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
+    heads, width, rows, others = hidden.shape[0], hidden.shape[-1], targets.size, int(teacher is not None)
+    tiling = choose_tiling(rows, heads + others, matrix.shape[0], width, problem.chunk_rows, problem.on_cpu)
     padding = -rows % tiling.chunk_rows
-    hidden_JxMxD = jnp.pad(hidden.reshape(heads, rows, width), ((0, 0), (0, padding), (0, 0)))
-    mask_JxM = jnp.pad(mask.reshape(heads, rows), ((0, 0), (0, padding)))
+
+    def in_line(states: Array) -> Array:
+        return jnp.pad(states.reshape(-1, rows, states.shape[-1]), ((0, 0), (0, padding), (0, 0)))
+
+    mask_JxM = jnp.pad(mask.reshape(heads, rows), ((others, 0), (0, padding)))
     targets_M = jnp.pad(targets.reshape(rows), (0, padding))
-    of_device = hidden_JxMxD, matrix, targets_M, mask_JxM, ce_scale, kl_scale
+    of_teacher = None if teacher is None else (in_line(teacher.hidden), teacher.unembedding)
+    of_device = in_line(hidden), matrix, targets_M, mask_JxM, jnp.pad(ce_scale, (others, 0)), kl_scale, of_teacher
     chunks = _Chunks(problem, vocabulary, tiling, with_gradients, *of_device)
     # Chunks with nothing to supervise go last, where the loop does not come.
-    supervised = jnp.any(mask_JxM.reshape(heads, -1, tiling.chunk_rows), axis=(0, 2))
+    supervised = jnp.any(mask_JxM.reshape(heads + others, -1, tiling.chunk_rows), axis=(0, 2))
     order = jnp.argsort(~supervised)
 
     def step(index: Array, carry: Any) -> Any:
@@ -295,11 +338,17 @@ def _over_chunks(
 
     sums, by_hidden, by_matrix, _ = jax.lax.fori_loop(0, jnp.sum(supervised), step, chunks.start())
     # What the sums come to, and gradients without what was filled up.
+    sums = dataclasses.replace(sums, ce=sums.ce[others:])
     total = jnp.dot(sums.ce, ce_scale) + jnp.dot(sums.kl, kl_scale)
     if by_hidden is None:
         return total, sums, None
     by_hidden = jnp.pad(by_hidden[:, :rows], ((heads - by_hidden.shape[0], 0), (0, 0), (0, 0)))
     return total, sums, (by_hidden.reshape(hidden.shape), by_matrix)
+
+
+def _products(hidden: Array, matrix: Array) -> Array:
+    """Logits of groups of rows, [groups, J, rows of a group, V], in float32."""
+    return jnp.einsum("qjpd,vd->qjpv", hidden, matrix, preferred_element_type=jnp.float32)
 
 
 def _add_product(total: Array, gradient: Array, hidden: Array, block: int) -> Array:

@@ -9,7 +9,7 @@ from mtpd_jax.losses.align import AlignedRows
 from mtpd_jax.losses.fused import choose_tiling
 from mtpd_jax.losses.terms import Distillation, row_terms
 from mtpd_jax.platform import platform_of
-from mtpd_jax.shapes import AnyArray, Array, Bool, Float
+from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Int
 from mtpd_jax.sharding import RULES, LastAxis
 
 
@@ -83,3 +83,43 @@ def _in_chunks(hidden: Array, matrix: Array, targets: Array, vocabulary: LastAxi
     in_line = [jnp.moveaxis(values, 0, 1).reshape(values.shape[1], -1)[:, :number] for values in found]
     ce, kl, agrees, greedy = (values.reshape(-1, *shape) for values in in_line)
     return ce, kl, agrees, greedy[0]
+
+
+def likeliest_tokens(
+    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"], wanted: Bool[Array, "B T"], mesh: Mesh
+) -> Int[Array, "B T"]:
+    """The likeliest token after every state, without gradients; a chunk of logits at a time.
+
+    Args:
+      hidden: [B, T, D].
+      unembedding: [V, D]; products run in the dtype of the hidden states, sums in float32.
+      wanted: [B, T]; chunks in which nothing is are not computed, and 0 elsewhere.
+      mesh: that the program is for.
+    """
+    vocabulary = LastAxis.of("vocabulary", mesh, platform_of(mesh).on_cpu)
+    hidden, unembedding = jax.lax.stop_gradient((hidden, unembedding.astype(hidden.dtype)))
+
+    def find(hidden: Array, matrix: Array, wanted: Array) -> Array:
+        rows, width = wanted.size, hidden.shape[-1]
+        tiling = choose_tiling(rows, 1, matrix.shape[0], width, None, vocabulary.on_cpu)
+        size, padding = tiling.chunk_rows, -rows % tiling.chunk_rows
+        hidden_CxPxD = jnp.pad(hidden.reshape(rows, width), ((0, padding), (0, 0))).reshape(-1, size, width)
+        wanted_CxP = jnp.pad(wanted.reshape(rows), (0, padding)).reshape(-1, size)
+        order = jnp.argsort(~jnp.any(wanted_CxP, axis=1))
+
+        def one_chunk(index: Array, found: Array) -> Array:
+            chunk = order[index]
+            logits_PxV = jnp.einsum("pd,vd->pv", hidden_CxPxD[chunk], matrix, preferred_element_type=jnp.float32)
+            return found.at[chunk].set(vocabulary.argmax(logits_PxV))
+
+        found = jax.lax.fori_loop(
+            0, jnp.sum(jnp.any(wanted_CxP, axis=1)), one_chunk, jnp.zeros_like(wanted_CxP, jnp.int32)
+        )
+        return jnp.where(wanted, found.reshape(-1)[:rows].reshape(wanted.shape), 0)
+
+    if mesh.size > 1:
+        rows = RULES.spec("batch")
+        specs = rows, RULES.spec("vocabulary"), rows
+        find = jax.shard_map(find, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    with jax.named_scope("likeliest"):
+        return find(hidden, unembedding, wanted)

@@ -3,3 +3,4 @@
 from mtpd_jax.methods import extension as _extension  # noqa: F401
 from mtpd_jax.methods import joint as _joint  # noqa: F401
 from mtpd_jax.methods import posthoc as _posthoc  # noqa: F401
+from mtpd_jax.methods import standalone as _standalone  # noqa: F401

@@ -10,13 +10,12 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config, HeadsConfig
 from mtpd_jax.fields import POSITIVE, field, given, require
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
-from mtpd_jax.methods.frozen import CHECKPOINT, HeadsOnFrozen
+from mtpd_jax.methods.frozen import HeadsOnFrozen
+from mtpd_jax.methods.method import ReadTokenizer
 from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
+from mtpd_jax.methods.source import CHECKPOINT, FREE
 from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.shapes import Array, Parameters
-
-# What the run that is extended may have otherwise: it changes no shape, and no more than the rounding of a state.
-_FREE = {"remat", "dtype", "attention", "context"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Extension(HeadsOnFrozen, section=ExtensionConfig):
         super().__init__(config, mesh, config.objective.frozen_heads)
 
     @classmethod
-    def complete(cls, config: Config, source: Config) -> Config:
+    def complete(cls, config: Config, source: Config, tokenizer: ReadTokenizer) -> Config:
         where = config.objective.source_run
         # What is frozen stays as it is stored.
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, weights=source.model.weights))
@@ -101,6 +100,6 @@ class Extension(HeadsOnFrozen, section=ExtensionConfig):
 def _shape(config: Config) -> dict[str, Any]:
     """What has to be the same in both runs, by the names of its fields."""
     model = dataclasses.asdict(config.model)
-    fields = {f"model.{name}": value for name, value in model.items() if name not in _FREE}
+    fields = {f"model.{name}": value for name, value in model.items() if name not in FREE}
     heads = {"heads.kind": config.heads.kind, "heads.pass_normed": config.heads.pass_normed}
     return {**fields, **heads, "tokenizer.end_token": config.tokenizer.end_token}

@@ -7,7 +7,6 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.fields import Constraint
 from mtpd_jax.losses.objective import Objective, objective_of
 from mtpd_jax.losses.terms import LossSums
 from mtpd_jax.methods.method import HeadsMethod, StepContext
@@ -16,9 +15,6 @@ from mtpd_jax.model.backbone import LanguageModel, unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.model.views import PackedRows
 from mtpd_jax.shapes import Array, Float, Parameters
-
-# What names a checkpoint of the run to start from.
-CHECKPOINT = Constraint(lambda value: value in ("newest", "best") or value.isdigit(), "newest, best, or a step")
 
 
 class HeadsOnFrozen(HeadsMethod):

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, ObjectiveConfig
 from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.losses.objective import LossTerm, Objective
 from mtpd_jax.losses.terms import LossSums, zero_sums
 from mtpd_jax.model.backbone import HiddenStates, LanguageModel, build_model
@@ -21,6 +23,8 @@ from mtpd_jax.shapes import Array, Float, Int, Parameters
 from mtpd_jax.sharding import within
 
 METHODS: dict[str, type["Method"]] = {}
+# Reads the tokenizer of a run, of which a config names the tokens around a text.
+ReadTokenizer = Callable[[Config], Tokenizer]
 
 
 @struct.dataclass
@@ -30,12 +34,13 @@ class StepContext:
     Attributes:
       step: optimizer steps done before it.
       key: the step's, the same for all its micro-batches: the seed's, with the number of the step folded in.
-      rows_key: of these rows: the step's, with the number of the micro-batch folded in.
+      row_keys: [B]; of these rows: the step's, with the number of the row in the step's batch folded in, however that
+        is cut.
     """
 
     step: Int[Array, ""]
     key: Array
-    rows_key: Array
+    row_keys: Array
 
 
 class Method(abc.ABC):
@@ -46,6 +51,8 @@ class Method(abc.ABC):
       mesh, platform: where it is trained.
       model: the whole model, frozen parts included.
       names_backbone: whether what is frozen is not stored with the run, which names where it lies, and its digest.
+      keeps_teacher: whether the model to start from teaches the run, and is stored once, beside the checkpoints. What
+        is frozen is made of it (``frozen_of``), and is no part of the model that is trained.
       freezes_text: whether what the model writes stays what it was, so that checkpoints differ in their drafts alone.
       rehearses_decoding: whether its parity with training is proved before the first step, and held-out prompts are
         decoded on the way, unless the config says otherwise.
@@ -53,6 +60,7 @@ class Method(abc.ABC):
 
     section: ClassVar[type[ObjectiveConfig]]
     names_backbone: ClassVar[bool] = False
+    keeps_teacher: ClassVar[bool] = False
     freezes_text: ClassVar[bool] = False
     rehearses_decoding: ClassVar[bool] = False
 
@@ -69,12 +77,18 @@ class Method(abc.ABC):
         self.model: LanguageModel = build_model(config, self.platform)
 
     @classmethod
-    def complete(cls, config: Config, source: Config) -> Config:
+    def stores_frozen(cls) -> bool:
+        """Whether what is frozen is stored with every checkpoint."""
+        return not (cls.names_backbone or cls.keeps_teacher)
+
+    @classmethod
+    def complete(cls, config: Config, source: Config, tokenizer: ReadTokenizer) -> Config:
         """Fills in what a config leaves to the run that it starts from.
 
         Args:
           config: whose ``objective.source_run`` names a run.
           source: the config of that run.
+          tokenizer: reads its tokenizer.
 
         Raises:
           ValueError: nothing of this kind can start from that run; the message names the field.
@@ -97,6 +111,10 @@ class Method(abc.ABC):
     def merge(self, trained: Parameters, frozen: Parameters | None) -> Parameters:
         """Puts the whole model's parameters together again."""
         return trained
+
+    def frozen_of(self, teacher: Parameters) -> Parameters | None:
+        """What is frozen, of the teacher that the run keeps; see ``keeps_teacher``."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def count(self, rows: Batch, context: StepContext) -> Float[Array, " J"]:

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config, ModelConfig
-from mtpd_jax.fields import defaults_of, field, given, require
+from mtpd_jax.config import Config
+from mtpd_jax.fields import field, given, require
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
-from mtpd_jax.methods.frozen import CHECKPOINT, HeadsOnFrozen
+from mtpd_jax.methods.frozen import HeadsOnFrozen
+from mtpd_jax.methods.method import ReadTokenizer
 from mtpd_jax.methods.partition import without_heads
+from mtpd_jax.methods.source import CHECKPOINT, with_model_of
 from mtpd_jax.shapes import Array, Parameters
-
-# What is said of how a backbone is run: the new run's own.
-_FREE = {"remat", "dtype", "attention", "context"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,28 +61,12 @@ class Posthoc(HeadsOnFrozen, section=PosthocConfig):
         super().__init__(config, mesh, frozen_heads=0)
 
     @classmethod
-    def complete(cls, config: Config, source: Config) -> Config:
+    def complete(cls, config: Config, source: Config, tokenizer: ReadTokenizer) -> Config:
         assert isinstance(config.objective, PosthocConfig)
-        where, context = config.objective.source, max(source.context, config.training.sequence_length)
-        # The model is the backbone's; a field that says something else is a mistake, a default says nothing.
-        defaults, own, theirs = (
-            values for values in (defaults_of(ModelConfig), *map(dataclasses.asdict, (config.model, source.model)))
-        )
-        for name in own.keys() - _FREE:
-            if own[name] not in (defaults[name], theirs[name]):
-                raise ValueError(f"config.model.{name} = {own[name]!r}: {where} has {theirs[name]!r}; leave it out")
-        length, most = config.training.sequence_length, source.context
-        expected = f"at most {most}, the length of texts that {where} was made for"
-        require(length <= most, "training.sequence_length", length, expected)
-        if own["context"] is not None:
-            require(own["context"] <= most, "model.context", own["context"], expected)
-        free = {name: own[name] for name in _FREE}
-        model = dataclasses.replace(source.model, **{**free, "context": own["context"] or context})
-        # Texts end as they do there.
-        tokenizer = dataclasses.replace(config.tokenizer, end_token=source.tokenizer.end_token)
-        if config.objective.initial_heads == "source":
+        initial_heads, config = config.objective.initial_heads, with_model_of(config, source)
+        if initial_heads == "source":
             _check_heads(config, source)
-        return dataclasses.replace(config, model=model, tokenizer=tokenizer)
+        return config
 
     def initial_parameters(self, key: Array, source: Parameters | None) -> Parameters:
         fresh, objective = super().initial_parameters(key, None), self.config.objective

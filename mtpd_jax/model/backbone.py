@@ -74,6 +74,11 @@ class LanguageModel(nn.Module):
         self.embedding = self.param("embedding", initializer, shape, weights_dtype(config))
         if not config.tied_unembedding:
             self.unembedding = self.param("unembedding", initializer, shape, weights_dtype(config))
+        # What is read where a token is not there yet; see ``ModelConfig.mask_embedding``.
+        self.mask_embedding = None
+        if config.mask_embedding:
+            of_mask = partitioned(nn.initializers.normal(config.width**-0.5), None)
+            self.mask_embedding = self.param("mask_embedding", of_mask, (config.width,), weights_dtype(config))
         self.backbone = Backbone(config)
         if self.heads_config.num_heads:
             self.heads = Heads(config, self.heads_config)
@@ -97,7 +102,7 @@ class LanguageModel(nn.Module):
         view = PackedRows.of(segment_ids, positions, self.config) if view is None else view
         # h^0 of all positions.
         blocks, final_norm = self.backbone.blocks, self.backbone.final_norm
-        main, outputs = run_backbone(self.config, self.embedding, blocks, final_norm, tokens, view)
+        main, outputs = run_backbone(self.config, self.embedding, blocks, final_norm, tokens, view, self.mask_embedding)
         # The heads read it, head 1 first.
         below = HiddenStates(main, jnp.zeros((0, *main.shape), main.dtype), main, (outputs.statistics, None))
         return self.further_heads(below, 1, tokens, segment_ids, view=view, detach=detach_trunk)

@@ -23,12 +23,30 @@ RunBlocks = Callable[[Hidden, Any], tuple[Hidden, Any]]
 RunHeads = Callable[[Hidden, Any, Any], tuple[Hidden, HeadOutput]]
 
 
-def embed(table: Float[Array, "V D"], tokens: Int[Array, "*axes T"], config: ModelConfig) -> Float[Array, "*axes T D"]:
+def embed(
+    table: Float[Array, "V D"],
+    tokens: Int[Array, "*axes T"],
+    config: ModelConfig,
+    mask_embedding: Float[Array, " D"] | None = None,
+) -> Float[Array, "*axes T D"]:
     """Looks up input embeddings, scaled by sqrt(D) if the config says so.
 
     Unscaled, a tied embedding (whose rows have unit norm, for the logits' sake) drowns in the residual stream.
+
+    Args:
+      table: of the vocabulary.
+      tokens: with a mask embedding, the id V is that.
+      config: of the model.
+      mask_embedding: of models that have one.
     """
-    return jnp.asarray(table, compute_dtype(config))[tokens] * (config.width**0.5 if config.scale_embedding else 1.0)
+    table = jnp.asarray(table, compute_dtype(config))
+    if mask_embedding is None:
+        found = table[tokens]
+    else:
+        last = table.shape[0] - 1
+        is_mask = (tokens > last)[..., None]
+        found = jnp.where(is_mask, mask_embedding.astype(table.dtype), table[jnp.minimum(tokens, last)])
+    return found * (config.width**0.5 if config.scale_embedding else 1.0)
 
 
 def run_backbone(
@@ -38,9 +56,10 @@ def run_backbone(
     final_norm: Callable[[Hidden], Hidden],
     tokens: Int[Array, "B T"],
     view: View,
+    mask_embedding: Float[Array, " D"] | None = None,
 ) -> tuple[Hidden, Any]:
     """Returns h^0, the state after the final norm, and the outputs of the blocks."""
-    x = constrain_activation(embed(embedding, tokens, config))
+    x = constrain_activation(embed(embedding, tokens, config, mask_embedding))
     with jax.named_scope("backbone"):
         x, outputs = blocks(x, view)
         return final_norm(x), outputs

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mtpd_jax.config import ModelConfig
@@ -24,6 +25,16 @@ def weights_dtype(config: ModelConfig) -> jnp.dtype:
 def apply(module: nn.Module, parameters: Parameters, *inputs: Any, **options: Any) -> Any:
     """Runs a Linen module as a pure function. Nothing here has mutable collections, so outputs are all it returns."""
     return module.apply({"params": parameters}, *inputs, **options)
+
+
+def cast_matrices(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
+    """Casts matrices, so that no pass reads more bytes than it multiplies; norms and biases stay as they are."""
+
+    def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+        names = {getattr(key, "key", None) for key in path}
+        return leaf if names & {"scale", "bias"} else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, parameters)
 
 
 def partitioned(initializer: Callable[..., Array], *axes: str | None) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from mtpd_jax.model.attention import (
     knows_documents,
 )
 from mtpd_jax.model.cache import KVCache
-from mtpd_jax.shapes import Array, Float, Int, Positions, SegmentIds
+from mtpd_jax.shapes import Array, AttentionMask, Float, Int, Positions, SegmentIds
 
 GroupedQuery = Float[Array, "B T G R H"]
 NewKey = Float[Array, "B T G H"]
@@ -114,6 +114,15 @@ class PackedRows:
         if not knows_documents(kernel):
             pattern = Drawn(pattern.dense())  # once for all layers
         return cls(segment_ids, positions, Rotation.of(positions, config), pattern, kernel)
+
+    @classmethod
+    def seeing(
+        cls, mask: AttentionMask, segment_ids: SegmentIds, positions: Positions, config: ModelConfig
+    ) -> "PackedRows":
+        """Rows whose tokens see what a mask says. Kernels that know documents alone do not attend so."""
+        kernel = kernel_for(config, *segment_ids.shape)
+        kernel = "dense" if knows_documents(kernel) else kernel
+        return cls(segment_ids, positions, Rotation.of(positions, config), Drawn(mask), kernel)
 
     def attend(self, query: GroupedQuery, key: NewKey, value: NewKey) -> tuple[GroupedQuery, None]:
         query_BxTxNxH = query.reshape(*query.shape[:2], -1, query.shape[-1])

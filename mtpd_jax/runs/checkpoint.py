@@ -184,7 +184,7 @@ def restore_state(workdir: Workdir, config: Config, abstract: TrainState, choice
       choice: of a checkpoint; see ``choice``.
 
     Returns:
-      With the state, without what is frozen of a run that names its backbone.
+      With the state, without what is frozen where that is not stored with it.
 
     Raises:
       ValueError: there is none, none that can be read, or config.json is not that of the run any more.
@@ -203,20 +203,20 @@ def restore_parameters(workdir: Workdir, method: Method, choice: Choice = NEWEST
       choice: of a checkpoint; see ``restore_state``, also for errors.
 
     Returns:
-      With both, those that are frozen being None where there are none or the run only names them. They lie on the
+      With both, those that are frozen being None where there are none or they are not stored with it. They lie on the
       method's mesh by the rules. Whoever wants a whole model asks ``runs.models``.
     """
     # Shapes and shardings from the model alone: what an optimizer keeps is never asked for.
     trained, frozen = abstract_parameters(method)
     name = "parameters" if method.config.optimizer.ema_decay is None else "average"
-    wanted = {name: trained} if frozen is None or method.names_backbone else {name: trained, "frozen": frozen}
+    wanted = {name: trained} if frozen is None or not method.stores_frozen() else {name: trained, "frozen": frozen}
     restored = _read_fields(workdir, method.config, wanted, choice)
     return dataclasses.replace(restored, tree=(restored.tree[name], restored.tree.get("frozen")))
 
 
 def _fields_of(state: TrainState, config: Config) -> dict[str, Any]:
     """What is stored of a state, or of shapes of one, by name; its step is that of the checkpoint."""
-    left_out = {"step", *(["frozen"] if METHODS[config.objective.mode].names_backbone else [])}
+    left_out = {"step", *([] if METHODS[config.objective.mode].stores_frozen() else ["frozen"])}
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: tree for name, tree in fields.items() if name not in left_out and tree is not None}
 

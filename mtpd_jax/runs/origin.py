@@ -9,10 +9,11 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config
 from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.fields import require
-from mtpd_jax.methods.method import METHODS
+from mtpd_jax.methods.method import METHODS, ReadTokenizer
 from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import latest_step, parse_choice
 from mtpd_jax.runs.models import FolderModel, RunModel, backbone_digest, open_model
+from mtpd_jax.runs.teacher import teacher_record
 from mtpd_jax.runs.workdir import Workdir
 from mtpd_jax.shapes import Parameters
 
@@ -29,7 +30,8 @@ def completed(config: Config, workdir: Workdir) -> Config:
     if config.objective.source_run is None:
         return config
     if latest_step(workdir) is None:
-        return _complete(config, source_of(config).config)
+        model = source_of(config)
+        return _complete(config, model.config, model.tokenizer)
     # The run has begun: what it began from is on record, and may be gone.
     origin, begun = read_record(workdir)["origin"], workdir.read_config()
     if begun.objective.source_run is None:
@@ -44,10 +46,10 @@ def completed(config: Config, workdir: Workdir) -> Config:
                 f"from, which is {begun.objective.source_run!r}; name that one{needed}"
             )
         config = dataclasses.replace(config, objective=config.objective.starting_from(begun.objective.source_run))
-    return _complete(config, Config.stored(origin["config"]))
+    return _complete(config, Config.stored(origin["config"]), workdir.read_tokenizer)
 
 
-def _complete(config: Config, source: Config) -> Config:
+def _complete(config: Config, source: Config, read_tokenizer: ReadTokenizer) -> Config:
     where, mode = config.objective.source_run, config.objective.mode
     # What was held out there stays held out here.
     fraction, most = config.data.validation_fraction, source.data.validation_fraction
@@ -63,7 +65,7 @@ def _complete(config: Config, source: Config) -> Config:
     more = tokenizer.more_end_tokens or source.tokenizer.more_end_tokens
     tokenizer = dataclasses.replace(tokenizer, more_end_tokens=more, begin_token=source.tokenizer.begin_token)
     config = dataclasses.replace(config, tokenizer=tokenizer)
-    config = METHODS[config.objective.mode].complete(config, source)
+    config = METHODS[config.objective.mode].complete(config, source, read_tokenizer)
     config.validate()
     return config
 
@@ -82,7 +84,8 @@ class Origin:
       parameters: of the run that it starts from (its average if it keeps one).
       record: what the new run's checkpoints will say of where it comes from: ``config`` and ``step`` of that run,
         ``sources``, which documents that run and those before it were trained on (see ``sources.identity``), and
-        ``backbone``, where it lies and its digest, of a run that does not store it.
+        ``backbone``, where it lies and its digest, of a run that does not store it; or ``teacher``, the digest of the
+        one that it keeps.
       note: what has to be said of it; nothing where there is nothing to say.
     """
 
@@ -111,6 +114,8 @@ def beginning(config: Config, workdir: Workdir, mesh: Mesh, backbone: str | None
     # What is frozen of it, if the run only names that.
     if METHODS[config.objective.mode].names_backbone:
         record["backbone"] = {**model.backbone, "digest": backbone_digest(model.parameters)}
+    elif METHODS[config.objective.mode].keeps_teacher:
+        record["teacher"] = teacher_record(model.parameters)
     return Origin(model.parameters, record, model.note)
 
 

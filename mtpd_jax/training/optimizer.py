@@ -29,11 +29,11 @@ def learning_rate_schedule(config: Config) -> optax.Schedule:
 
 
 def decay_mask(parameters: Any) -> Any:
-    """True for matrices; norm scales and biases, which stacking makes look like matrices, are told by their names."""
+    """True for matrices; what is a vector of its own, which stacking makes look like a matrix, is told by its name."""
 
     def is_matrix(path: tuple[Any, ...], _: Any) -> bool:
         names = {getattr(key, "key", None) for key in path}
-        return names.isdisjoint({"scale", "bias"})
+        return names.isdisjoint({"scale", "bias", "mask_embedding"})
 
     return jax.tree_util.tree_map_with_path(is_matrix, parameters)
 

@@ -39,22 +39,23 @@ def gradients_of_batch(
 ) -> tuple[Float[Array, ""], Any, Float[Array, " J"], Any]:
     """Loss, sums, weights and gradients, by the trained parameters, of a whole [micro-batch, B, T] batch."""
     key = jax.random.fold_in(jax.random.key(method.config.training.seed), step)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch.tokens.shape[0]))
+    rows = jnp.arange(math.prod(batch.tokens.shape[:2]))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows).reshape(batch.tokens.shape[:2])
 
-    def count(rows: Batch, rows_key: Array) -> Float[Array, " J"]:
-        return method.count(rows, StepContext(step, key, rows_key))
+    def count(rows: Batch, row_keys: Array) -> Float[Array, " J"]:
+        return method.count(rows, StepContext(step, key, row_keys))
 
     # What each term is a mean over, in the whole step: before any loss.
     weights = jnp.sum(jax.vmap(count)(batch, keys), axis=0)
 
-    def of_rows(rows: Batch, rows_key: Array) -> tuple[tuple[Array, Any], Any]:
+    def of_rows(rows: Batch, row_keys: Array) -> tuple[tuple[Array, Any], Any]:
         def loss(trained: Parameters) -> tuple[Array, Any]:
-            return method.loss(trained, frozen, rows, weights, StepContext(step, key, rows_key))
+            return method.loss(trained, frozen, rows, weights, StepContext(step, key, row_keys))
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
-    def add_rows(total: Any, rows_and_key: tuple[Batch, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_rows(*rows_and_key)), None
+    def add_rows(total: Any, rows_and_keys: tuple[Batch, Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, of_rows(*rows_and_keys)), None
 
     # Micro-batches one after the other; their gradients add up, for the weights are the step's.
     if batch.tokens.shape[0] == 1:

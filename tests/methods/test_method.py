@@ -1,5 +1,7 @@
 """What a training method is: the step's key; what is random in a step."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def steps_seen(config, number=3):
         def wrapped(*arguments):
             rows = next(one for one in arguments if hasattr(one, "segment_ids"))
             context = arguments[-1]
-            told = context.step, *(jax.random.key_data(key) for key in (context.key, context.rows_key))
+            told = context.step, *(jax.random.key_data(key).ravel() for key in (context.key, context.row_keys))
             jax.debug.callback(
                 lambda step, key, own, token: seen[name].append((int(step), *key.tolist(), *own.tolist(), int(token))),
                 *told, rows.tokens[0, 0],
@@ -43,15 +45,16 @@ def steps_seen(config, number=3):
 
 
 def test_a_step_has_a_key_of_its_own_and_so_have_its_parts():
-    """Of the seed, the step and the micro-batch; a count and a loss of the same rows are given the same one."""
+    """Of the seed, the step and the row in the whole batch; a count and a loss of the same rows are given the same."""
     config = tiny_config(training__micro_batches=2, heads__num_heads=0)
     seen = steps_seen(config)
     assert sorted(seen["count"]) == sorted(seen["loss"]) and len(set(seen["count"])) == 6
     expected = set()
     for step in range(3):
         key = jax.random.fold_in(jax.random.key(config.training.seed), step)
-        own = [jax.random.fold_in(key, part) for part in range(2)]
-        expected |= {(step, *(word for k in (key, one) for word in jax.random.key_data(k).tolist())) for one in own}
+        rows = [jax.random.key_data(jax.random.fold_in(key, row)).tolist() for row in range(8)]
+        parts = [itertools.chain(*rows[:4]), itertools.chain(*rows[4:])]
+        expected |= {(step, *jax.random.key_data(key).tolist(), *part) for part in parts}
     assert {told[:-1] for told in seen["loss"]} == expected
     other = steps_seen(tiny_config(training__micro_batches=2, heads__num_heads=0, training__seed=1), number=1)
     assert not {told[1:-1] for told in other["loss"]} & {told[1:-1] for told in seen["loss"]}

@@ -51,10 +51,12 @@ class Drafter(abc.ABC):
 
     Attributes:
       needs_heads: whether there have to be heads.
+      needs_masks: whether the model has to have a mask embedding.
       adapts: whether it stops drafting below ``Options.min_confidence``.
     """
 
     needs_heads: ClassVar[bool] = False
+    needs_masks: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -103,12 +105,19 @@ class Drafter(abc.ABC):
           keys: [B]; of the rows, for this round. The numbers 1…K may be folded in.
         """
 
+    def inputs(self, last: Int[Array, "B 1"], drafts: Drafts) -> Int[Array, "B W"]:
+        """What a pass reads: the last confirmed token, the drafts, and after them whatever serves to draft again.
+
+        As many tokens in every round.
+        """
+        return jnp.concatenate([last, drafts.tokens], axis=1)
+
     def confirm(self, state: Any, before: Rows, after: Rows, hidden: Hidden) -> Any:
         """Takes in what a round confirmed.
 
         Args:
           before, after: the rows.
-          hidden: [B, K+1, D]; h^0 of the pass, of which the confirmed text has the first.
+          hidden: [B, W, D]; h^0 of what the pass read, of which the confirmed text has the first.
         """
         return state
 

@@ -117,12 +117,12 @@ class Speculative(Strategy, name="speculative"):
 
         Returns:
           The candidates (the drafts, with the main head's own token in the place after the last accepted one), how many
-          drafts are accepted, the backbone's cache, and h^0 of the pass, [B, K+1, D].
+          drafts are accepted, the backbone's cache, and h^0 of the pass, [B, K+1, D], or of all that it read.
         """
         options, num_drafts, first = self.options, self.options.num_drafts, rows.length - 1
         # One pass over the last confirmed token and the drafts, padded if passes share a width.
-        inputs = jnp.concatenate([read(rows.tokens, first, 1), drafts.tokens], axis=1)
-        padded = jnp.pad(inputs, ((0, 0), (0, options.width - num_drafts - 1)))
+        inputs = self.drafter.inputs(read(rows.tokens, first, 1), drafts)
+        padded = jnp.pad(inputs, ((0, 0), (0, options.width - inputs.shape[1])))
         hidden, cache = self.network.extend(parameters, padded, first, cache)
         logits = self.network.logits(parameters, hidden)[:, : num_drafts + 1]
         # How many drafts stand, and the main head's own token after them.
@@ -137,7 +137,7 @@ class Speculative(Strategy, name="speculative"):
         # The drafts, with its own token in the place of the first that fell.
         places = jnp.arange(num_drafts + 1)[None, :]
         candidates = jnp.where(places == accepted[:, None], own[:, None], jnp.pad(drafts.tokens, ((0, 0), (0, 1))))
-        return candidates, accepted, cache, hidden[:, : num_drafts + 1]
+        return candidates, accepted, cache, hidden[:, : inputs.shape[1]]
 
 
 def accept(rows: Rows, drafts: Drafts, candidates: Int[Array, "B J"], accepted: Int[Array, " B"], stops: Stops) -> Rows:

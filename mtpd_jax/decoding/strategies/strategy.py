@@ -23,15 +23,26 @@ class Strategy(abc.ABC):
 
     Attributes:
       lossless: whether text is plain decoding's, or distributed as it.
+      drafter_name: who drafts, where it is played with one drafter alone; None: any.
     """
 
     lossless: ClassVar[bool]
+    drafter_name: ClassVar[str | None] = None
 
-    def __init_subclass__(cls, name: str) -> None:
-        STRATEGIES[name] = cls
+    def __init_subclass__(cls, name: str | None = None) -> None:
+        if name is not None:  # a class without one is what several strategies share
+            STRATEGIES[name] = cls
 
     def __init__(self, network: Network, options: Options):
         self.network, self.options = network, options
+
+    @classmethod  # noqa: B027  most have nothing to say
+    def check(cls, options: Options) -> None:
+        """Checks options that only this strategy has something to say of.
+
+        Raises:
+          ValueError: naming the option and what is allowed.
+        """
 
     @abc.abstractmethod
     def start(self, batch: int, slots: int) -> Any:

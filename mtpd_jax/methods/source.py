@@ -1,0 +1,36 @@
+"""What a run takes over from the model that it starts from, and how it names that."""
+
+import dataclasses
+
+from mtpd_jax.config import Config, ModelConfig
+from mtpd_jax.fields import Constraint, defaults_of, require
+
+# What names a checkpoint of the run to start from.
+CHECKPOINT = Constraint(lambda value: value in ("newest", "best") or value.isdigit(), "newest, best, or a step")
+# What is said of how a model is run, and changes no more than the rounding of a state: the new run's own.
+FREE = {"remat", "dtype", "attention", "context"}
+
+
+def with_model_of(config: Config, source: Config) -> Config:
+    """A config with the model of another run, and the token that ends its texts.
+
+    Raises:
+      ValueError: the config says something else of the model, or wants longer texts than it was made for.
+    """
+    where, context = config.objective.source_run, max(source.context, config.training.sequence_length)
+    # A field that says something else is a mistake, a default says nothing.
+    defaults, own, theirs = (
+        values for values in (defaults_of(ModelConfig), *map(dataclasses.asdict, (config.model, source.model)))
+    )
+    for name in own.keys() - FREE:
+        if own[name] not in (defaults[name], theirs[name]):
+            raise ValueError(f"config.model.{name} = {own[name]!r}: {where} has {theirs[name]!r}; leave it out")
+    length, most = config.training.sequence_length, source.context
+    expected = f"at most {most}, the length of texts that {where} was made for"
+    require(length <= most, "training.sequence_length", length, expected)
+    if own["context"] is not None:
+        require(own["context"] <= most, "model.context", own["context"], expected)
+    free = {name: own[name] for name in FREE}
+    model = dataclasses.replace(source.model, **{**free, "context": own["context"] or context})
+    tokenizer = dataclasses.replace(config.tokenizer, end_token=source.tokenizer.end_token)
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
