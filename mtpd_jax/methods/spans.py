@@ -50,18 +50,14 @@ class Spans:
         return jnp.where(self.is_mask, mask_id, jnp.take_along_axis(rows, self.source, axis=1))
 
     def written(self, tokens: Tokens, choices: Int[Array, "B R"], k_max: int) -> Tokens:
-        """The rows with what the slots of spans chose in the masks: slot j's choice is read in the slot after it."""
-        by_slot_BxJxM = choices.reshape(choices.shape[0], k_max, -1)[:, :-1]
-        places_BxJxM = self.slots.reshape(by_slot_BxJxM.shape[0], k_max, -1)[:, 1:]
-        rows = jnp.arange(tokens.shape[0])[:, None]
-        # What lies past a span's end has no place: beyond the row, where it is dropped.
-        places = jnp.where(self._is_mask_at(places_BxJxM), places_BxJxM, tokens.shape[1])
-        flat = places.reshape(len(rows), -1), by_slot_BxJxM.reshape(len(rows), -1)
-        return tokens.at[rows, flat[0]].set(flat[1], mode="drop")
+        """The rows with what the slots of spans chose in the masks: slot j's choice is read in the slot after it.
 
-    def _is_mask_at(self, places: Int[Array, "B J M"]) -> Bool[Array, "B J M"]:
-        flat = places.reshape(places.shape[0], -1)
-        return jnp.take_along_axis(self.is_mask, flat, axis=1).reshape(places.shape)
+        Masks of spans that there are not stay what they are.
+        """
+        rows, regions = jnp.arange(len(tokens))[:, None], choices.shape[1] // k_max
+        # All slots but the first of each span are masks. What there is not is written beyond the row, and dropped.
+        places = jnp.where(self.there, self.slots, tokens.shape[1])[:, regions:]
+        return tokens.at[rows, places].set(choices[:, :-regions], mode="drop")
 
 
 def lay_out(

@@ -103,7 +103,7 @@ class SpanSums:
     main: Float[AnyArray, ""]
 
 
-@dataclasses.dataclass(frozen=True)
+@struct.dataclass
 class Exercise:
     """One batch's masks and who wrote in them: what a student did, and what it is held to.
 

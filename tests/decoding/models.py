@@ -42,6 +42,19 @@ def small_vocabulary(kind="cascade", trained=True, num_heads=4):
     return model, parameters
 
 
+@functools.cache
+def mask_model(trained=True):
+    """A model of seven tokens without heads, trained on the same chain to fill in up to three masks."""
+    config = tiny_config(
+        heads__num_heads=0, objective__mode="standalone", objective__source="-", objective__labels="data",
+        objective__k_max=4, objective__regions=4, objective__prefix_weight=1.0, model__mask_embedding=True,
+        model__context=CONTEXT, training__sequence_length=40,
+    )  # fmt: skip
+    method = method_on(with_vocabulary(config, 7))
+    parameters = random_parameters(method.model, seed=2, scale=0.4)
+    return method.model, _train(method, parameters) if trained else parameters
+
+
 def _train(method, parameters):
     rng = np.random.default_rng(0)
     tokens = np.zeros((8, 40), np.int32)

@@ -1,4 +1,4 @@
-"""Another model as teacher: its logits beside the heads', a chunk at a time, and tokens chosen without any logits kept."""
+"""Another model as teacher, its logits beside the heads' a chunk at a time; tokens chosen without keeping logits."""
 
 import jax
 import jax.numpy as jnp
