@@ -20,9 +20,10 @@ from mtpd_jax.data.files import read_text
 from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.sources import expand
 from mtpd_jax.decoding.drafters import DRAFTERS
-from mtpd_jax.decoding.options import Options, check_seed
+from mtpd_jax.decoding.options import MASKS, Options, check_seed
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.decoding.stops import transitions_of
+from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.decoding import (
     PADDED_PLAIN,
     DecodingScore,
@@ -32,8 +33,11 @@ from mtpd_jax.evaluation.decoding import (
     score_ways,
     ways_of,
 )
+from mtpd_jax.evaluation.quality import Reader, SpanScore, score_spans, span_ways
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_json
-from mtpd_jax.evaluation.scoring import TextScore
+from mtpd_jax.evaluation.scoring import TextScore, windows
+from mtpd_jax.evaluation.slots import SlotReport, score_slots
+from mtpd_jax.evaluation.span_report import slot_table, span_table
 from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
@@ -48,26 +52,30 @@ class PromptReport:
       heads: scores by number of heads, as text ("0", "1", …); "0" is the fastest plain decoding.
       padded_plain: plain decoding at the width of the others' passes; None without ``bit_exact``.
       others: scores of who else drafts, by name and length of a draft: ``{"lookup": {"4": …}}``.
+      spans: of ways to fill in masks, by name, plain decoding among them; see ``evaluation.quality``.
     """
 
     heads: dict[str, DecodingScore]
     padded_plain: DecodingScore | None = None
     others: dict[str, dict[str, DecodingScore]] = dataclasses.field(default_factory=dict)
+    spans: dict[str, SpanScore] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, scores: Mapping[int | str, DecodingScore], ways: Ways) -> "PromptReport":
-        """From scores by the names of their ways."""
+    def of(
+        cls, scores: Mapping[int | str, DecodingScore], ways: Ways, spans: Mapping[str, SpanScore]
+    ) -> "PromptReport":
+        """From scores by the names of their ways; those of spans are what ``spans`` has."""
         heads = {str(name): score for name, score in scores.items() if isinstance(name, int)}
         others: dict[str, dict[str, DecodingScore]] = {}
         for name, score in scores.items():
-            if not isinstance(name, int) and name != PADDED_PLAIN:
+            if not isinstance(name, int) and name != PADDED_PLAIN and ways[name].drafter != MASKS:
                 others.setdefault(ways[name].drafter, {})[str(ways[name].num_drafts)] = score
-        return cls(heads, scores.get(PADDED_PLAIN), others)
+        return cls(heads, scores.get(PADDED_PLAIN), others, dict(spans))
 
     @property
     def failed(self) -> bool:
         """Whether any greedy text differs from plain decoding's by more than rounding explains."""
-        parts = [self.heads, *self.others.values()]
+        parts = [self.heads, *self.others.values(), {name: one.decoding for name, one in self.spans.items()}]
         return any(score.failed for part in parts for score in part.values())
 
 
@@ -78,10 +86,14 @@ class Report:
     Attributes:
       text: by file name, or the split's name.
       decoding: by prompt file.
+      teacher: as ``text``, of the model that taught this one, where the run keeps it: how far it has moved.
+      slots: of a model that fills in masks, by the same names; see ``evaluation.slots``.
     """
 
     text: dict[str, TextScore]
     decoding: dict[str, PromptReport]
+    teacher: dict[str, TextScore] = dataclasses.field(default_factory=dict)
+    slots: dict[str, SlotReport] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The report as ``--json`` writes it; a part that was not asked for is left out."""
@@ -105,6 +117,9 @@ def run(
     drafters: Sequence[str] = ("heads",),
     strategy: str = "speculative",
     past_trained_length: bool = False,
+    spans: Sequence[str] | None = None,
+    slots: Sequence[int] | None = None,
+    confidences: Sequence[float] = (0.9,),
     stop: Sequence[str] = (),
     **opening: Any,
 ) -> Report:
@@ -122,6 +137,8 @@ def run(
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
+      spans: strategies that fill in masks; None: all that a model has them for.
+      slots, confidences: k and tau of those; every combination is run. slots = None: 2, and as many as in training.
       opening: what ``open_run`` takes beside the workdir.
 
     Raises:
@@ -141,12 +158,17 @@ def run(
     opened.scorer(batch_size)
     options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
     ways = _ways(opened, heads, drafters, options, bit_exact)
+    ways = {**ways, **_span_ways(opened, options, bit_exact, spans, slots, confidences)}
     decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, ways, batch_size, seed, stop)
     if split_name:
         documents[split_name] = list(opened.trained.held_out_documents())[:limit]
     note = held_out_note(opened.trained.sources) if split_name else ""
     scores = _score_text(opened, documents, batch_size, note) if documents else {}
-    return Report(scores, {prompts: decoding.run(opened)} if prompts and decoding else {})
+    decoded = {prompts: decoding.run(opened)} if prompts and decoding else {}
+    if opened.teacher is None or not documents:
+        return Report(scores, decoded)
+    of_teacher = _score_text(opened.teacher, documents, batch_size, "")
+    return Report(scores, decoded, of_teacher, _score_slots(opened, opened.teacher, documents, batch_size))
 
 
 def _check_decoding(seed: int, bit_exact: bool, stop: Sequence[str]) -> None:
@@ -194,6 +216,23 @@ def _score_text(opened: Run, documents: dict[str, list[Document]], batch_size: i
     return scores
 
 
+def _score_slots(
+    opened: Run, teacher: Run, documents: dict[str, list[Document]], batch_size: int
+) -> dict[str, SlotReport]:
+    """What the masks come to in the same text."""
+    length = opened.config.training.sequence_length
+
+    def rows(texts: list[Document]) -> Iterator[np.ndarray]:
+        for text in texts:
+            yield from windows(opened.tokenizer.encode_document(text) if isinstance(text, str) else text.ids, length)
+
+    both = opened.parameters, teacher.parameters
+    return {
+        name: score_slots(opened.config, opened.mesh, *both, rows(texts), batch_size)
+        for name, texts in documents.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class _Decoding:
     """What is to be decoded, and how; see ``run``.
@@ -232,7 +271,21 @@ class _Decoding:
                 transitions=self.transitions, on_call=progress.advance,
             )  # fmt: skip
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
-        return PromptReport.of(score_ways(compared, self.batch_size), self.ways)
+        scores = score_ways(compared, self.batch_size)
+        spans = {name: options for name, options in self.ways.items() if options.drafter == MASKS}
+        spans.pop(PADDED_PLAIN, None)
+        found = score_spans(spans, scores, compared, self._reader(opened)) if spans else {}
+        return PromptReport.of(scores, self.ways, found)
+
+    def _reader(self, opened: Run) -> Reader | None:
+        """The teacher, and what it writes after the same prompts; None where the run keeps none."""
+        if opened.teacher is None:
+            return None
+        plain = dataclasses.replace(self.ways[0], sampling=GREEDY)
+        texts = opened.teacher.decoder.run(
+            self.prompts, plain, rows=self.batch_size, transitions=self.transitions, seed=self.seed
+        )
+        return Reader.of(opened.teacher.scorer(self.batch_size), opened.teacher.parameters, self.prompts, texts)
 
 
 def _ways(opened: Run, heads: Sequence[int] | None, drafters: Sequence[str], options: Options, bit_exact: bool) -> Ways:
@@ -241,6 +294,35 @@ def _ways(opened: Run, heads: Sequence[int] | None, drafters: Sequence[str], opt
     for number in numbers:
         options.with_drafts(number).validate()
     return ways_of(options.sharing_width(max(numbers)) if bit_exact else options, numbers, drafters)
+
+
+def _span_ways(
+    opened: Run,
+    options: Options,
+    bit_exact: bool,
+    spans: Sequence[str] | None,
+    slots: Sequence[int] | None,
+    confidences: Sequence[float],
+) -> Ways:
+    """Ways to fill in masks, of a model that has them; see ``run``."""
+    named = [name for name, one in STRATEGIES.items() if one.drafter_name == MASKS]
+    if not opened.config.model.mask_embedding:
+        if spans or slots:
+            raise ValueError(f"--spans, --slots: expected neither, for {opened.trained.folder.path} fills in no masks")
+        return {}
+    # A draw needs a pass that writes one token, which ``static`` has none of.
+    possible = [name for name in named if options.sampling.greedy or name != "static"]
+    chosen = possible if spans is None else spans
+    if unknown := [name for name in chosen if name not in named]:
+        raise ValueError(f"--spans={unknown[0]}: expected some of {','.join(named)}")
+    lengths = sorted({2, opened.masks("static", None, None) + 1}) if slots is None else slots
+    if wrong := [length for length in lengths if length < 2]:
+        raise ValueError(f"--slots={wrong[0]}: expected at least 2: one is plain decoding")
+    own = dataclasses.replace(options, drafter=MASKS, draft_until=None, min_confidence=0.0)
+    ways = span_ways(own.sharing_width(max(lengths) - 1) if bit_exact else own, chosen, lengths, confidences)
+    for way in ways.values():
+        way.validate()
+    return ways
 
 
 def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
@@ -264,6 +346,12 @@ def main() -> int:
         "--drafters", type=frontdoor.names, default=["heads"],
         help=f"who drafts, in turn: some of {','.join(DRAFTERS)} (default: heads)",
     )  # fmt: skip
+    parser.add_argument("--strategy", default="speculative", choices=tuple(STRATEGIES), help="how a round goes")
+    parser.add_argument("--spans", type=frontdoor.names, help="strategies that fill in masks (default: all)")
+    parser.add_argument("--slots", type=frontdoor.integers, help="tokens of a span, such as 2,4,8")
+    parser.add_argument(
+        "--confidences", type=frontdoor.numbers, default=[0.9], help="that stop a span, such as 0.6,0.9 (default: 0.9)"
+    )
     frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the report to this file")
@@ -274,13 +362,19 @@ def main() -> int:
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
         sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
         bit_exact=flags.bit_exact, drafters=flags.drafters, strategy=flags.strategy, stop=flags.stop,
-        past_trained_length=flags.past_trained_length,
+        past_trained_length=flags.past_trained_length, spans=flags.spans, slots=flags.slots,
+        confidences=flags.confidences,
         **frontdoor.opening_of(flags),
     )  # fmt: skip
     console = rich.console.Console()
     if report.text:
         console.print(text_table(report.text))
+    for name, slots in report.slots.items():
+        console.print(slot_table(name, slots, report.text[name], report.teacher[name]))
     for name, mode_report in report.decoding.items():
+        if mode_report.spans:
+            console.print(span_table(name, mode_report.spans))
+            continue
         console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
         console.print(acceptance_table(name, mode_report.heads))
         if places := place_table(name, mode_report.heads):

@@ -23,7 +23,6 @@ from ml_collections import config_flags
 
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.editing import check_name, chosen_cases, fit_cases
 from mtpd_jax.runs.choice import BEST, NEWEST
 from mtpd_jax.runs.interruption import end_on_signals, leave, say_last
@@ -147,7 +146,6 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
         help="draft beyond the length of the texts that the heads were trained on, too (default: decode plainly there)",
     )  # fmt: skip
     parser.add_argument("--stop", action="append", default=[], help="end before this string; may be given again")
-    parser.add_argument("--strategy", default="speculative", choices=tuple(STRATEGIES), help="how a round goes")
     parser.add_argument(
         "--bit_exact", action="store_true", help="plain and speculative passes of one width, and so of the same kernels"
     )
@@ -189,6 +187,11 @@ def check_json_path(path: str | None) -> None:
 def integers(text: str) -> list[int]:
     """Parses a comma-separated list of integers, for argparse."""
     return [int(part) for part in text.split(",")]
+
+
+def numbers(text: str) -> list[float]:
+    """Parses a comma-separated list of numbers, for argparse."""
+    return [float(part) for part in text.split(",")]
 
 
 def names(text: str) -> list[str]:

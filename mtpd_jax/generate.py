@@ -14,6 +14,7 @@ from mtpd_jax import frontdoor
 from mtpd_jax.data.chat import Prompt, messages_of
 from mtpd_jax.data.files import read_text
 from mtpd_jax.decoding.drafters import DRAFTERS
+from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.generation import Generation, check_prompts, show
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.run import open_run
@@ -58,6 +59,13 @@ def main() -> int:
         "--heads", type=int, help="drafts per pass; 0 decodes plainly, more than there are loop them (default: all)"
     )
     parser.add_argument("--drafter", default="heads", choices=tuple(DRAFTERS), help="who drafts")
+    parser.add_argument(
+        "--strategy", choices=tuple(STRATEGIES),
+        help="how a round goes (default: speculative, or verified for a model that fills in masks)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slots", type=int, help="tokens of a span, for such a model (default: as many as in training)"
+    )
     frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--compare", action="store_true", help="decode plainly, too, and compare")
@@ -77,7 +85,7 @@ def main() -> int:
         [asked], heads=flags.heads, max_new_tokens=flags.max_new_tokens, sampling=sampling, seed=flags.seed,
         min_confidence=flags.min_confidence, bit_exact=flags.bit_exact, drafter=flags.drafter,
         strategy=flags.strategy, stop=flags.stop, compare=flags.compare,
-        past_trained_length=flags.past_trained_length,
+        past_trained_length=flags.past_trained_length, slots=flags.slots,
     )[0]  # fmt: skip
     shown = text if not flags.chat else f"{text}\n\n"
     show(rich.console.Console(highlight=False), shown, generation, opened.tokenizer.decode)

@@ -12,8 +12,9 @@ from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
-from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
+from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.agreement import fit
 from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate
 from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
@@ -21,7 +22,9 @@ from mtpd_jax.evaluation.scoring import ScoredText, Scorer
 from mtpd_jax.runs.choice import Choice
 from mtpd_jax.runs.opening import TrainedRun, load_run
 from mtpd_jax.runs.progress import say
+from mtpd_jax.runs.teacher import teacher_folder
 from mtpd_jax.shapes import Parameters
+from mtpd_jax.sharding import parameter_parts
 from mtpd_jax.training.feasibility import check_scoring
 from mtpd_jax.validation import check_count, check_flag
 
@@ -85,8 +88,9 @@ class Run:
         min_confidence: float = 0.0,
         bit_exact: bool = False,
         drafter: str = "heads",
-        strategy: str = "speculative",
+        strategy: str | None = None,
         past_trained_length: bool = False,
+        slots: int | None = None,
     ) -> Options:
         """How to decode; for the arguments see ``generate``.
 
@@ -94,6 +98,15 @@ class Run:
           ValueError: an option is out of range.
         """
         check_flag("bit_exact", bit_exact)
+        if strategy is None:
+            own = self.config.model.mask_embedding and heads is None and drafter == "heads"
+            strategy = "verified" if own or slots is not None else "speculative"
+        if strategy in STRATEGIES and STRATEGIES[strategy].drafter_name == MASKS:
+            heads, drafter = self.masks(strategy, heads, slots), MASKS
+        elif slots is not None:
+            raise ValueError(
+                f"slots = {slots}: expected none with strategy = {strategy!r}, which has no masks to fill in"
+            )
         heads = self.config.heads.num_heads if heads is None else heads
         sampling = GREEDY if sampling is None else sampling
         until = self.draft_until(past_trained_length)
@@ -102,6 +115,29 @@ class Run:
         )
         options.validate()
         return options.sharing_width(heads) if bit_exact else options
+
+    def masks(self, strategy: str, heads: int | None, slots: int | None) -> int:
+        """How many masks a pass reads: spans of ``slots`` tokens, by default as long as the longest in training.
+
+        Raises:
+          ValueError: heads are asked for, too; or there is no span.
+        """
+        if heads is not None:
+            raise ValueError(
+                f"heads = {heads}: expected none with strategy = {strategy!r}; slots says how long spans are"
+            )
+        longest: int = getattr(self.config.objective, "k_max", 1)
+        length = longest if slots is None else slots
+        check_count("slots", length)
+        return length - 1
+
+    @functools.cached_property
+    def teacher(self) -> "Run | None":
+        """The model that taught this one, if the run keeps it, on the same devices."""
+        folder = teacher_folder(self.trained.folder)
+        if not folder.config_file.exists():
+            return None
+        return Run(load_run(str(folder.path), devices_per_model=parameter_parts(self.mesh)))
 
     def draft_until(self, past_trained_length: bool = False) -> int | None:
         """Tokens of text that heads draft up to: of the texts that they were trained on; None: as many as there are."""
@@ -149,8 +185,9 @@ class Run:
         min_confidence: float = 0.0,
         bit_exact: bool = False,
         drafter: str = "heads",
-        strategy: str = "speculative",
+        strategy: str | None = None,
         past_trained_length: bool = False,
+        slots: int | None = None,
         stop: Sequence[str] = (),
         batch_size: int = 1,
         compare: bool = False,
@@ -167,9 +204,10 @@ class Run:
           min_confidence: see ``Options``.
           bit_exact: run plain and speculative passes at one width, see ``Options.pass_width``.
           drafter: who drafts: the model's heads, prompt lookup, or the better of both; see ``decoding.drafters``.
-          strategy: see ``decoding.strategies``.
+          strategy: see ``decoding.strategies``; None: that of the model, ``verified`` if it fills in masks.
           past_trained_length: draft where a text is longer than a training sequence, too; else it is decoded plainly
             there, and a line on standard error says so.
+          slots: k, the tokens of a span, for strategies that fill in masks; None: as many as in training.
           stop: strings that end a text, which is cut before them.
           batch_size: prompts that are decoded together.
           compare: decode plainly, too.
@@ -182,7 +220,7 @@ class Run:
         check_stop(stop)
         check_count("batch_size", batch_size)
         options = self.options(
-            heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy, past_trained_length
+            heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy, past_trained_length, slots
         )
         encoded = [self.encode(prompt) for prompt in prompts]
         if note := self.note_of(encoded, options):

@@ -72,8 +72,10 @@ class Options:
 
     @property
     def fastest_plain(self) -> "Options":
-        """Plain decoding as fast as there is: one token per pass, whatever width these options ask for."""
-        return dataclasses.replace(self, num_drafts=0, pass_width=None)
+        """Plain decoding as fast as there is: one token per pass, whatever width and strategy these options ask for."""
+        plain = Options(0, self.max_new_tokens)
+        how = {"drafter": plain.drafter, "strategy": plain.strategy, "min_confidence": plain.min_confidence}
+        return dataclasses.replace(self, num_drafts=0, pass_width=None, **how)
 
     def sharing_width(self, most_drafts: int) -> "Options":
         """These options with one pass width for up to ``most_drafts`` drafts, and so for plain decoding, too.

@@ -12,7 +12,7 @@ from mtpd_jax.data.chat import Prompt, check_prompt
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.drafters.drafter import COPIED
-from mtpd_jax.decoding.options import Options, check_seed
+from mtpd_jax.decoding.options import MASKS, Options, check_seed
 from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
@@ -54,6 +54,7 @@ class Generation:
       seconds, tokens_per_second: wall time with prefill, without compilation.
       acceptance: per draft of a round; with heads, draft k is that of head k.
       lossless: whether the text is plain decoding's, or distributed as it.
+      strategy: that wrote it.
       plain: the same, decoded plainly, one token per pass; None unless it was asked for.
       speedup: tokens per second over plain's.
       padded_plain, speedup_over_padded_plain: the same at the width of the passes; None without ``bit_exact``.
@@ -71,6 +72,7 @@ class Generation:
     tokens_per_second: float
     acceptance: Acceptance[float | None]
     lossless: bool
+    strategy: str
     plain: PlainRun | None = None
     speedup: float | None = None
     padded_plain: PlainRun | None = None
@@ -143,6 +145,7 @@ def _generation(
         tokens_per_second=len(written.tokens) / written.seconds,
         acceptance=acceptance_of([written]),
         lossless=STRATEGIES[options.strategy].lossless,
+        strategy=options.strategy,
     )
     if plain is None:
         return generation
@@ -206,8 +209,9 @@ def show(
     # Who is which colour.
     if generation.acceptance.conditional:
         legend = rich.text.Text("main head", style=_COLOURS[0])
+        masks = STRATEGIES[generation.strategy].drafter_name == MASKS
         for k in range(1, 1 + max(0, *proposers)):
-            legend.append(f"  head {k}", style=_colour(k))
+            legend.append(f"  slot {k + 1}" if masks else f"  head {k}", style=_colour(k))
         if COPIED in proposers:
             legend.append("  ").append("copied", style=_COPIED_COLOUR)
         console.print(rich.text.Text("proposed by: ").append(legend))
@@ -233,14 +237,21 @@ def _table(generation: Generation) -> rich.table.Table:
     if generation.padded_plain is not None:
         table.add_row("tokens/s, plain, padded passes", f"{generation.padded_plain.tokens_per_second:,.0f}")
         table.add_row("speed-up over plain, padded", f"{generation.speedup_over_padded_plain:.2f}x")
+    if not generation.lossless:
+        table.add_row(
+            "lossless", f"no: {generation.strategy} believes its guesses, and may write another text than plain"
+        )
     if generation.identical is not None:
-        table.add_row("identical to plain", "yes" if generation.identical else _explain(generation.divergence))
+        table.add_row("identical to plain", "yes" if generation.identical else _explain(generation))
     return table
 
 
-def _explain(divergence: Divergence | None) -> str:
+def _explain(generation: Generation) -> str:
+    divergence = generation.divergence
     if divergence is None:
         return "no"
+    if not generation.lossless:
+        return f"no: another text from token {divergence.index} on"
     kind = "a tie" if divergence.tie else "NOT A TIE: please report this"
     distance = "" if divergence.shortfall is None else f", {divergence.shortfall:.1e} under the largest logit"
     return f"no: token {divergence.index}{distance}, rounding {divergence.rounding:.1e} ({kind})"

@@ -186,7 +186,7 @@ class Scorer:
 
         def flush() -> bool:
             # One batch through the device, and back to the texts that its rows are of.
-            batch = _filled([row for _, row in rows], self._batch_size, self.length)
+            batch = filled([row for _, row in rows], self._batch_size, self.length)
             found = jax.device_get(self._score(parameters, put_on_devices(batch, self._sharding)))
             for number, (text, row) in enumerate(rows):
                 text.add(found, number, len(row) - 1)
@@ -273,7 +273,7 @@ class _Pending:
         )  # fmt: skip
 
 
-def _filled(rows: Sequence[np.ndarray], batch_size: int, length: int) -> Batch:
+def filled(rows: Sequence[np.ndarray], batch_size: int, length: int) -> Batch:
     """A [B, T] batch with one window per row; what is left over is padding."""
     tokens, segment_ids = np.zeros((2, batch_size, length), np.int32)
     for row, ids in enumerate(rows):

@@ -112,6 +112,8 @@ def _notes(config: Config, written: Config) -> tuple[str, ...]:
         notes.append(f"the shared head is written {written.heads.num_heads} times, once for each depth")
     if config.heads.num_heads and not written.heads.num_heads:
         notes.append(f"{config.heads.num_heads} heads are left out")
+    if model.mask_embedding:
+        notes.append("the mask embedding is left out: others read the model as it writes one token at a time")
     return tuple(notes)
 
 

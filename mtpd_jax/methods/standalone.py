@@ -200,7 +200,7 @@ class Standalone(Method, section=StandaloneConfig):
         objective, k_max, matrix = self.objective, self.objective.k_max, unembedding_of(student)
         text, in_document = spans.following(rows, laid_out, self.regions, k_max)
         states = self.student(student, rows, laid_out)
-        choices = likeliest_tokens(_at(states, laid_out.slots), matrix, laid_out.there, self.mesh)
+        choices = likeliest_tokens(at_slots(states, laid_out.slots), matrix, laid_out.there, self.mesh)
         if objective.labels == "data":
             return Exercise(states, choices, laid_out.there & in_document, text, None)
         assert teacher is not None  # see ``frozen_of``
@@ -212,7 +212,7 @@ class Standalone(Method, section=StandaloneConfig):
             taught &= _after(in_document, k_max)
         tokens = laid_out.tokens(rows.tokens, 0)
         asked = self._run(self.teacher_model, teacher, laid_out.written(tokens, written, k_max), laid_out)
-        told = _at(asked, laid_out.slots)
+        told = at_slots(asked, laid_out.slots)
         labels = likeliest_tokens(told, unembedding_of(teacher), taught, self.mesh)
         return Exercise(states, choices, taught, labels, told)
 
@@ -258,7 +258,7 @@ class Standalone(Method, section=StandaloneConfig):
         teacher = None
         if soft and frozen is not None and done.teacher is not None:
             teacher = Teacher(done.teacher, unembedding_of(frozen))
-        states = _at(done.states, laid_out.slots)[None]
+        states = at_slots(done.states, laid_out.slots)[None]
         total, sums = fused_loss(
             states, matrix, done.labels, done.taught[None],
             jnp.where(soft, 0.0, by_slot)[None], by_slot[None][: int(soft)],
@@ -267,7 +267,7 @@ class Standalone(Method, section=StandaloneConfig):
         )  # fmt: skip
         # The text before spans, which nothing in this teaches unless it is asked for.
         slots, tokens, told = self._text(rows, laid_out)
-        states = _at(done.states, slots)[None]
+        states = at_slots(done.states, slots)[None]
         if not objective.prefix_weight:
             states, matrix = jax.lax.stop_gradient((states, matrix))
         held, of_text = fused_loss(
@@ -317,7 +317,7 @@ _LABELS = {"teacher": "choice", "distribution": "distribution"}
 _WRITERS = {"student": "the student", "data": "the text"}
 
 
-def _at(states: Hidden, slots: Int[Array, "B R"]) -> Float[Array, "B R D"]:
+def at_slots(states: Hidden, slots: Int[Array, "B R"]) -> Float[Array, "B R D"]:
     """The states of some slots of every row."""
     return jnp.take_along_axis(states, slots[:, :, None], axis=1)
 
