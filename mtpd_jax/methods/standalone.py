@@ -138,8 +138,11 @@ class Standalone(Method, section=StandaloneConfig):
 
     @classmethod
     def complete(cls, config: Config, source: Config, tokenizer: ReadTokenizer) -> Config:
-        config, objective = with_model_of(config, source), config.objective
+        objective, masks = config.objective, source.model.mask_embedding
         assert isinstance(objective, StandaloneConfig)
+        # A config that was completed before says so of its masks already.
+        own = dataclasses.replace(config.model, mask_embedding=masks)
+        config = with_model_of(dataclasses.replace(config, model=own), source)
         # It is trained, whatever it was stored in, and has masks, whether or not it had.
         model = dataclasses.replace(config.model, weights="float32", mask_embedding=True)
         ends = objective.end_ids or tokenizer(config).end_ids

@@ -30,7 +30,7 @@ def config(source, text_file):
     return tiny_config(
         data__source="text", data__paths=(text_file,), heads__num_heads=0, training__steps=10,
         objective__mode="standalone", objective__source=str(source), objective__k_max=4, objective__regions=4,
-        objective__labels="distribution", training__micro_batches=2, evaluation__every_steps=5,
+        objective__labels="distribution", training__micro_batches=2, mesh__data=4, evaluation__every_steps=5,
         checkpoint__every_steps=5,
     )  # fmt: skip
 
