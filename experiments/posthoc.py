@@ -12,27 +12,20 @@ how it goes on after beginnings of stories of the text. Figures are of other sto
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
 from configs import posthoc as config_file
+from experiments import pretrained
 from experiments.posthoc_report import SEEDS, report
+from experiments.pretrained import Given, write_beginnings
 from experiments.sweep.experiment import Experiment, run
 from experiments.sweep.runner import RESULTS, locked
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from mtpd_jax import corpus, frontdoor
-from mtpd_jax.data.files import File, read_json
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.editing import change
-from mtpd_jax.evaluation.report import write_json
-from mtpd_jax.run import open_run
-from mtpd_jax.runs.models import backbone_digest
 
 KINDS = {
     "recurrent": {"heads.kind": "recurrent", "heads.cache": "per_depth"},
@@ -149,14 +142,6 @@ MATRICES: dict[str, Callable[[Inputs, Sizes], list[Variant]]] = {
 }
 
 
-def write_beginnings(stories: str, path: pathlib.Path, characters: int, number: int) -> None:
-    """Writes the first words of a file's stories as prompts, each once."""
-    found = (story.strip() for story in pathlib.Path(stories).read_text().split("<|endoftext|>"))
-    beginnings = dict.fromkeys(story[:characters].rpartition(" ")[0] for story in found)
-    chosen = [beginning for beginning in beginnings if beginning][:number]
-    path.write_text("".join(json.dumps({"prompt": beginning}) + "\n" for beginning in chosen))
-
-
 def write_generations(backbone: str, text: str, root: pathlib.Path, sizes: Sizes) -> str:
     """Has the backbone go on with beginnings of the text, or with those that it has not yet.
 
@@ -172,89 +157,34 @@ def write_generations(backbone: str, text: str, root: pathlib.Path, sizes: Sizes
     return str(folder)
 
 
-def scale_of(name: str, inputs: Inputs, held_out: str, digests: dict[str, str]) -> Scale:
-    """The scale of a name, with its base config and what runs read.
-
-    Args:
-      name: of ``SIZES``.
-      inputs: where it lies.
-      held_out: the file of the stories that figures are of.
-      digests: of backbone, text and held-out stories, by which rows are known.
-    """
+def scale_of(name: str, given: Given) -> Scale:
+    """The scale of a name."""
     sizes = SIZES[name]
-
-    def base() -> Any:
-        tree = config_file.get_config()
-        change(tree, {
-            "objective.source": inputs.backbone, "data.paths": (inputs.text,), "training.batch_size": sizes.batch,
-            "training.steps": sizes.pre, "checkpoint.keep": 1, "checkpoint.every_steps": sizes.pre,
-            "logging.tensorboard": False, "evaluation.every_steps": sizes.pre // 4, "evaluation.documents": 8,
-        })  # fmt: skip
-        return tree
-
+    diff = {
+        "training.batch_size": sizes.batch, "training.steps": sizes.pre, "checkpoint.every_steps": sizes.pre,
+        "evaluation.every_steps": sizes.pre // 4,
+    }  # fmt: skip
     of_generations = f"{sizes.generations} x {sizes.characters} characters, {sizes.written} tokens"
-    return Scale(
-        name, base, loop_steps=0, texts=32, prompt_tokens=32, new_tokens=96, turns=1, held_out=held_out,
-        inputs=(*digests.items(), ("generations", of_generations)),
-    )  # fmt: skip
-
-
-def digests_of(backbone: str, text: str, held_out: str) -> dict[str, str]:
-    """Digests of what the arms read, wherever it lies."""
-    files = {"text": text, "held_out": held_out}
-    parameters = open_run(backbone).parameters
-    return {
-        "backbone": backbone_digest(parameters),
-        **{name: File(pathlib.Path(path)).digest() for name, path in files.items()},
-    }
+    return pretrained.scale_of(name, given, config_file.get_config, diff, generations=of_generations)
 
 
 def main() -> int:
     """Parses the flags, runs."""
-    parser = frontdoor.Parser(prog="python -m experiments.posthoc", description=__doc__)
-    parser.add_argument("--scale", required=True, choices=tuple(SIZES))
-    names = ("backbone", "text", "held_out")
-    for name, what in zip(names, ("a workdir", "stories to train on", "other stories"), strict=True):
-        parser.add_argument(f"--{name}", help=what)
-    parser.add_argument("--workdir", help="the folder that runs are trained in; without it, only the page is written")
-    parser.add_argument("--only", type=frontdoor.names, default=[], help="arms to run, separated by commas")
-    parser.add_argument("--seeds", type=frontdoor.integers, default=[], help="to run, separated by commas")
-    flags = parser.parse_args()
-    given = {name: getattr(flags, name) for name in (*names, "workdir")}
-    missing = [name for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise ValueError(f"--{missing[0]} is missing: expected all of {', '.join(f'--{name}' for name in given)}")
-    if missing and (flags.only or flags.seeds):
-        raise ValueError("--only and --seeds choose what is run: they need --workdir")
-    _run(flags.scale, {} if missing else given, flags.only, flags.seeds)
-    return 0
-
-
-def _run(name: str, given: dict[str, str], only: Sequence[str], seeds: Sequence[int]) -> None:
-    sizes, recorded = SIZES[name], RESULTS / name / "inputs.json"
-    if given:
-        backbone, text, held_out, work = (str(pathlib.Path(path).resolve()) for path in given.values())
-        root = pathlib.Path(work)
-        root.mkdir(parents=True, exist_ok=True)
-        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # runs share most of their programs
-            jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
-        inputs = Inputs(backbone, text, write_generations(backbone, text, root, sizes))
+    flags = pretrained.flags_of("posthoc", __doc__, SIZES)
+    given, sizes, generations = pretrained.given_of(flags, RESULTS), SIZES[flags.scale], "-"
+    if given.root is not None:
+        generations = write_generations(given.backbone, given.text, given.root, sizes)
         # For ``mtpd_jax.evaluate``, which measures a run with all the cores that there are.
-        write_beginnings(held_out, root / "held_out.jsonl", sizes.characters, _HELD_OUT)
-        digests = digests_of(backbone, text, held_out)
-        recorded.parent.mkdir(parents=True, exist_ok=True)
-        write_json(str(recorded), digests)
-    elif not recorded.exists():
-        raise ValueError(f"{recorded} is missing: there are no rows; run it with --workdir")
-    else:  # rows are known by what was read; where it lay says nothing
-        root, inputs, held_out, digests = None, Inputs("-", "-", "-"), "-", read_json(recorded)
+        write_beginnings(given.held_out, given.root / "held_out.jsonl", sizes.characters, _HELD_OUT)
+    inputs = Inputs(given.backbone, given.text, generations)
 
     def variants(_: Scale) -> list[Variant]:
-        return MATRICES[name](inputs, sizes)
+        return MATRICES[flags.scale](inputs, sizes)
 
     page = functools.partial(report, sizes=dataclasses.asdict(sizes), wanted=variants)
-    scale = scale_of(name, inputs, held_out, digests)
-    run(Experiment("posthoc", variants, page, SEEDS), scale, root, only, seeds, RESULTS)
+    experiment = Experiment("posthoc", variants, page, SEEDS)
+    run(experiment, scale_of(flags.scale, given), given.root, flags.only, flags.seeds, RESULTS)
+    return 0
 
 
 if __name__ == "__main__":

@@ -52,18 +52,18 @@ def report(
     )
     if scale.name in _CAVEATS:
         text += f" {_CAVEATS[scale.name]}"
-    missing = _left_out(arms, wanted(scale))
+    missing = left_out(arms, wanted(scale), SEEDS)
     text += f"\n\nLeft out: {missing}." if missing else ""
     tables = [_all(arms), *(_changes(arms, mode) for mode in MODES)]
     return Report("Post-hoc heads", text, tables, _panels(arms))
 
 
-def _left_out(arms: Mapping[str, Arm], wanted: Sequence[Variant]) -> str:
+def left_out(arms: Mapping[str, Arm], wanted: Sequence[Variant], all_seeds: Sequence[int]) -> str:
     """The seeds without a row, by arm: nothing where there are all."""
     lacking: dict[tuple[int, ...], list[str]] = {}
     for variant in wanted:
         there = arms[variant.name].seeds if variant.name in arms else []
-        seeds = tuple(seed for seed in (SEEDS if variant.seeds is None else variant.seeds) if seed not in there)
+        seeds = tuple(seed for seed in (all_seeds if variant.seeds is None else variant.seeds) if seed not in there)
         if seeds:
             lacking.setdefault(seeds, []).append(variant.name)
     return "; ".join(

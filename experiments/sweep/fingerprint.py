@@ -25,11 +25,12 @@ import numpy as np
 import rich.console
 
 from configs import base
-from experiments.sweep.measure import MODES, held_out_texts, measure
+from experiments.sweep.measure import held_out_texts, measure
 from experiments.sweep.runs import Run, Variant, digest
-from experiments.sweep.scale import Scale
+from experiments.sweep.scale import MODES, Scale
 from mtpd_jax import frontdoor, train
-from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.options import MASKS, Options
+from mtpd_jax.evaluation.quality import span_ways
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.terms import Distillation, chunk_loss
 from mtpd_jax.run import Run as OpenedRun
@@ -81,6 +82,10 @@ def _scale(text_file: pathlib.Path) -> Scale:
 
 _JOINT, _NEXT_TOKEN = Variant("joint", {"heads.num_heads": 2}), Variant("next_token", {"heads.num_heads": 0})
 _POSTHOC = {"heads.num_heads": 2, "objective.mode": "posthoc"}
+_STANDALONE = {
+    "heads.num_heads": 0, "objective.mode": "standalone", "objective.k_max": 4, "objective.regions": 8,
+    "training.steps": 6,
+}  # fmt: skip
 _SHARED = {"heads.kind": "recurrent", "heads.cache": "shared", "objective.alpha": 0.1}
 # Every way of training, and whether its decoding is looked at, too.
 TRAINED = {
@@ -91,11 +96,15 @@ TRAINED = {
     "extension": (Variant("extension", {"heads.num_heads": 3, "training.steps": 4}, start=_JOINT), False),
     "posthoc": (Variant("posthoc", {**_POSTHOC, "objective.initial_heads": "last_block"}, start=_NEXT_TOKEN), False),
     "shared": (Variant("shared", {**_POSTHOC, **_SHARED}, start=_NEXT_TOKEN), True),
+    "online": (Variant("online", {**_STANDALONE, "objective.prefix_weight": 0.5}, start=_NEXT_TOKEN), False),
+    "soft": (Variant("soft", {**_STANDALONE, "objective.labels": "distribution"}, start=_NEXT_TOKEN), False),
+    "offline": (Variant("offline", {**_STANDALONE, "objective.written": "data"}, start=_NEXT_TOKEN), False),
 }
 # The parts that rows of an experiment are known by.
 FAMILIES = {
     "heads": ("joint", "plain", "next_token", "recurrent", "extension", "divergences"),
     "posthoc": ("posthoc", "shared", "divergences"),
+    "standalone": ("online", "soft", "offline", "divergences"),
 }
 
 
@@ -130,6 +139,8 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
     if decoded:
         found["measured"] = measure(str(workdir), run.heads(), run.scale).to_json()
         found["decoded"] = _decoded(opened, run)
+    if name == "online":
+        found["spans"] = _spans(opened, run)
     return dict(_flat(found))
 
 
@@ -149,6 +160,18 @@ def _decoded(opened: OpenedRun, run: Run) -> dict[str, list[list[int]]]:
     return {
         mode: [list(one.tokens) for one in opened.decoder.run(prompts, Options(most, scale.new_tokens, sampling))]
         for mode, sampling in MODES.items()
+    }
+
+
+def _spans(opened: OpenedRun, run: Run) -> dict[str, list[list[int]]]:
+    """What is written in a way of each kind that fills in masks, and how many passes it takes."""
+    texts = held_out_texts(opened, run.scale.texts, run.scale.prompt_tokens + run.scale.new_tokens)
+    prompts = [text[: run.scale.prompt_tokens] for text in texts]
+    options = Options(0, run.scale.new_tokens, drafter=MASKS)
+    ways = {**span_ways(options, ["confident", "verified"], [4], [0.2]), **span_ways(options, ["static"], [2], [])}
+    return {
+        str(way): [[one.passes, *one.tokens] for one in opened.decoder.run(prompts, options)]
+        for way, options in ways.items()
     }
 
 

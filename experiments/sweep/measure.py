@@ -1,21 +1,18 @@
 """What is measured of a finished run: counts per held-out text, so that every interval can be taken later."""
 
-import dataclasses
 import itertools
 import json
 import math
 import pathlib
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.sweep.rows import HeadCounts, Measured, ModeCounts, TextCounts, WayCounts
-from experiments.sweep.scale import Scale
-from mtpd_jax.decoding.decoder import Continuation
+from experiments.sweep.scale import MODES, Scale
+from experiments.sweep.spans import measure_spans, usual
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.comparison import distinct_ngrams
 from mtpd_jax.evaluation.decoding import Decoded, compare_ways, decode_prompts, ways_of
 from mtpd_jax.evaluation.scoring import Scorer
@@ -23,8 +20,6 @@ from mtpd_jax.methods.method import method_of
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.run import Run, open_run
 from mtpd_jax.runs.workdir import open_workdir
-
-MODES = {"greedy": GREEDY, "sampled": Sampling(temperature=1.0)}
 
 
 def held_out_texts(opened: Run, number: int, tokens: int) -> list[np.ndarray]:
@@ -75,6 +70,7 @@ def measure(workdir: str, heads: Sequence[int], scale: Scale) -> Measured:
         curve=_curve(workdir),
         text=_score(opened, texts),
         decoding={mode: _decode(opened, prompts, heads, mode, scale) for mode in MODES},
+        spans=measure_spans(opened, texts, scale) if config.model.mask_embedding and opened.teacher else None,
     )
 
 
@@ -112,22 +108,13 @@ def _decode(opened: Run, prompts: Sequence[np.ndarray], heads: Sequence[int], mo
     """Real decoding, one prompt at a time, the numbers of heads in turn."""
     decoder, ways = opened.decoder, ways_of(Options(0, scale.new_tokens, MODES[mode]), heads)
     turns = [decode_prompts(decoder, prompts, ways, batch_size=1, seed=0) for _ in range(scale.turns)]
-    usual = {name: _with_usual_seconds([turn[name] for turn in turns]) for name in ways}
-    compared = compare_ways(decoder, prompts, ways, usual)
+    compared = compare_ways(decoder, prompts, ways, {name: usual([turn[name] for turn in turns]) for name in ways})
     most = compared[max(heads)]
     return ModeCounts(
         agreed=most.agreed.astype(int).tolist(),
         counted=most.counted.astype(int).tolist(),
         by_heads={number: _counts_of(compared[number], number) for number in heads},
     )
-
-
-def _with_usual_seconds(turns: Sequence[Sequence[Continuation]]) -> list[Continuation]:
-    """What every turn wrote, with the median of their times."""
-    return [
-        dataclasses.replace(of_prompt[0], seconds=round(statistics.median(one.seconds for one in of_prompt), 6))
-        for of_prompt in zip(*turns, strict=True)
-    ]
 
 
 def _counts_of(found: Decoded, heads: int) -> WayCounts:

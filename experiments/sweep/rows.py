@@ -83,6 +83,53 @@ class ModeCounts:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpanCounts:
+    """The prompts continued in one way that fills in masks.
+
+    Attributes:
+      tokens, passes, seconds: by text.
+      accepted: by draft, the slots after a span's first, and text.
+      nats: of what was written, by the teacher, by text.
+      kept: tokens before the first that plain decoding of the same model does not write, by text.
+      distinct_4grams: of all texts together.
+      lossless: whether its text is plain decoding's, or distributed as it.
+    """
+
+    tokens: list[int]
+    passes: list[int]
+    seconds: list[float]
+    accepted: list[list[int]]
+    nats: PerText
+    kept: list[int]
+    distinct_4grams: float | None
+    lossless: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanMeasures:
+    """What is measured of a model that fills in masks, beside its teacher.
+
+    Attributes:
+      ways: by mode and the name of a way; see ``evaluation.quality.span_ways``. Plain decoding among them.
+      teacher_tokens, teacher_nats: of the teacher's own greedy text, by prompt, by itself.
+      teacher_text: nats of the held-out texts by the teacher, as ``TextCounts.nats`` are by the student.
+      slots: ``evaluation.slots.SlotReport`` of the held-out texts, as JSON.
+    """
+
+    ways: dict[str, dict[str, SpanCounts]]
+    teacher_tokens: list[int]
+    teacher_nats: PerText
+    teacher_text: PerText
+    slots: dict[str, Any]
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> "SpanMeasures":
+        """From JSON."""
+        ways = {mode: {name: SpanCounts(**way) for name, way in of.items()} for mode, of in tree["ways"].items()}
+        return cls(**{**tree, "ways": ways})
+
+
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """What is measured of a finished run.
 
@@ -91,7 +138,8 @@ class Measured:
       training_flops: model FLOPs of all its steps.
       curve: held-out cross entropy and agreement during training, by the names of ``metrics.jsonl``.
       text: teacher-forced.
-      decoding: by mode, see ``measure.MODES``.
+      decoding: by mode, see ``scale.MODES``.
+      spans: of a model that fills in masks.
     """
 
     steps: int
@@ -102,12 +150,14 @@ class Measured:
     curve: list[dict[str, Any]]
     text: TextCounts
     decoding: dict[str, ModeCounts]
+    spans: SpanMeasures | None = dataclasses.field(default=None, kw_only=True)
 
     def to_json(self) -> dict[str, Any]:
         """Ready for JSON."""
-        plain = {one.name: getattr(self, one.name) for one in dataclasses.fields(Measured)}
+        plain = {one.name: getattr(self, one.name) for one in dataclasses.fields(Measured) if one.name != "spans"}
         modes = {mode: counts.to_json() for mode, counts in self.decoding.items()}
-        return {**plain, "text": dataclasses.asdict(self.text), "decoding": modes}
+        spans = {} if self.spans is None else {"spans": dataclasses.asdict(self.spans)}
+        return {**plain, "text": dataclasses.asdict(self.text), "decoding": modes, **spans}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +182,8 @@ class Row(Measured):
     def of(cls, tree: Mapping[str, Any]) -> "Row":
         """From JSON."""
         modes = {mode: ModeCounts.of(counts) for mode, counts in tree["decoding"].items()}
-        return cls(**{**tree, "text": TextCounts.of(tree["text"]), "decoding": modes})
+        spans = {"spans": SpanMeasures.of(tree["spans"])} if "spans" in tree else {}
+        return cls(**{**tree, "text": TextCounts.of(tree["text"]), "decoding": modes, **spans})
 
     def to_json(self) -> dict[str, Any]:
         """Ready for JSON, what it is known by first."""

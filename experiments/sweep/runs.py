@@ -55,7 +55,8 @@ class Run:
     @property
     def family(self) -> str:
         """The part of the code that its row depends on; see ``fingerprint.FAMILIES``."""
-        return "posthoc" if self.config().objective.mode == "posthoc" else "heads"
+        mode = self.config().objective.mode
+        return mode if mode in ("posthoc", "standalone") else "heads"
 
     @property
     def extensions(self) -> int:

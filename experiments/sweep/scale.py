@@ -6,7 +6,11 @@ from typing import Any
 
 from configs import cpu, gpu, mtpd_2b
 from mtpd_jax.config import Config
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.editing import change
+
+# How everything is decoded.
+MODES = {"greedy": GREEDY, "sampled": Sampling(temperature=1.0)}
 
 
 @dataclasses.dataclass(frozen=True)

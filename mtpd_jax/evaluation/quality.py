@@ -165,7 +165,7 @@ def _quality(written: Sequence[Continuation], own: Sequence[Continuation], reade
     nats = nats_of(reader.scorer, reader.parameters, reader.prompts, written)
     sizes, theirs = ([len(one.tokens) for one in texts] for texts in (written, reader.texts))
     by_prompt = nats / sizes - reader.nats / theirs
-    kept = [_common(one.tokens, other.tokens) for one, other in zip(written, own, strict=True)]
+    kept = [common(one.tokens, other.tokens) for one, other in zip(written, own, strict=True)]
 
     def same(texts: Sequence[Continuation]) -> Interval:
         equal = [float(one.tokens == other.tokens) for one, other in zip(written, texts, strict=True)]
@@ -177,7 +177,8 @@ def _quality(written: Sequence[Continuation], own: Sequence[Continuation], reade
     )  # fmt: skip
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
     return next(
         (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
     )

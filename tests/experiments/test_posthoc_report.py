@@ -6,6 +6,7 @@ import pathlib
 import pytest
 
 from experiments import posthoc
+from experiments.pretrained import Given
 from experiments.sweep.runner import Code
 from experiments.sweep.runs import Run
 from mtpd_jax import frontdoor
@@ -16,7 +17,7 @@ DIGESTS = {"backbone": "b" * 64, "text": "t" * 64, "held_out": "h" * 64}
 
 def runs_of(scale, digests=DIGESTS, where="-"):
     inputs = posthoc.Inputs(where, where, where)
-    made = posthoc.scale_of(scale, inputs, where, digests)
+    made = posthoc.scale_of(scale, Given(where, where, where, None, digests))
     return {variant.name: Run(variant, 0, made) for variant in posthoc.MATRICES[scale](inputs, posthoc.SIZES[scale])}
 
 

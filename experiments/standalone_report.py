@@ -1,0 +1,258 @@
+"""The page of ``experiments.standalone``: every arm and way, speed beside quality, and what one change is worth."""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.posthoc_report import left_out
+from experiments.sweep.arms import Arm, gain, paired
+from experiments.sweep.report import Report, Table, line, per_seed, verdict, with_interval
+from experiments.sweep.rows import SpanCounts, SpanMeasures, read_rows
+from experiments.sweep.runs import Variant
+from experiments.sweep.scale import Scale
+from experiments.sweep.spans import CONFIDENCES, PLAIN
+from mtpd_jax.evaluation.report import number, percent
+from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
+
+SEEDS = (0, 1, 2)
+# What claims are read at: a strict threshold, and spans that are believed whole.
+_READ_AT = ("confident 8 at 0.9", "confident 8 at 0.6", "static 2", "static 4")
+# The paper's claims as pairs of arms: what is said to be better, and than what.
+_CLAIMS = (
+    ("hard labels in place of soft ones", "online soft", "online hard"),
+    ("the student's own writing in place of the text's", "offline", "online hard"),
+    ("a teacher in place of the text", "ground truth", "online hard"),
+    ("random lengths in place of k = 5", "fixed k=5", "online hard"),
+    ("random lengths in place of k = 8", "fixed k=8", "online hard"),
+    ("the text's cross entropy beside it", "online hard", "prefix loss"),
+    ("spans that grow", "online hard", "growing spans"),
+)
+# Heads on the same backbone, of ``experiments.posthoc``: their name there, and here.
+_HEADS = {"cascade kl pre text": "MTP-D's heads, frozen backbone", "shared kl pre text": "post-hoc head"}
+_CAVEATS = {
+    "stories_656k": "TinyStories-656K is somebody else's: whether it was trained on our held-out stories is not known.",
+}
+
+
+def report(
+    arms: Mapping[str, Arm],
+    scale: Scale,
+    sizes: Mapping[str, Any],
+    wanted: Callable[[Scale], Sequence[Variant]],
+    folder: pathlib.Path,
+) -> Report:
+    """Every arm, the claims, verified beside believed, and the frontier.
+
+    Args:
+      arms: that have rows.
+      scale: of them.
+      sizes: how much was trained, by name; see ``standalone.Sizes``.
+      wanted: the arms that there are to be.
+      folder: where heads on the same backbone may have rows.
+    """
+    digests = ", ".join(f"{name} `{digest[:16]}`" for name, digest in scale.inputs)
+    text = (
+        f"A model that learns to fill in masks ({scale.name}; {digests}), taught by what it was, for {sizes['steps']} "
+        f"steps of {sizes['batch']} rows, at a learning rate of {sizes['learning_rate']:g}. {scale.texts} beginnings "
+        f"of held-out stories of {scale.prompt_tokens} tokens are continued by {scale.new_tokens}, one at a time. "
+        "`static k` believes all k tokens of a span, `confident k at tau` those up to the first whose probability is "
+        "below tau: both are lossy, and their text is **not** that of plain decoding. `verified` confirms its guesses "
+        "in the next pass: its text is what the same model writes one token at a time. Teacher CE: nats per token of "
+        "what was written, by the teacher, over those of its own greedy text after the same beginnings; text that "
+        "repeats itself has few, so the share of distinct 4-grams stands beside it. Intervals in brackets: 95 %, "
+        "paired bootstrap over seeds and then held-out texts."
+    )
+    if scale.name in _CAVEATS:
+        text += f" {_CAVEATS[scale.name]}"
+    missing = left_out(arms, wanted(scale), SEEDS)
+    text += f"\n\nLeft out: {missing}." if missing else ""
+    tables = [
+        _drift(arms),
+        *(_ways(name, arm) for name, arm in arms.items()),
+        *(_claims(arms, way) for way in _READ_AT),
+    ]
+    return Report("Standalone MTP", text, [*tables, _verified(arms), _reliability(arms)], _panels(arms, folder))
+
+
+def spans_of(arm: Arm) -> list[SpanMeasures]:
+    """What was measured of masks, by seed."""
+    found = [row.spans for row in arm.rows]
+    assert all(one is not None for one in found)  # of students, it always is
+    return [one for one in found if one is not None]
+
+
+def ways_of(arm: Arm, way: str, mode: str = "greedy") -> list[SpanCounts]:
+    """One way, by seed."""
+    return [one.ways[mode][way] for one in spans_of(arm)]
+
+
+def tokens_per_pass(arm: Arm, way: str, mode: str = "greedy") -> Counts:
+    """The effective k, pooled over texts; the token from prefill is not counted."""
+    found = ways_of(arm, way, mode)
+    return Counts.ratio([[count - 1 for count in one.tokens] for one in found], [one.passes for one in found])
+
+
+def speed(arm: Arm, way: str, mode: str = "greedy") -> Counts:
+    """Tokens per second over those of plain decoding of the same model."""
+    fast, slow = ways_of(arm, way, mode), ways_of(arm, PLAIN, mode)
+    return Counts.ratio([one.tokens for one in fast], [one.seconds for one in fast]) * Counts.ratio(
+        [one.seconds for one in slow], [one.tokens for one in slow]
+    )
+
+
+def teacher_ce(arm: Arm, way: str) -> Counts:
+    """Nats per token of what was written, by the teacher, over those of its own greedy text: a mean over texts."""
+    by_text = [
+        (np.divide(one.nats, one.tokens) - np.divide(spans.teacher_nats, spans.teacher_tokens)).tolist()
+        for one, spans in zip(ways_of(arm, way), spans_of(arm), strict=True)
+    ]
+    return Counts.ratio(by_text, [[1.0] * len(texts) for texts in by_text])
+
+
+def kept(arm: Arm, way: str) -> Counts:
+    """Share of the text before the first token that plain decoding would not have written."""
+    found, plain = ways_of(arm, way), ways_of(arm, PLAIN)
+    return Counts.ratio([one.kept for one in found], [one.tokens for one in plain])
+
+
+def _names(arm: Arm) -> list[str]:
+    return list(spans_of(arm)[0].ways["greedy"])
+
+
+def _drift(arms: Mapping[str, Arm]) -> Table:
+    """What became of the model as it writes one token at a time, and how much of what it guesses is right."""
+    rows = []
+    for name, arm in arms.items():
+        spans = spans_of(arm)
+        own, theirs = [row.text.nats for row in arm.rows], [one.teacher_text for one in spans]
+        weight = [row.text.weight for row in arm.rows]
+        moved = Counts.ratio(
+            [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(own, theirs, strict=True)], weight
+        )
+        slots = [[one.slots["slots"][place]["agreement"] for one in spans] for place in range(4)]
+        shares = [percent(float(np.mean([share for share in by_seed if share is not None]))) for by_seed in slots]
+        rows.append([
+            name, with_interval(mean_of(moved), digits=3, signed=True),
+            with_interval(mean_of(teacher_ce(arm, PLAIN)), digits=3, signed=True), *shares,
+        ])  # fmt: skip
+    columns = [
+        "arm",
+        "held-out CE, over the teacher's",
+        "teacher CE of plain text",
+        *(f"slot {j}" for j in range(1, 5)),
+    ]
+    note = "Slots: agreement with the teacher on held-out text, each after the student's own tokens before it."
+    return Table("Drift, and what is guessed", columns, rows, note)
+
+
+def _ways(name: str, arm: Arm) -> Table:
+    rows = []
+    for way in _names(arm):
+        found = ways_of(arm, way)
+        shares = [one.distinct_4grams for one in found if one.distinct_4grams is not None]
+        rows.append([
+            way, "no" if found[0].lossless else "**yes**", with_interval(mean_of(tokens_per_pass(arm, way))),
+            with_interval(mean_of(speed(arm, way))), with_interval(mean_of(teacher_ce(arm, way)), signed=True),
+            with_interval(mean_of(kept(arm, way)), 100, 0), number(float(np.mean(shares))),
+        ])  # fmt: skip
+    columns = [
+        "way", "lossy", "tokens per pass", "wall clock over plain", "teacher CE", "kept of plain text, %",
+        "distinct 4-grams",
+    ]  # fmt: skip
+    return Table(f"{name}, greedy", columns, rows)
+
+
+def _claims(arms: Mapping[str, Arm], way: str) -> Table:
+    rows = []
+    for what, before, after in _CLAIMS:
+        pair = paired(arms, after, before)
+        if pair is None or not all(way in _names(arm) for arm in pair):
+            continue
+        tokens, _ = gain(*pair, lambda arm: tokens_per_pass(arm, way))
+        ce, seeds = gain(*pair, lambda arm: teacher_ce(arm, way))
+        lower = Interval(*(None if end is None else -end for end in (ce.mean, ce.high, ce.low)))
+        rows.append([
+            what, f"{after} over {before}", with_interval(tokens, signed=True), with_interval(ce, signed=True),
+            per_seed(seeds, 1, 2), verdict(lower, len(seeds)),
+        ])  # fmt: skip
+    columns = ["change", "arms", "gain in tokens per pass", "gain in teacher CE", "per seed", "better text"]
+    return Table(f"The paper's claims, at {way}", columns, rows, "A gain in teacher CE is worse text.")
+
+
+def _verified(arms: Mapping[str, Arm]) -> Table:
+    """How much of the speed is left when nothing is lost."""
+    rows = []
+    for name, arm in arms.items():
+        names = _names(arm)
+        longest = next(way.split()[1] for way in names if way.startswith("verified"))
+        for tau in CONFIDENCES:
+            lossy, safe = f"confident {longest} at {tau:g}", f"verified {longest} at {tau:g}"
+            figures = [tokens_per_pass(arm, way) for way in (lossy, safe)]
+            rows.append([
+                name, f"{tau:g}", *(with_interval(mean_of(one)) for one in figures),
+                with_interval(mean_of(figures[1] * figures[0].inverse()), 100, 0),
+                with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))),
+                *(with_interval(mean_of(speed(arm, way))) for way in (lossy, safe)),
+            ])  # fmt: skip
+    columns = [
+        "arm", "tau", "confident (lossy)", "verified", "verified / confident, %", "verified, temperature 1",
+        "wall clock, confident", "wall clock, verified",
+    ]  # fmt: skip
+    return Table("Verified beside believed, tokens per pass", columns, rows)
+
+
+def _reliability(arms: Mapping[str, Arm]) -> Table:
+    """How often guesses are right of which the student is so sure."""
+    rows = []
+    for name, arm in arms.items():
+        bins = [one.slots["reliability"] for one in spans_of(arm)]
+        cells = []
+        for place in range(len(bins[0])):
+            tokens = sum(of_seed[place]["tokens"] for of_seed in bins)
+            right = sum((of_seed[place]["agreement"] or 0) * of_seed[place]["tokens"] for of_seed in bins)
+            cells.append(f"{100 * right / tokens:.0f} ({tokens:,.0f})" if tokens else "–")
+        rows.append([name, *cells])
+    bins = spans_of(next(iter(arms.values())))[0].slots["reliability"]
+    edges = [f"{one['low']:.1f} to {one['high']:.1f}" for one in bins]
+    note = "Per cent of guesses that are the teacher's token, by the probability that the student gives them (of many)."
+    return Table("Is confidence worth its name?", ["arm", *edges], rows, note)
+
+
+def _panels(arms: Mapping[str, Arm], folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The frontier by passes and by wall clock, heads on the same backbone in it; and what training came to."""
+    by_pass: dict[str, list[Any]] = {}
+    by_clock: dict[str, list[Any]] = {}
+    for name, arm in arms.items():
+        ways = [way for way in _names(arm) if way.startswith(("plain", "confident"))]
+        quality = {way: mean_of(teacher_ce(arm, way)) for way in ways}
+        by_pass[name] = line({mean_of(tokens_per_pass(arm, way)).mean: quality[way] for way in ways})
+        by_clock[name] = line({mean_of(speed(arm, way)).mean: quality[way] for way in ways})
+    lossless = [name for name in ("online hard, long", "online hard") if name in arms][:1]
+    for name in lossless:
+        arm = arms[name]
+        safe = [way for way in _names(arm) if way.startswith("verified")]
+        zero = mean_of(teacher_ce(arm, PLAIN))
+        by_pass[f"{name}, verified"] = line({mean_of(tokens_per_pass(arm, way)).mean: zero for way in safe})
+        by_clock[f"{name}, verified"] = line({mean_of(speed(arm, way)).mean: zero for way in safe})
+    for name, arm in heads_beside(folder).items():
+        nothing = Interval(0.0, 0.0, 0.0)
+        by_pass[name] = line({mean_of(arm.tokens_per_pass("greedy", 3)).mean: nothing})
+        by_clock[name] = line({mean_of(arm.speed_over("greedy", 3, 0)).mean: nothing})
+    y = "teacher CE over its own text, nats per token"
+    return [
+        {"title": "confident, tau 0.99 to 0.6; lossless", "x": "tokens per pass", "y": y, "lines": by_pass},
+        {"title": "the same in wall clock", "x": "tokens per second over plain", "y": y, "lines": by_clock},
+    ]
+
+
+def heads_beside(folder: pathlib.Path) -> dict[str, Arm]:
+    """Heads on the same backbone, from the rows of ``experiments.posthoc`` at the same scale, if there are any."""
+    rows = read_rows(folder / "posthoc.jsonl")
+    found = {}
+    for name, title in _HEADS.items():
+        own = [row for row in rows if row.variant == name]
+        if own:
+            found[title] = Arm(title, own)
+    return found
