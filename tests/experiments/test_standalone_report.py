@@ -1,0 +1,143 @@
+"""The standalone experiment: arms that differ in what they say they do, and a page from rows alone."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments import standalone
+from experiments.pretrained import Given
+from experiments.standalone_report import kept, speed, teacher_ce, tokens_per_pass
+from experiments.sweep.arms import Arm
+from experiments.sweep.rows import Row, SpanCounts, SpanMeasures
+from experiments.sweep.runner import Code
+from experiments.sweep.runs import Run
+from experiments.sweep.scale import MODES
+from experiments.sweep.spans import PLAIN, ways
+from mtpd_jax import frontdoor
+from tests.experiments.rows import TEXTS, made_up_row
+
+DIGESTS = {"backbone": "b" * 64, "text": "t" * 64, "held_out": "h" * 64}
+
+
+def runs_of(scale):
+    made = standalone.scale_of(scale, Given("-", "-", "-", None, DIGESTS))
+    return {one.name: Run(one, 0, made) for one in standalone.variants_of(standalone.SIZES[scale])}
+
+
+@pytest.mark.parametrize("scale", standalone.SIZES)
+def test_every_arm_can_be_run_and_none_twice(scale):
+    runs = runs_of(scale)
+    assert len({run.key() for run in runs.values()}) == len(runs)
+    objectives = {name: run.config().objective for name, run in runs.items()}
+    assert all(run.family == "standalone" for run in runs.values())
+    settings = {name: (one.written, one.labels) for name, one in objectives.items()}
+    assert settings["online hard"] == ("student", "teacher") and settings["online soft"] == ("student", "distribution")
+    assert settings["offline"] == ("data", "teacher") and settings["ground truth"] == ("data", "data")
+    assert (objectives["fixed k=5"].k_min, objectives["fixed k=5"].k_max) == (5, 5)
+    assert objectives["fixed k=8"].k_min == 8 and objectives["prefix loss"].prefix_weight == 1
+    assert runs["online hard, long"].config().training.steps == 4 * runs["online hard"].config().training.steps
+
+
+def made_up_spans(longest, confident_nats):
+    """A pass of ``confident`` writes two tokens, of ``verified`` 1.5; what is believed is worse by a nat a token."""
+
+    def counts(way, options):
+        lossy = way.startswith(("static", "confident"))
+        passes = 96 if way == PLAIN else 48 if lossy else 64
+        return SpanCounts(
+            tokens=[97] * TEXTS, passes=[passes] * TEXTS, seconds=[passes / 1000] * TEXTS,
+            accepted=[[passes // 4] * TEXTS] * options.num_drafts, kept=[20 if lossy else 97] * TEXTS,
+            nats=[97 * (1 + confident_nats * lossy)] * TEXTS, distinct_4grams=0.7, lossless=not lossy,
+        )  # fmt: skip
+
+    slots = [
+        {"agreement": 0.9 / place, "chain": 0.5, "confidence": 0.6, "tokens": 100} for place in range(1, longest + 1)
+    ]
+    bins = [
+        {"low": i / 10, "high": (i + 1) / 10, "confidence": 0.1 * i, "agreement": 0.1 * i, "tokens": 5}
+        for i in range(10)
+    ]
+    named = {mode: {str(way): counts(str(way), one) for way, one in ways(mode, longest, 96).items()} for mode in MODES}
+    return SpanMeasures(named, [97] * TEXTS, [48.5] * TEXTS, [300.0] * TEXTS, {"slots": slots, "reliability": bins})
+
+
+def made_up(run, confident_nats=1.0):
+    longest = run.config().objective.k_max
+    return dataclasses.replace(made_up_row(run), spans=made_up_spans(longest, confident_nats))
+
+
+def test_rows_are_read_as_they_are_written():
+    row = made_up(runs_of("stories_19m")["online hard"])
+    again = Row.of(json.loads(json.dumps(row.to_json())))
+    assert again == row and again.spans == row.spans
+
+
+def test_figures_are_what_they_are_counted_from():
+    run = runs_of("stories_19m")["online hard"]
+    arm = Arm("x", [made_up(Run(run.variant, seed, run.scale)) for seed in range(2)])
+
+    def of(counts):
+        return counts.of_seeds().tolist()
+
+    assert of(tokens_per_pass(arm, "confident 8 at 0.9")) == [2.0, 2.0]
+    assert of(tokens_per_pass(arm, "verified 8 at 0.9", "sampled")) == [1.5, 1.5]
+    assert of(speed(arm, "confident 8 at 0.9")) == pytest.approx([2.0, 2.0])
+    assert of(teacher_ce(arm, "confident 8 at 0.9")) == pytest.approx([1.5, 1.5])  # 2 nats a token, less half a nat
+    assert of(teacher_ce(arm, PLAIN)) == pytest.approx([0.5, 0.5])
+    assert of(kept(arm, "static 2")) == pytest.approx([20 / 97] * 2)
+
+
+def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch, tmp_path):
+    monkeypatch.setattr(standalone, "RESULTS", tmp_path)
+    folder = tmp_path / "stories_19m"
+    folder.mkdir()
+    (folder / "inputs.json").write_text(json.dumps(DIGESTS))
+    rows = []
+    for name, run in runs_of("stories_19m").items():
+        for seed in (0, 1, 2) if run.variant.seeds is None else run.variant.seeds:
+            worse = 2.0 if name == "ground truth" else 1.0
+            rows.append(made_up(Run(run.variant, seed, run.scale), worse).to_json())
+    (folder / "standalone.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("experiments.sweep.experiment.Code", lambda: Code(lambda family: "made up"))
+    monkeypatch.setattr("sys.argv", ["x", "--scale=stories_19m"])
+    assert frontdoor.status_of(standalone.main) == 0
+    text = (folder / "standalone.md").read_text()
+    assert "Left out" not in text and "nan" not in text and "**not** that of plain decoding" in text
+    (claim,) = [
+        line.split(" | ")
+        for line in text[text.index("at confident 8 at 0.9") :].split("##")[0].splitlines()
+        if line.startswith("| a teacher in place of the text")
+    ]
+    assert claim[3].startswith("-1.00 (") and claim[5].startswith("yes")
+    believed = [line for line in text.splitlines() if line.startswith("| confident 8 at 0.9 |")]
+    assert believed and all("**yes**" in line and ("+1.50" in line or "+2.50" in line) for line in believed)
+    assert "| online hard | 0.9 | 2.00" in text and "75 (75 to 75)" in text
+    assert (folder / "standalone.png").stat().st_size > 10_000
+
+
+def test_what_a_student_is_measured_by(tmp_path, text_file):
+    """From a run: every way of every mode, and the teacher's own text beside."""
+    from experiments.sweep.measure import measure
+    from mtpd_jax import train
+    from tests.builders import tiny_config
+
+    base = {"data__source": "text", "data__paths": (text_file,), "heads__num_heads": 0, "training__steps": 3}
+    short = {"optimizer__warmup_steps": 1, "checkpoint__every_steps": 100, "evaluation__every_steps": 100}
+    train.run(tiny_config(**base, **short), str(tmp_path / "source"))
+    student = {"objective__mode": "standalone", "objective__source": str(tmp_path / "source"), "objective__k_max": 2}
+    train.run(tiny_config(**base, **short, **student), str(tmp_path / "run"))
+    scale = dataclasses.replace(
+        runs_of("stories_19m")["online hard"].scale, texts=2, prompt_tokens=6, new_tokens=6, held_out="", inputs=()
+    )
+    found = measure(str(tmp_path / "run"), [0], scale).spans
+    assert set(found.ways["greedy"]) == set(map(str, ways("greedy", 2, 6)))
+    assert all(way.startswith(("plain", "verified")) for way in found.ways["sampled"])
+    plain = found.ways["greedy"][PLAIN]
+    for name, way in found.ways["greedy"].items():
+        assert way.lossless is name.startswith(("plain", "verified"))
+        assert not way.lossless or (way.tokens == plain.tokens == way.kept and way.nats == plain.nats)
+        written = np.asarray(way.passes) + np.sum(way.accepted, axis=0, dtype=int)
+        assert (written + 1 == way.tokens).all()
+    assert len(found.teacher_nats) == len(found.teacher_text) == 2 and found.slots["slots"][1]["tokens"] > 0
