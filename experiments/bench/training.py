@@ -1,4 +1,4 @@
-"""What a training step costs by number of heads: joint training, looped extension, and one recurrent head, in turn.
+"""What a training step costs: joint training by number of heads, looped extension, a recurrent head, standalone MTP.
 
 ``python -m experiments.bench.training --scale=cpu --json=FILE``: seconds, memory and FLOPs of the compiled step, and
 the FLOPs that the model needs, for the model of an experiments' scale.
@@ -31,7 +31,8 @@ from mtpd_jax.training.step import make_step
 
 
 def cases(scale: Scale, heads: list[int]) -> dict[str, Config]:
-    """Configs by name: joint training with each number of heads, each doubled in a loop, the largest recurrent."""
+    """Configs by name: joint training with each number of heads, each doubled in a loop, the largest recurrent; with
+    no heads among them, standalone MTP, too."""
     changes: dict[str, dict[str, Any]] = {f"joint {count}": {"heads.num_heads": count} for count in heads}
     for count in heads:
         if count and 2 * count in heads:
@@ -41,6 +42,14 @@ def cases(scale: Scale, heads: list[int]) -> dict[str, Config]:
             }  # fmt: skip
     if max(heads) > 1:
         changes[f"recurrent {max(heads)}"] = {"heads.num_heads": max(heads), "heads.kind": "recurrent"}
+    if 0 in heads:
+        student = {
+            "heads.num_heads": 0, "objective.mode": "standalone", "objective.source": "-",
+            "model.mask_embedding": True,
+        }  # fmt: skip
+        changes["standalone, hard"] = student
+        changes["standalone, soft"] = {**student, "objective.labels": "distribution"}
+        changes["standalone, ground truth"] = {**student, "objective.labels": "data"}
     return {name: scale.changed(change) for name, change in changes.items()}
 
 

@@ -13,6 +13,7 @@ def test_every_scale_has_its_cases():
     for scale in SCALES.values():
         configs = training.cases(scale, [0, 1, 2, 4])
         names = ["joint 0", "joint 1", "joint 2", "joint 4", "loop 1 to 2", "loop 2 to 4", "recurrent 4"]
+        names += ["standalone, hard", "standalone, soft", "standalone, ground truth"]
         assert list(configs) == names
         trained = [configs[name].objective.trained_heads(configs[name].heads) for name in ("loop 2 to 4", "joint 4")]
         assert trained == [2, 4]

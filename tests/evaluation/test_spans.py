@@ -1,0 +1,175 @@
+"""What masks are worth: slot by slot beside the teacher, and what was written several tokens at a time."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtpd_jax import evaluate, frontdoor, train
+from mtpd_jax.decoding.options import Options
+from mtpd_jax.evaluation.quality import common, span_ways
+from mtpd_jax.evaluation.slots import score_slots
+from mtpd_jax.methods.standalone import Standalone
+from mtpd_jax.model.backbone import unembedding_of
+from mtpd_jax.run import open_run
+from tests.builders import method_on, random_parameters, tiny_config
+
+
+def student_config(**overrides):
+    return tiny_config(**{
+        "heads__num_heads": 0, "objective__mode": "standalone", "objective__source": "-", "objective__k_max": 3,
+        "objective__regions": 2, "objective__end_ids": (3,), "model__mask_embedding": True, **overrides,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", ["teacher", "data"])
+def test_slot_by_slot_the_student_stands_beside_its_teacher(labels):
+    """Counts from plain passes, one slot at a time: whatever it was trained by, it is asked to write."""
+    config = student_config(objective__labels=labels, objective__written="data")
+    method = method_on(config)
+    assert isinstance(method, Standalone)
+    student = random_parameters(method.model, seed=1)
+    # Nearly the same model, so that they agree now and then.
+    teacher = {name: part for name, part in student.items() if name != "mask_embedding"}
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(4, 300, size).astype(np.int32) for size in (32, 32, 20, 9, 31)]
+    found = score_slots(config, method.mesh, student, teacher, rows, batch_size=2)
+    logits = {}
+
+    def after(parameters, text):
+        model = method.model if "mask_embedding" in parameters else method.teacher_model
+        if model not in logits:
+            run = jax.jit(lambda p, row: model.apply({"params": p}, row, jnp.ones_like(row), jnp.arange(40)[None]).main)
+            logits[model] = run
+        row = jnp.asarray(np.pad(text, (0, 40 - len(text))))[None]
+        scores = np.asarray(logits[model](parameters, row)[0, len(text) - 1] @ unembedding_of(parameters).T)
+        probabilities = np.exp(scores - scores.max())
+        return int(scores.argmax()), float(probabilities.max() / probabilities.sum())
+
+    tokens, agreed, chained, sure = np.zeros((4, 3))
+    bins = np.zeros((10, 2))
+    for number, row in enumerate(rows):
+        offset = (number % 2) % 14  # of the row in its batch
+        for region in range(2):
+            anchor = 14 * region + 13 - offset
+            if anchor >= len(row):
+                continue
+            written, right_so_far = [], True
+            for j in range(3):
+                choice, confidence = after(student, [*row[: anchor + 1], *[300] * j])
+                label, _ = after(teacher, [*row[: anchor + 1], *written])
+                right_so_far &= choice == label
+                tokens[j], agreed[j], chained[j] = (
+                    tokens[j] + 1,
+                    agreed[j] + (choice == label),
+                    chained[j] + right_so_far,
+                )
+                sure[j] += confidence
+                if j:
+                    bins[min(int(confidence * 10), 9)] += 1, choice == label
+                written.append(choice)
+                if choice == 3:
+                    break
+    assert [slot.tokens for slot in found.slots] == tokens.tolist() and tokens[0] >= 7
+    np.testing.assert_allclose([slot.agreement for slot in found.slots], agreed / tokens)
+    np.testing.assert_allclose([slot.chain for slot in found.slots], chained / tokens)
+    np.testing.assert_allclose([slot.confidence for slot in found.slots], sure / tokens, rtol=1e-4)
+    assert agreed[0] == tokens[0]  # the same model, on the same text
+    assert [one.tokens for one in found.reliability] == bins[:, 0].tolist()
+    rights = [one.agreement for one in found.reliability if one.tokens]
+    np.testing.assert_allclose(rights, (bins[:, 1] / np.maximum(bins[:, 0], 1))[bins[:, 0] > 0])
+
+
+def test_ways_are_every_strategy_with_every_length_and_confidence():
+    options = Options(0, 8, drafter="masks")
+    ways = span_ways(options, ["static", "confident", "verified"], [2, 4], [0.5, 0.9])
+    assert list(ways) == [
+        "static 2", "static 4", "confident 2 at 0.5", "confident 2 at 0.9", "confident 4 at 0.5", "confident 4 at 0.9",
+        "verified 2", "verified 2 at 0.5", "verified 2 at 0.9", "verified 4", "verified 4 at 0.5", "verified 4 at 0.9",
+    ]  # fmt: skip
+    assert ways["verified 4 at 0.9"].num_drafts == 3 and ways["static 2"].min_confidence == 0
+    assert common((1, 2, 3), (1, 2, 4, 5)) == 2 and common((1, 2), (1, 2, 3)) == 2 and common((), (1,)) == 0
+
+
+@pytest.fixture(scope="module")
+def student(text_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standalone")
+    base = {"data__source": "text", "data__paths": (text_file,), "heads__num_heads": 0, "training__steps": 10}
+    train.run(tiny_config(**base), str(folder / "source"))
+    taught = {"objective__mode": "standalone", "objective__source": str(folder / "source"), "objective__k_max": 3}
+    train.run(tiny_config(**base, **taught, objective__regions=4), str(folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "a dog sat", "one more big")))
+    return path
+
+
+def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_path, monkeypatch, capsys):
+    """Speed and quality in one table; lossy ways say so, and are no failure; JSON holds all of it."""
+    arguments = [
+        f"--workdir={student}", f"--prompts={prompts}", "--split=validation", "--max_new_tokens=12", "--slots=2,3",
+        "--confidences=0.001,0.9", f"--json={tmp_path / 'x.json'}",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert frontdoor.status_of(evaluate.main) == 0
+    output = capsys.readouterr().out
+    assert "LOSSY" in output and "…" not in output and max(map(len, output.splitlines())) <= 80
+    report = json.loads((tmp_path / "x.json").read_text())
+    spans, opened = report["decoding"][str(prompts)]["spans"], open_run(str(student))
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    own = [one.tokens for one in opened.generate(texts, heads=0, max_new_tokens=12)]
+    theirs = [one.tokens for one in opened.teacher.generate(texts, max_new_tokens=12)]
+    scorer = opened.teacher.scorer(1)
+
+    def nats(written):
+        found = []
+        for text, tokens in zip(texts, written, strict=True):
+            prompt = opened.encode(text)
+            ids = np.concatenate([prompt, tokens]).astype(np.int32)
+            (scored,) = scorer.score(opened.teacher.parameters, [(ids, np.zeros_like(ids))])
+            found.append(scored.ce[0, len(prompt) - 1 :].sum() / len(tokens))
+        return np.array(found)
+
+    for name, score in spans.items():
+        lossless = name.startswith(("plain", "verified"))
+        assert score["decoding"]["lossless"] is lossless
+        assert sum((k + 1) * n for k, n in enumerate(score["lengths"])) >= sum(score["lengths"])
+        quality = score["quality"]
+        if lossless:
+            assert quality["same_as_own"]["mean"] == quality["kept"]["mean"] == 1
+            assert quality["teacher_ce"]["mean"] == pytest.approx((nats(own) - nats(theirs)).mean(), abs=1e-4)
+    believed = opened.generate(texts, strategy="static", slots=3, max_new_tokens=12)
+    written = [one.tokens for one in believed]
+    quality = spans["static 3"]["quality"]
+    assert quality["teacher_ce"]["mean"] == pytest.approx((nats(written) - nats(theirs)).mean(), abs=1e-4)
+    kept = sum(common(one, other) for one, other in zip(written, own, strict=True)) / sum(map(len, own))
+    assert quality["kept"]["mean"] == pytest.approx(kept) and spans["static 3"]["lengths"][:2] == [0, 0]
+    assert quality["same_as_teacher"]["mean"] == np.mean([a == b for a, b in zip(written, theirs, strict=True)])
+    assert report["teacher"]["validation"]["main"]["ce"] != report["text"]["validation"]["main"]["ce"]
+    assert len(report["slots"]["validation"]["slots"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"spans": ["heads"]}, "--spans=heads: expected some of"),
+        ({"slots": [1]}, "--slots=1: expected at least 2"),
+        ({"spans": ["confident"], "confidences": [1.5]}, "min_confidence = 1.5: expected a probability"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(student, prompts, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(str(student), prompts=str(prompts), max_new_tokens=4, **arguments)
+
+
+def test_a_model_without_masks_has_no_spans(workdir, prompts):
+    with pytest.raises(ValueError, match="--spans, --slots: expected neither"):
+        evaluate.run(str(workdir), prompts=str(prompts), max_new_tokens=4, slots=[2])
