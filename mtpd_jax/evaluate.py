@@ -137,38 +137,39 @@ def run(
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
-      spans: strategies that fill in masks; None: all that a model has them for.
-      slots, confidences: k and tau of those; every combination is run. slots = None: 2, and as many as in training.
+      spans, slots, confidences: strategies that fill in masks, k, and tau, in every combination; None: all; 2 and k_max.
       opening: what ``open_run`` takes beside the workdir.
 
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
     """
-    if not (text or split_name or prompts):
-        raise ValueError("nothing to evaluate: give --text, --split or --prompts")
-    _check_scope(text, split_name, limit, batch_size, heads)
+    _check_scope(text, split_name, prompts, limit, batch_size, heads)
     _check_decoding(seed, bit_exact, stop)
-    sampling = GREEDY if sampling is None else sampling
-    options = Options(0, max_new_tokens, sampling, min_confidence, strategy=strategy)
+    options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence, strategy=strategy)
     options.validate()
-    documents: dict[str, list[Document]] = {str(file): [read_text(file, "--text")] for file in expand(text, "--text")}
+    documents: dict[str, list[Document]] = {str(one): [read_text(one, "--text")] for one in expand(text, "--text")}
     prompt_texts = [] if prompts is None else prompts_of(prompts, limit)
     # All is checked before anything is measured.
     opened = open_run(workdir, **opening)
     opened.scorer(batch_size)
     options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
-    ways = _ways(opened, heads, drafters, options, bit_exact)
-    ways = {**ways, **_span_ways(opened, options, bit_exact, spans, slots, confidences)}
+    of_spans = _span_ways(opened, options, bit_exact, spans, slots, confidences)
+    ways = {**_ways(opened, heads, drafters, options, bit_exact), **of_spans}
     decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, ways, batch_size, seed, stop)
-    if split_name:
-        documents[split_name] = list(opened.trained.held_out_documents())[:limit]
-    note = held_out_note(opened.trained.sources) if split_name else ""
-    scores = _score_text(opened, documents, batch_size, note) if documents else {}
-    decoded = {prompts: decoding.run(opened)} if prompts and decoding else {}
-    if opened.teacher is None or not documents:
-        return Report(scores, decoded)
-    of_teacher = _score_text(opened.teacher, documents, batch_size, "")
-    return Report(scores, decoded, of_teacher, _score_slots(opened, opened.teacher, documents, batch_size))
+    documents |= {split_name: list(opened.trained.held_out_documents())[:limit]} if split_name else {}
+    scored = _score(opened, documents, batch_size, held_out_note(opened.trained.sources) if split_name else "")
+    return dataclasses.replace(scored, decoding={prompts: decoding.run(opened)} if prompts and decoding else {})
+
+
+def _score(opened: Run, documents: dict[str, list[Document]], batch_size: int, note: str) -> Report:
+    """What a model, and the one that taught it, make of texts."""
+    if not documents:
+        return Report({}, {})
+    scores, teacher = _score_text(opened, documents, batch_size, note), opened.teacher
+    if teacher is None:
+        return Report(scores, {})
+    of_teacher = _score_text(teacher, documents, batch_size, "")
+    return Report(scores, {}, of_teacher, _score_slots(opened, teacher, documents, batch_size))
 
 
 def _check_decoding(seed: int, bit_exact: bool, stop: Sequence[str]) -> None:
@@ -179,9 +180,16 @@ def _check_decoding(seed: int, bit_exact: bool, stop: Sequence[str]) -> None:
 
 
 def _check_scope(
-    text: Sequence[str], split_name: str | None, limit: int | None, batch_size: int, heads: Sequence[int] | None
+    text: Sequence[str],
+    split_name: str | None,
+    prompts: str | None,
+    limit: int | None,
+    batch_size: int,
+    heads: Sequence[int] | None,
 ) -> None:
     """Checks what to measure, as far as that goes without the run; for arguments and errors see ``run``."""
+    if not (text or split_name or prompts):
+        raise ValueError("nothing to evaluate: give --text, --split or --prompts")
     if not isinstance(text, list | tuple) or not all(isinstance(file, str) for file in text):
         raise ValueError(f"text = {text!r}: expected a list of files")
     if heads is not None and not isinstance(heads, list | tuple):

@@ -151,7 +151,8 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     quality = spans["static 3"]["quality"]
     assert quality["teacher_ce"]["mean"] == pytest.approx((nats(written) - nats(theirs)).mean(), abs=1e-4)
     kept = sum(common(one, other) for one, other in zip(written, own, strict=True)) / sum(map(len, own))
-    assert quality["kept"]["mean"] == pytest.approx(kept) and spans["static 3"]["lengths"][:2] == [0, 0]
+    assert quality["kept"]["mean"] == pytest.approx(kept)
+    assert spans["static 3"]["lengths"] == [0, 3, 9]  # the last pass of each has room for two
     assert quality["same_as_teacher"]["mean"] == np.mean([a == b for a, b in zip(written, theirs, strict=True)])
     assert report["teacher"]["validation"]["main"]["ce"] != report["text"]["validation"]["main"]["ce"]
     assert len(report["slots"]["validation"]["slots"]) == 3
