@@ -22,5 +22,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.data = 1
     config.checkpoint.every_steps = 200
     config.logging.every_steps = 50
-    config.evaluation.update(every_steps=200, documents=20)
+    config.evaluation.update(every_steps=200, documents=20, prompts=16)
     return config

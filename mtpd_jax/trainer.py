@@ -233,6 +233,6 @@ def _shown(scores: Mapping[str, float | None]) -> str:
     if "decoded/tokens_per_pass" not in scores:
         return text
     passes, alone = (scores[f"decoded/tokens_per_pass{end}"] or 0 for end in ("", "_without_bonus"))
-    rates = [value for name, value in scores.items() if name.startswith("decoded/head_") and "conditional" in name]
+    rates = [value for name, value in scores.items() if name.startswith("decoded/") and "conditional" in name]
     accepted = " ".join("–" if rate is None else f"{100 * rate:.0f}" for rate in rates)
     return f"{text}\n  decoded:  {passes:.2f} tokens per pass ({alone:.2f} without bonus), accepted {accepted} %"

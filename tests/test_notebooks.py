@@ -70,3 +70,15 @@ def test_post_hoc_heads_for_your_model(model, text_file, tmp_path, monkeypatch):
     notebook = executed(ROOT / "notebooks" / "posthoc.ipynb", parameters, tmp_path, monkeypatch)
     printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
     assert "identical: True" in printed and "image/png" in printed and "Counts(ok=32" in printed
+
+
+@pytest.mark.slow
+def test_one_model_three_ways_to_write_faster(model, text_file, tmp_path, monkeypatch):
+    parameters = {
+        "MODEL": str(model), "TEXT": text_file, "WORK": "work", "STEPS": 8, "BATCH": 4, "LENGTH": 64,
+        "DRAFTS": 2, "SLOTS": 3, "PROMPTS": 6, "PROMPT_CHARACTERS": 12, "NEW_TOKENS": 8, "CONFIDENCES": (0.01, 0.9),
+    }  # fmt: skip
+    notebook = executed(ROOT / "notebooks" / "three_ways.ipynb", parameters, tmp_path, monkeypatch)
+    printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    assert "LOSSY confident 3 at 0.01" in printed and "the same text as plain: True" in printed
+    assert printed.count("image/png") == 3

@@ -18,7 +18,7 @@ from mtpd_jax.data.documents import Document, selects
 from mtpd_jax.data.sources import Source, holds_out, split
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
-from mtpd_jax.decoding.options import Options
+from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass, tokens_per_pass_without_bonus
 from mtpd_jax.evaluation.scoring import Scorer, TextScore
 from mtpd_jax.methods.method import Method, method_of
@@ -53,11 +53,11 @@ class HeldOut:
         # As many prompts as there are, up to those that are wanted.
         wanted = config.evaluation.prompts
         number = (_PROMPTS if method.rehearses_decoding else 0) if wanted is None else wanted
-        heads = config.heads.num_heads
-        prompts = HeldOutPrompts.of(config, number, documents, tokenizer) if number and heads else None
-        self._decoding = HeldOutDecoding(method, tokenizer, prompts, heads) if prompts else None
+        way = way_of(config)
+        prompts = HeldOutPrompts.of(config, number, documents, tokenizer) if number and way else None
+        self._decoding = HeldOutDecoding(method, tokenizer, prompts, way) if prompts and way else None
         self.rates, self.note = prompts is not None, ""
-        if number and heads and not prompts:
+        if number and way and not prompts:
             self.note = "too little is held out for prompts: nothing is decoded while training, and no checkpoint rated"
 
     @classmethod
@@ -147,11 +147,20 @@ def decoding_method(method: Method) -> tuple[Method, Any]:
     return method, jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-class HeldOutDecoding:
-    """Decodes the prompts with whatever parameters a run has come to, greedily, with all its heads."""
+def way_of(config: Config) -> Options | None:
+    """How a run decodes while it trains, losing nothing: all its heads, or its longest spans; None: it has neither."""
+    if config.heads.num_heads:
+        return Options(config.heads.num_heads, 1)
+    longest: int = getattr(config.objective, "k_max", 1)
+    return Options(longest - 1, 1, drafter=MASKS, strategy="verified") if longest > 1 else None
 
-    def __init__(self, method: Method, tokenizer: Tokenizer, prompts: HeldOutPrompts, heads: int):
-        self._options, self._prompts = Options(heads, prompts.new_tokens), prompts
+
+class HeldOutDecoding:
+    """Decodes the prompts with whatever parameters a run has come to, greedily."""
+
+    def __init__(self, method: Method, tokenizer: Tokenizer, prompts: HeldOutPrompts, way: Options):
+        """For ``way`` see ``way_of``."""
+        self._options, self._prompts = dataclasses.replace(way, max_new_tokens=prompts.new_tokens), prompts
         self._method, self._shardings = decoding_method(method)
         self._end_ids = tokenizer.end_ids
         self._decoder: Decoder | None = None
@@ -176,6 +185,8 @@ class HeldOutDecoding:
             "decoded/tokens_per_pass": tokens_per_pass(reported).mean,
             "decoded/tokens_per_pass_without_bonus": tokens_per_pass_without_bonus(reported).mean,
         }
+        masks = self._options.drafter == MASKS
         for k, rates in enumerate(zip(acceptance.conditional, acceptance.cumulative, strict=True), 1):
-            values |= {f"decoded/head_{k}/conditional": rates[0], f"decoded/head_{k}/cumulative": rates[1]}
+            name = f"decoded/slot_{k + 1}" if masks else f"decoded/head_{k}"
+            values |= {f"{name}/conditional": rates[0], f"{name}/cumulative": rates[1]}
         return values

@@ -14,6 +14,11 @@ def without_heads(parameters: Parameters) -> Parameters:
     return {name: part for name, part in parameters.items() if name != "heads"}
 
 
+def language_model(parameters: Parameters) -> Parameters:
+    """Those of a model that writes one token at a time: all but heads and the mask embedding."""
+    return {name: part for name, part in without_heads(parameters).items() if name != "mask_embedding"}
+
+
 def cut_heads(parameters: Parameters, number: int) -> tuple[Parameters, Parameters]:
     """Cuts parameters into the heads after the first ``number``, and all the rest."""
     above = jax.tree.map(lambda stacked: stacked[number:], parameters["heads"])

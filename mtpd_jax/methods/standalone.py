@@ -28,7 +28,7 @@ from mtpd_jax.losses.scores import likeliest_tokens
 from mtpd_jax.losses.terms import Distillation
 from mtpd_jax.methods import spans
 from mtpd_jax.methods.method import Method, ReadTokenizer, StepContext
-from mtpd_jax.methods.partition import without_heads
+from mtpd_jax.methods.partition import language_model, without_heads
 from mtpd_jax.methods.source import CHECKPOINT, with_model_of
 from mtpd_jax.methods.spans import Spans
 from mtpd_jax.model import costs
@@ -162,8 +162,7 @@ class Standalone(Method, section=StandaloneConfig):
         """The teacher as it is computed with; None where there is nothing to ask it."""
         if self.objective.labels == "data":
             return None
-        without_mask = {name: part for name, part in without_heads(teacher).items() if name != "mask_embedding"}
-        return cast_matrices(without_mask, jnp.dtype(self.model.config.dtype))
+        return cast_matrices(language_model(teacher), jnp.dtype(self.model.config.dtype))
 
     def spans_of(self, rows: Batch, context: StepContext) -> Spans:
         """Where the spans of a step lie; the same however its batch is cut, and whenever it is done again."""

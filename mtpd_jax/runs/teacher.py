@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from mtpd_jax.config import Config, HeadsConfig, ObjectiveConfig
 from mtpd_jax.methods.method import Method
-from mtpd_jax.methods.partition import without_heads
+from mtpd_jax.methods.partition import language_model
 from mtpd_jax.runs.checkpoint import Checkpointer, read_record
 from mtpd_jax.runs.choice import latest_step
 from mtpd_jax.runs.lock import Lock
@@ -28,14 +28,9 @@ def teacher_folder(folder: Workdir) -> Workdir:
     return Workdir(folder.path / "teacher")
 
 
-def teacher_of(parameters: Parameters) -> Parameters:
-    """What teaches, of a model: all of it but heads and masks."""
-    return {name: part for name, part in without_heads(parameters).items() if name != "mask_embedding"}
-
-
 def teacher_record(parameters: Parameters) -> dict[str, Any]:
     """What checkpoints of a student say of its teacher."""
-    return {"digest": backbone_digest(teacher_of(parameters))}
+    return {"digest": backbone_digest(language_model(parameters))}
 
 
 def keep_teacher(folder: Workdir, lock: Lock, origin: dict[str, Any], parameters: Parameters) -> None:
@@ -62,7 +57,7 @@ def keep_teacher(folder: Workdir, lock: Lock, origin: dict[str, Any], parameters
     own, *before = origin["sources"]
     older = {"config": origin["config"], "step": origin["step"], "sources": before} if before else None
     record = {"data": {"source": own}, "tokenizer": folder.tokenizer_digest(), "origin": older, "teacher": about}
-    state = TrainState(jnp.zeros((), jnp.int32), teacher_of(parameters), optimizer=None, average=None, frozen=None)
+    state = TrainState(jnp.zeros((), jnp.int32), language_model(parameters), optimizer=None, average=None, frozen=None)
     with Checkpointer(kept, keep=1, lock=lock) as checkpointer:
         config = _config_of(Config.stored(origin["config"]))
         checkpointer.save(0, state, config, {**record, "tokens": 0, "seconds": 0.0})

@@ -31,6 +31,7 @@ def config(source, text_file):
         data__source="text", data__paths=(text_file,), heads__num_heads=0, training__steps=10,
         objective__mode="standalone", objective__source=str(source), objective__k_max=4, objective__regions=4,
         objective__labels="distribution", training__micro_batches=2, mesh__data=4, evaluation__every_steps=5,
+        evaluation__prompts=4,
         checkpoint__every_steps=5,
     )  # fmt: skip
 
@@ -63,7 +64,11 @@ def test_what_is_measured_has_its_names(student):
     training = [line for line in lines(student) if "loss" in line]
     assert {"main/ce", "spans/kl", "slot_1/agreement", "slot_4/agreement"} <= set(training[-1])
     assert training[-1]["slot_1/agreement"] > 0.5
-    assert any("eval/main/ce" in line for line in lines(student))
+    evaluated = [line for line in lines(student) if "eval/main/ce" in line]
+    assert [line["step"] for line in evaluated] == [5, 10]
+    decoded = {name for name in evaluated[-1] if name.startswith("decoded/")}
+    rates = {f"decoded/slot_{j}/{rate}" for j in (2, 3, 4) for rate in ("conditional", "cumulative")}
+    assert decoded == {"decoded/tokens_per_pass", "decoded/tokens_per_pass_without_bonus", *rates}
 
 
 @pytest.mark.optimised
