@@ -18,7 +18,12 @@ from tests.decoding.test_distribution import LEVEL, SAMPLES, VOCABULARY, enumera
 
 MASK = 7
 SPANS = [("static", 3, 0.0), ("static", 1, 0.0), ("confident", 3, 0.5), ("confident", 5, 0.3), ("confident", 3, 0.99)]
-VERIFIED = [(3, 0.0), (3, 0.4), (1, 0.0), (6, 0.2), (3, 0.99)]
+VERIFIED = [
+    (3, 0.0),
+    (3, 0.4),
+    (6, 0.2),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 0), (3, 0.99)]),
+]
 
 
 def options_of(strategy, masks, confidence=0.0, new_tokens=25, sampling=None, **others):
@@ -99,7 +104,7 @@ def compare(found, expected):
 
 @pytest.mark.optimised
 @pytest.mark.parametrize(("strategy", "masks", "confidence"), SPANS)
-@pytest.mark.parametrize("scanned", [True, False])
+@pytest.mark.parametrize("scanned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_spans_against_a_reference_without_caches(strategy, masks, confidence, scanned):
     """Tokens, passes, who wrote them, and what was taken of every span; a batch of four lengths."""
     model, parameters = mask_model()
@@ -152,7 +157,7 @@ def test_verified_text_is_what_the_model_writes_one_by_one():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     """Untrained: logits nearly tie, so that text would leave plain decoding's with the smallest rounding."""
     config = tiny_config(
@@ -196,7 +201,7 @@ def masked_tiny_model():
     "options",
     [
         options_of("verified", 2, 0.0, 5, Sampling(1.0)),
-        options_of("verified", 1, 0.0, 4, Sampling(0.5)),
+        pytest.param(options_of("verified", 1, 0.0, 4, Sampling(0.5)), marks=pytest.mark.slow),
         options_of("verified", 3, 0.5, 6, Sampling(2.0, top_k=2)),
     ],
     ids=str,

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from experiments.standalone import ARMS
 from experiments.sweep import fingerprint
 from experiments.sweep.rows import Row
 from experiments.sweep.runner import RESULTS
@@ -38,7 +39,11 @@ def test_rounding_is_no_new_version_and_anything_else_is():
 
 @pytest.mark.optimised
 @pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=pytest.mark.slow if part == "shared" else ()) for part in fingerprint.PARTS]
+    "part",
+    [
+        pytest.param(part, marks=pytest.mark.slow if part in ("shared", "online", "offline") else ())
+        for part in fingerprint.PARTS
+    ],
 )
 def test_this_code_does_what_is_recorded(part, tmp_path):
     """With the tests' eight devices and without optimisation, where the record was made with one and with it."""
@@ -62,10 +67,14 @@ def test_the_committed_rows_are_of_the_recorded_version(family):
     lines = [line for path in RESULTS.glob("*/*.jsonl") for line in path.read_text().splitlines()]
     rows = [(Row.of(row), row) for row in map(json.loads, lines)]
     # Heads on a frozen backbone are named by their kind or, where joint ones are beside them, as frozen.
-    posthoc = ("recurrent ", "shared ", "cascade ", "frozen_")
-    own = [(row, plain) for row, plain in rows if row.variant.startswith(posthoc) is (family == "posthoc")]
-    assert len(own) >= 1 and {row.code for row, _ in own} == {version}
+    names = {"posthoc": ("recurrent ", "shared ", "cascade ", "frozen_"), "standalone": (*ARMS,)}
+    own = [(row, plain) for row, plain in rows if _family(row.variant, names) == family]
+    assert {row.code for row, _ in own} <= {version} and (own or family == "standalone")
     assert [row.to_json() for row, _ in own] == [plain for _, plain in own]  # nothing is left out
+
+
+def _family(variant, names):
+    return next((family for family, begin in names.items() if variant.startswith(begin)), "heads")
 
 
 def test_changed_mathematics_of_a_divergence_is_noticed(monkeypatch, tmp_path):

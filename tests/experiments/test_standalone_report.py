@@ -117,6 +117,7 @@ def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch,
     assert (folder / "standalone.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_a_student_is_measured_by(tmp_path, text_file):
     """From a run: every way of every mode, and the teacher's own text beside."""
     from experiments.sweep.measure import measure

@@ -46,8 +46,10 @@ def fused(hidden, unembedding, teacher, targets, mask, ce_scale, kl_scale, disti
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", DIVERGENCES)
-@pytest.mark.parametrize(("heads", "top_n"), [(1, 7), (3, V)])
+@pytest.mark.parametrize(
+    ("kind", "heads", "top_n"),
+    [("forward", 1, 7), ("forward", 3, V), *(pytest.param(kind, 1, 7, marks=pytest.mark.slow) for kind in DIVERGENCES)],
+)
 def test_all_heads_learn_from_another_model(kind, heads, top_n):
     """Values and gradients, of the main head like the others; a teacher of another width, in chunks of uneven rows."""
     arguments, distillation = problem(heads), Distillation(top_n, 1.5, kind, True)
@@ -85,7 +87,7 @@ def test_the_teachers_own_states_diverge_by_nothing():
     assert float(sums.kl[0]) == pytest.approx(0, abs=1e-5) and sums.agreement[0] == mask.sum()
 
 
-@pytest.mark.parametrize("trunk", ["trained", "detached", "frozen"])
+@pytest.mark.parametrize("trunk", ["detached", "frozen"])
 def test_what_the_unembedding_learns_is_the_trunks_affair(trunk):
     arguments = problem(2)
     distillation = Distillation(V, 1.0, "forward", True)
@@ -99,12 +101,14 @@ def test_what_the_unembedding_learns_is_the_trunks_affair(trunk):
 
     by_hidden, by_matrix = gradients(trunk, arguments[4])
     of_main = arguments[4].at[1].set(False)
-    expected = {"trained": gradients("trained", arguments[4])[1], "detached": gradients("trained", of_main)[1]}
+    expected = {"detached": gradients("trained", of_main)[1]}
     assert_trees_close(by_hidden, gradients("trained", arguments[4])[0], 1e-6)
     assert_trees_close(by_matrix, expected.get(trunk, jnp.zeros((V, D))), 1e-6)
 
 
-@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 1, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(2, 1, 1), (1, 1, 4)])], ids=str
+)
 def test_every_mesh_equals_one_device(sizes):
     hidden, unembedding, *rest = problem(1)
     distillation = Distillation(7, 1.0, "forward", True)

@@ -141,8 +141,13 @@ def test_the_teacher_reads_the_text_and_what_was_written(written):
     assert checked > 20
 
 
-@pytest.mark.parametrize("prefix", [0.0, 0.5])
-@pytest.mark.parametrize(("written", "labels"), SETTINGS)
+@pytest.mark.parametrize(
+    ("written", "labels", "prefix"),
+    [
+        ("student", "teacher", 0.5), ("student", "distribution", 0.0), ("data", "data", 0.0),
+        *(pytest.param(*one, prefix, marks=pytest.mark.slow) for one in SETTINGS for prefix in (0.0, 0.5)),
+    ],
+)  # fmt: skip
 def test_a_step_is_the_mean_over_its_slots(written, labels, prefix):
     """Loss and reported sums against logits that are all there; gradients against autodiff of those."""
     config = student_config(
@@ -211,7 +216,7 @@ def test_a_student_that_is_its_teacher_diverges_at_masks_only():
         assert bool(difference.max() < 1e-5) is alike
 
 
-@pytest.mark.parametrize("labels", ["teacher", "distribution"])
+@pytest.mark.parametrize("labels", ["distribution", pytest.param("teacher", marks=pytest.mark.slow)])
 def test_neither_micro_batches_nor_meshes_change_a_step(labels):
     """The same lengths and offsets are drawn for the same rows, however the batch is cut and whoever computes it."""
     config = student_config(objective__labels=labels, objective__k_min=2)

@@ -103,6 +103,7 @@ def test_another_teacher_is_refused(source, config, student, tmp_path):
     assert open_run(str(mine)).step == 10  # to be used, a student needs none
 
 
+@pytest.mark.slow
 def test_killed_before_its_first_checkpoint_a_run_keeps_the_teacher_that_it_has_then(
     source, config, tmp_path, monkeypatch
 ):
@@ -127,6 +128,7 @@ def test_killed_before_its_first_checkpoint_a_run_keeps_the_teacher_that_it_has_
     assert (tmp_path / "run" / "set_aside" / "teacher").exists()
 
 
+@pytest.mark.slow
 def test_a_student_may_go_to_school_again(student, config, tmp_path):
     """It is its own teacher then, masks left out; its mask embedding is where it was."""
     again = replace(config, objective__source=str(student), training__steps=2, optimizer__warmup_steps=1)
