@@ -8,31 +8,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config, HeadsConfig
-from mtpd_jax.fields import POSITIVE, field, given, require
+from mtpd_jax.fields import POSITIVE, field, require
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
 from mtpd_jax.methods.frozen import HeadsOnFrozen
 from mtpd_jax.methods.method import ReadTokenizer
 from mtpd_jax.methods.partition import cut_heads, extend_heads, join_heads
-from mtpd_jax.methods.source import CHECKPOINT, FREE
+from mtpd_jax.methods.source import FREE, SourceConfig
 from mtpd_jax.model.heads import HEAD_KINDS
 from mtpd_jax.shapes import Array, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class ExtensionConfig(HeadsObjectiveConfig, case="extension"):
+class ExtensionConfig(SourceConfig, HeadsObjectiveConfig, case="extension"):
     """More heads for a trained run: up to ``heads.num_heads``; all that the run has stays frozen."""
 
-    source: str = field("", given("the workdir of the run to extend"))
-    source_checkpoint: str | None = field(None, CHECKPOINT, as_before=None)  # None: the one that it is opened with
     frozen_heads: int | None = field(None, POSITIVE)  # heads of that run; None: read from it, and recorded
-
-    @property
-    def source_run(self) -> str:
-        return self.source
-
-    @property
-    def source_choice(self) -> str | None:
-        return self.source_checkpoint
 
     def trained_heads(self, heads: HeadsConfig) -> int | None:
         return None if self.frozen_heads is None else heads.num_heads - self.frozen_heads

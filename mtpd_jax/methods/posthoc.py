@@ -13,32 +13,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mtpd_jax.config import Config
-from mtpd_jax.fields import field, given, require
+from mtpd_jax.fields import field, require
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
 from mtpd_jax.methods.frozen import HeadsOnFrozen
 from mtpd_jax.methods.method import ReadTokenizer
 from mtpd_jax.methods.partition import without_heads
-from mtpd_jax.methods.source import CHECKPOINT, with_model_of
+from mtpd_jax.methods.source import SourceConfig, with_model_of
 from mtpd_jax.shapes import Array, Parameters
 
 
 @dataclasses.dataclass(frozen=True)
-class PosthocConfig(HeadsObjectiveConfig, case="posthoc"):
-    """Heads on a frozen backbone, whose ``model`` section is the source's."""
+class PosthocConfig(SourceConfig, HeadsObjectiveConfig, case="posthoc"):
+    """Heads on a frozen backbone, that of the source, whose ``model`` section it is."""
 
-    source: str = field("", given("a workdir, or a folder of a Hugging Face model"))  # whose backbone it is
-    source_checkpoint: str | None = field(None, CHECKPOINT, as_before=None)  # None: the one that it is opened with
     # What the heads are before the first step: random, with output projections of zero; copies of the backbone's last
     # block, on the sum of embedding and state; or those of the source, a run that has such heads.
     initial_heads: Literal["random", "last_block", "source"] = field("random")
-
-    @property
-    def source_run(self) -> str:
-        return self.source
-
-    @property
-    def source_choice(self) -> str | None:
-        return self.source_checkpoint
 
     def default_coefficients(self, num_heads: int) -> tuple[float, float]:
         """The backbone's distribution is all that is taught, at every depth alike (our choice)."""

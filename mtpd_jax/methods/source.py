@@ -2,13 +2,28 @@
 
 import dataclasses
 
-from mtpd_jax.config import Config, ModelConfig
-from mtpd_jax.fields import Constraint, defaults_of, require
+from mtpd_jax.config import Config, ModelConfig, ObjectiveConfig
+from mtpd_jax.fields import Constraint, defaults_of, field, given, require
 
-# What names a checkpoint of the run to start from.
-CHECKPOINT = Constraint(lambda value: value in ("newest", "best") or value.isdigit(), "newest, best, or a step")
+_CHECKPOINT = Constraint(lambda value: value in ("newest", "best") or value.isdigit(), "newest, best, or a step")
 # What is said of how a model is run, and changes no more than the rounding of a state: the new run's own.
 FREE = {"remat", "dtype", "attention", "context"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig(ObjectiveConfig):
+    """The part of a method's section that says what a run starts from."""
+
+    source: str = field("", given("a workdir, or a folder of a Hugging Face model"))
+    source_checkpoint: str | None = field(None, _CHECKPOINT, as_before=None)  # None: the one that it is opened with
+
+    @property
+    def source_run(self) -> str:
+        return self.source
+
+    @property
+    def source_choice(self) -> str | None:
+        return self.source_checkpoint
 
 
 def with_model_of(config: Config, source: Config) -> Config:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from mtpd_jax.config import Config, ObjectiveConfig
+from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch
-from mtpd_jax.fields import POSITIVE, ZERO_OR_MORE, at_least, at_most, field, given, one_of, require
+from mtpd_jax.fields import POSITIVE, ZERO_OR_MORE, at_least, at_most, field, one_of, require
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.fused import Teacher, fused_loss
 from mtpd_jax.losses.objective import LossTerm
@@ -29,7 +29,7 @@ from mtpd_jax.losses.terms import Distillation
 from mtpd_jax.methods import spans
 from mtpd_jax.methods.method import Method, ReadTokenizer, StepContext
 from mtpd_jax.methods.partition import language_model, without_heads
-from mtpd_jax.methods.source import CHECKPOINT, with_model_of
+from mtpd_jax.methods.source import SourceConfig, with_model_of
 from mtpd_jax.methods.spans import Spans
 from mtpd_jax.model import costs
 from mtpd_jax.model.backbone import LanguageModel, unembedding_of
@@ -39,11 +39,9 @@ from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Hidden, Int, Parameter
 
 
 @dataclasses.dataclass(frozen=True)
-class StandaloneConfig(ObjectiveConfig, case="standalone"):
+class StandaloneConfig(SourceConfig, case="standalone"):
     """A model that learns to write several tokens per pass, taught by what it was; ``model`` is the source's."""
 
-    source: str = field("", given("a workdir, or a folder of a Hugging Face model"))  # what student and teacher are
-    source_checkpoint: str | None = field(None, CHECKPOINT)  # None: the one that it is opened with
     # Who writes what the teacher reads in the places of masks, and what a slot learns. (student, teacher): online and
     # hard, the paper's; (student, distribution): online and soft; (data, teacher): offline; (…, data): no teacher.
     written: Literal["student", "data"] = field("student")
@@ -60,14 +58,6 @@ class StandaloneConfig(ObjectiveConfig, case="standalone"):
     temperature: float = field(1.0, POSITIVE)
     kl: str = field("forward", one_of(DIVERGENCES))
     end_ids: tuple[int, ...] = field(())  # tokens that end a text; empty: those of the source's tokenizer, recorded
-
-    @property
-    def source_run(self) -> str:
-        return self.source
-
-    @property
-    def source_choice(self) -> str | None:
-        return self.source_checkpoint
 
     def regions_of(self, length: int) -> int:
         """Regions of a row: M, with S/M slots each. The paper's S / (2 k_max), or the next divisor of S below."""

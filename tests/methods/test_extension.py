@@ -266,7 +266,7 @@ def test_a_new_state_is_the_copy(base, longer_config):
         ({"objective__source": "/nowhere"}, ["/nowhere", "holds no run"]),
         ({"heads__kind": "recurrent"}, ["heads.kind", "cascade"]),
         ({"objective__detach_teacher": False}, ["objective.detach_teacher", "objective.mode = 'extension'"]),
-        ({"objective__source": ""}, ["objective.source", "the run to extend"]),
+        ({"objective__source": ""}, ["objective.source", "a workdir"]),
         ({"objective__mode": "joint"}, ["objective.source", "objective.mode = 'joint'"]),
         ({"objective__mode": "loop"}, ["objective.mode = 'loop'", "one of extension, joint"]),
         ({"objective__alpha": (0.1, 0.1)}, ["objective.alpha", "3 (the heads that are trained)"]),
