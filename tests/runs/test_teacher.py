@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import time
 
 import jax
 import numpy as np
@@ -13,7 +16,16 @@ from mtpd_jax.run import open_run
 from mtpd_jax.runs.teacher import teacher_folder
 from mtpd_jax.runs.workdir import open_workdir
 from tests.builders import replace, tiny_config
-from tests.runs.runs import assert_bitwise, comparable, lines, restored, stop_after
+from tests.runs.runs import (
+    ROOT,
+    assert_bitwise,
+    command,
+    comparable,
+    environment,
+    lines,
+    restored,
+    stop_after,
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +184,27 @@ def test_it_is_exported_as_it_writes_one_by_one(student, tmp_path):
     assert any("mask" in line for line in done.lines)
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["vocab_size"] == 300
     assert evaluate is not None
+
+
+@pytest.mark.slow
+def test_killed_anywhere_a_run_ends_as_if_it_had_not_been(config, student, tmp_path):
+    """SIGKILL while the teacher is kept, in the first steps, and after a checkpoint: the same bits in the end."""
+    arguments = command(config, tmp_path / "run", logging__every_steps=1)
+    run, moments = tmp_path / "run", []
+    for there in (
+        lambda: (run / "teacher").exists(),
+        lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 2,
+        lambda: (run / "checkpoints" / "5").exists(),
+    ):
+        process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+        while process.poll() is None and not there():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        moments.append(process.wait())
+    assert moments == [-signal.SIGKILL] * 3
+    again = subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "resuming from step 5" in again.stderr
+    both = [restored(path, open_workdir(str(path)).read_config())[0] for path in (run, student)]
+    assert_bitwise(*both)
+    assert_bitwise(*(open_run(str(path / "teacher")).parameters for path in (run, student)))
