@@ -96,6 +96,7 @@ def texts_of(run, row):
     return run.tokenizer.decode(ids[mask == 0]), run.tokenizer.decode(ids[mask == 1])
 
 
+@pytest.mark.slow
 def test_a_template_that_writes_the_day_writes_the_first_one(talker, tmp_path, monkeypatch):
     """A run that goes on after midnight ends with the bytes of one that did not."""
     other = shutil.copytree(talker, tmp_path / "run")

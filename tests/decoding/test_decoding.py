@@ -284,7 +284,7 @@ def test_a_seed_reproduces_whatever_the_batch(options):
         (PROMPTS, Options(2, 3, Sampling(1.0, top_k=0)), "top_k = 0"),
         (PROMPTS, Options(2, 3, Sampling(0.0, top_k=3)), "need a temperature"),
         (PROMPTS, Options(2, 3, min_confidence=1.0), "min_confidence = 1"),
-        (PROMPTS, Options(2, 3, pass_width=2), "pass_width = 2: expected more than heads = 2"),
+        (PROMPTS, Options(2, 3, pass_width=2), "pass_width = 2: expected at least 3, for heads = 2"),
         (PROMPTS, Options(2, CONTEXT - 32), "prompt 4 has 33 tokens.*context of 4096"),
     ],
 )

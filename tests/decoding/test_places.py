@@ -161,6 +161,7 @@ def longer(workdir, text_file, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_it_is_said_in_one_line_and_may_be_asked_for(longer, capsys, tmp_path):
     found = generate.run(str(longer), ["the cat", "a dog"], max_new_tokens=100, compare=True)
     said = [line for line in capsys.readouterr().err.splitlines() if "trained on texts of 32 tokens" in line]

@@ -122,6 +122,7 @@ def test_the_largest_batch_is_the_one_that_fits(monkeypatch):
         training.largest_batch(lambda rows: rows, 512)
 
 
+@pytest.mark.slow
 def test_steps_are_timed_on_logits_that_differ():
     """Equal parameters would make them all the same, and the search for the largest N would be over before it began."""
     step = CompiledStep(training.config_of(training.tiny_config(), 1, 2))
@@ -140,6 +141,7 @@ def test_covered_time_is_counted_once():
     assert profile.covered(spans) == len({moment for begin, end in spans for moment in range(begin, end)})
 
 
+@pytest.mark.slow
 def test_kernels_that_are_wrong_do_not_hold(monkeypatch):
     """Attention that sees other documents, and a selection that takes one entry too many."""
     monkeypatch.setattr(Platform, "attention_kernels", ("triton", "dense"))

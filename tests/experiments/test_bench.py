@@ -43,6 +43,7 @@ def test_it_measures_steps(text_file, tmp_path, monkeypatch, capsys):
     assert "loop 1 to 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_measured(workdir, tmp_path, capsys):
     """All that there are, oldest first, each with the tokens that it was trained on."""
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran"}\n')

@@ -41,7 +41,9 @@ def test_rounding_is_no_new_version_and_anything_else_is():
 @pytest.mark.parametrize(
     "part",
     [
-        pytest.param(part, marks=pytest.mark.slow if part in ("shared", "online", "offline") else ())
+        pytest.param(
+            part, marks=pytest.mark.slow if part in ("joint", "posthoc", "shared", "online", "offline") else ()
+        )
         for part in fingerprint.PARTS
     ],
 )

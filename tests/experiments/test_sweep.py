@@ -85,6 +85,7 @@ def whole(text_file, tmp_path_factory):
     return folder, folder / "tiny" / "tiny.jsonl"
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_trains_nothing(whole, text_file):
     folder, path = whole
     before = path.read_text()
@@ -109,6 +110,7 @@ def test_a_stopped_sweep_ends_with_the_same_table(whole, text_file, tmp_path, mo
     assert untimed(path) == untimed(whole[1])
 
 
+@pytest.mark.slow
 def test_another_experiment_takes_rows_over(whole, text_file):
     folder, path = whole
     other = Experiment("other", lambda scale: [mtp_d(2)], report, seeds=(0,))
@@ -117,6 +119,7 @@ def test_another_experiment_takes_rows_over(whole, text_file):
     assert row == read_rows(path)[1]
 
 
+@pytest.mark.slow
 def test_other_code_trains_anew(whole, text_file):
     """In a folder of its own, though the old one is there."""
     folder, _ = whole

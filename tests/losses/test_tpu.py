@@ -15,22 +15,26 @@ def programs():
     return {(row["program"], row["form"], row["objective"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_one_chip_holds_it_and_not_the_dense_form(programs):
     assert programs["one chip", "fused", "mtp_d"]["temp_bytes"] < 4 * 2**30
     assert "refused" in programs["one chip", "dense_top_k", "mtp_d"]
 
 
+@pytest.mark.slow
 def test_every_chip_does_its_share_and_no_more(programs):
     for program in ("one chip", "rows over 4", "tokens over 4"):
         # Beyond the products there are the softmaxes and divergences: a few per cent at this width.
         assert 0.99 < programs[program, "fused", "mtp_d"]["flops_over_share"] < 1.1, program
 
 
+@pytest.mark.slow
 def test_no_collective_is_larger_than_the_gradient_of_the_hidden_states(programs):
     split = programs["tokens over 4", "fused", "mtp_d"]
     assert 2048 < split["largest_collective"] <= split["hidden_gradient"]
 
 
+@pytest.mark.slow
 def test_distillation_costs_little_beside_plain_mtp(programs):
     """By the compiler's estimate, with every pass of the selection counted."""
     ours, plain = (programs["one chip", "fused", objective]["estimated_seconds"] for objective in ("mtp_d", "mtp"))

@@ -222,6 +222,7 @@ def test_kernels_are_lowered_for_a_gpu(monkeypatch):
     assert "__cudnn$fmhaScaleBiasSoftmax" in text and "__cudnn$fmhaScaleBiasSoftmaxBackward" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not LIBRARY.exists(), reason="libtpu is not installed: make .cache/libtpu")
 @pytest.mark.parametrize("length", [256, 200])
 def test_a_step_for_a_tpu_has_its_dtype_and_its_kernel(length):

@@ -104,6 +104,7 @@ def test_depths_share_weights_and_not_their_entries():
     assert all(np.abs(one[k] - other[k]).max() > 1e-2 for k in (1, 2))
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_nothing():
     tokens = jnp.arange(24).reshape(2, 12)
     inputs = tokens, jnp.ones_like(tokens), jnp.tile(jnp.arange(12), (2, 1))

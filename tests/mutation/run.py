@@ -77,7 +77,18 @@ def load(path: pathlib.Path = MUTANTS) -> list[Mutant]:
 def run_tests(root: pathlib.Path, tests: str) -> str:
     """What became of the tests in a checkout: passed, failed, "timeout", "signal", or what kept them from running."""
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "slow or not slow",
+        *shlex.split(tests),
+    ]
     with subprocess.Popen(
         command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,

@@ -96,6 +96,7 @@ def test_a_batch_has_at_least_one_row(workdir):
             use(["the cat"], batch_size=0)
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_devices_that_share_a_model_write_and_score_the_same(workdir):
     """Four copies, each split over two devices, and eight whole ones, against one device: texts, counts, scores."""

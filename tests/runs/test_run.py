@@ -202,6 +202,7 @@ def test_killed_before_anything_was_there_it_begins_anew(run_config, tmp_path):
     assert train.run(replace(run_config, training__steps=3), str(tmp_path)).finished
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_interrupted_equals_uninterrupted_on_a_mesh(run_config, tmp_path, monkeypatch):
     """Bit for bit where parameters, batch and attention heads are split, too."""

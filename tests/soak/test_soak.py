@@ -18,6 +18,7 @@ from tests.soak.run import QUOTAS, Result, plan, table
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_some_of_it(tmp_path):
     """In processes of its own: forks of this one would begin with devices and threads."""
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "NPROC")}
