@@ -16,6 +16,7 @@ from mtpd_jax.methods import spans
 from mtpd_jax.methods.method import StepContext
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training.optimizer import decay_mask
 from tests.builders import (
     assert_trees_close,
     gradients,
@@ -232,6 +233,11 @@ def test_neither_micro_batches_nor_meshes_change_a_step(labels):
     spread = jax.jit(lambda *trees: gradients(method_on(config, mesh), trees[0], trees[1], trees[2]))
     found = spread(student, batch, teacher)
     assert_trees_close((found[0], found[3]), (expected[0], expected[3]), 1e-4)
+
+
+def test_the_mask_embedding_is_a_vector_and_not_decayed():
+    mask = decay_mask(random_parameters(method_on(student_config()).model))
+    assert mask["mask_embedding"] is False and mask["embedding"] is True
 
 
 def test_lengths_grow_as_they_are_told():
