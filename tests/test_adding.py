@@ -79,7 +79,7 @@ PROGRAMS = {
         longer = {**tree, "heads": {"num_heads": 3}, "objective": {"mode": "extension", "source": "whole"}}
         assert train.run(longer, "longer").finished
         wrong = [{"mode": "thinned", "share": 0.1}, {"mode": "thinned", "source": "whole"}]
-        answers = ["config.objective.share = 0.1: expected at least one row", "only 'extension' reads it"]
+        answers = ["config.objective.share = 0.1: expected at least one row", "reads it; leave it out"]
         for objective, answer in zip(wrong, answers):
             try:
                 Config.build({**tree, "objective": objective})
