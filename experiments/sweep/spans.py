@@ -11,9 +11,9 @@ from experiments.sweep.scale import MODES, Scale
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.decoding.strategies import STRATEGIES
-from mtpd_jax.evaluation.comparison import distinct_ngrams
+from mtpd_jax.evaluation.comparison import common, distinct_ngrams
 from mtpd_jax.evaluation.decoding import decode_prompts
-from mtpd_jax.evaluation.quality import common, nats_of, span_ways
+from mtpd_jax.evaluation.quality import nats_of, span_ways
 from mtpd_jax.evaluation.scoring import Scorer
 from mtpd_jax.evaluation.slots import score_slots
 from mtpd_jax.run import Run

@@ -38,8 +38,7 @@ def first_divergence(
     if plain.tokens == other.tokens:
         return None
     # Where they part, and what each wrote there.
-    shorter = min(len(plain.tokens), len(other.tokens))
-    index = next((i for i in range(shorter) if plain.tokens[i] != other.tokens[i]), shorter)
+    shorter, index = min(len(plain.tokens), len(other.tokens)), common(plain.tokens, other.tokens)
     written = [continuation.tokens[index] for continuation in (plain, other) if index < shorter]
     text = [*prompt, *plain.tokens[:index]]
     # The logits there, exactly and as decoding rounds them.
@@ -49,6 +48,12 @@ def first_divergence(
     shortfall = float(first - min(exact[token] for token in written)) if written else None
     tie = shortfall is not None and shortfall < max(_TIE_MARGIN, 2 * rounding)
     return Divergence(index, margin, shortfall, rounding, tie)
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
 def distinct_ngrams(sequences: Sequence[Sequence[int]], n: int = 4) -> float | None:

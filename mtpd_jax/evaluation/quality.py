@@ -11,6 +11,7 @@ import numpy as np
 
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.options import Options
+from mtpd_jax.evaluation.comparison import common
 from mtpd_jax.evaluation.decoding import Decoded, DecodingScore
 from mtpd_jax.evaluation.scoring import Scorer
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
@@ -175,10 +176,3 @@ def _quality(written: Sequence[Continuation], own: Sequence[Continuation], reade
         mean_of(Counts.of_prompts([by_prompt.tolist()], [ones])), same(own),
         mean_of(Counts.of_prompts([kept], [[len(one.tokens) for one in own]])), same(reader.texts),
     )  # fmt: skip
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike."""
-    return next(
-        (i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other))
-    )

@@ -119,9 +119,8 @@ class PackedRows:
     def seeing(
         cls, mask: AttentionMask, segment_ids: SegmentIds, positions: Positions, config: ModelConfig
     ) -> "PackedRows":
-        """Rows whose tokens see what a mask says. Kernels that know documents alone do not attend so."""
+        """Rows whose tokens see what a mask says: densely, where the config's kernel knows documents alone."""
         kernel = kernel_for(config, *segment_ids.shape)
-        kernel = "dense" if knows_documents(kernel) else kernel
         return cls(segment_ids, positions, Rotation.of(positions, config), Drawn(mask), kernel)
 
     def attend(self, query: GroupedQuery, key: NewKey, value: NewKey) -> tuple[GroupedQuery, None]:

@@ -10,7 +10,8 @@ import pytest
 
 from mtpd_jax import evaluate, frontdoor, train
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.evaluation.quality import common, span_ways
+from mtpd_jax.evaluation.comparison import common
+from mtpd_jax.evaluation.quality import span_ways
 from mtpd_jax.evaluation.slots import score_slots
 from mtpd_jax.methods.standalone import Standalone
 from mtpd_jax.model.backbone import unembedding_of
