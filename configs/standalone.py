@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     change(config, {"objective.mode": "standalone", "data.source": "text"})
     config.data.shuffle_window = 512
     config.heads.num_heads = 0
-    # A fifth to a quarter of what a model of this size is pre-trained with, and constant, as in the paper.
+    # A fifth to a quarter of what a model of this size is pre-trained with; constant as in the paper, but for its tail.
     config.optimizer.update(learning_rate=5e-4, schedule="wsd", warmup_steps=50, decay_fraction=0.1)
     config.training.update(steps=1600, batch_size=4, sequence_length=256)
     config.mesh.data = 1

@@ -24,6 +24,8 @@ from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.run import open_run
 from mtpd_jax.runs.models import backbone_digest
 
+# Beside rows: digests of what they were made from, by experiment.
+INPUTS = "inputs.json"
 _NAMED = {"backbone": "a workdir", "text": "stories to train on", "held_out": "other stories"}
 
 
@@ -57,6 +59,7 @@ def flags_of(name: str, description: str | None, scales: Collection[str]) -> arg
     parser.add_argument("--workdir", help="the folder that runs are trained in; without it, only the page is written")
     parser.add_argument("--only", type=frontdoor.names, default=[], help="arms to run, separated by commas")
     parser.add_argument("--seeds", type=frontdoor.integers, default=[], help="to run, separated by commas")
+    parser.set_defaults(experiment=name)
     flags = parser.parse_args()
     given = {flag: getattr(flags, flag) for flag in (*_NAMED, "workdir")}
     missing = [flag for flag, value in given.items() if value is None]
@@ -73,11 +76,12 @@ def given_of(flags: argparse.Namespace, results: pathlib.Path = RESULTS) -> Give
     Raises:
       ValueError: nothing was.
     """
-    recorded = results / flags.scale / "inputs.json"
+    file = results / flags.scale / INPUTS
+    recorded = read_json(file) if file.exists() else {}
     if flags.workdir is None:
-        if not recorded.exists():
-            raise ValueError(f"{recorded} is missing: there are no rows; run it with --workdir")
-        return Given("-", "-", "-", None, read_json(recorded))
+        if flags.experiment not in recorded:
+            raise ValueError(f"{file} has no {flags.experiment}: there are no rows; run it with --workdir")
+        return Given("-", "-", "-", None, recorded[flags.experiment])
     backbone, text, held_out, root = (
         str(pathlib.Path(path).resolve()) for path in (flags.backbone, flags.text, flags.held_out, flags.workdir)
     )
@@ -89,8 +93,8 @@ def given_of(flags: argparse.Namespace, results: pathlib.Path = RESULTS) -> Give
         "backbone": backbone_digest(open_run(backbone).parameters),
         **{name: File(pathlib.Path(path)).digest() for name, path in files.items()},
     }
-    recorded.parent.mkdir(parents=True, exist_ok=True)
-    write_json(str(recorded), digests)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(str(file), {**recorded, flags.experiment: digests})
     return Given(backbone, text, held_out, pathlib.Path(root), digests)
 
 

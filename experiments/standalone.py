@@ -75,7 +75,7 @@ def scale_of(name: str, given: Given) -> Scale:
     sizes = SIZES[name]
     diff = {
         "training.batch_size": sizes.batch, "training.steps": sizes.steps, "checkpoint.every_steps": sizes.steps,
-        "optimizer.learning_rate": sizes.learning_rate, "evaluation.every_steps": sizes.steps // 4,
+        "optimizer.learning_rate": sizes.learning_rate, "evaluation.every_steps": sizes.steps // 8,
         "logging.every_steps": 25,
     }  # fmt: skip
     return pretrained.scale_of(name, given, config_file.get_config, diff)

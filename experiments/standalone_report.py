@@ -1,24 +1,28 @@
 """The page of ``experiments.standalone``: every arm and way, speed beside quality, and what one change is worth."""
 
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.posthoc_report import left_out
+from experiments.pretrained import INPUTS
 from experiments.sweep.arms import Arm, gain, paired
 from experiments.sweep.report import Report, Table, line, per_seed, verdict, with_interval
 from experiments.sweep.rows import SpanCounts, SpanMeasures, read_rows
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.spans import CONFIDENCES, PLAIN
+from mtpd_jax.data.files import read_json
 from mtpd_jax.evaluation.report import number, percent
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 
 SEEDS = (0, 1, 2)
-# What claims are read at: a strict threshold, and spans that are believed whole.
-_READ_AT = ("confident 8 at 0.9", "confident 8 at 0.6", "static 2", "static 4")
+# What claims are read at: a strict threshold and a loose one, each arm with its own longest spans, and spans that are
+# believed whole.
+_READ_AT = ("confident at 0.9", "confident at 0.6", "static 2", "static 4")
 # The paper's claims as pairs of arms: what is said to be better, and than what.
 _CLAIMS = (
     ("hard labels in place of soft ones", "online soft", "online hard"),
@@ -73,7 +77,7 @@ def report(
         *(_ways(name, arm) for name, arm in arms.items()),
         *(_claims(arms, way) for way in _READ_AT),
     ]
-    return Report("Standalone MTP", text, [*tables, _verified(arms), _reliability(arms)], _panels(arms, folder))
+    return Report("Standalone MTP", text, [*tables, _verified(arms), _reliability(arms)], _panels(arms, scale, folder))
 
 
 def spans_of(arm: Arm) -> list[SpanMeasures]:
@@ -84,8 +88,10 @@ def spans_of(arm: Arm) -> list[SpanMeasures]:
 
 
 def ways_of(arm: Arm, way: str, mode: str = "greedy") -> list[SpanCounts]:
-    """One way, by seed."""
-    return [one.ways[mode][way] for one in spans_of(arm)]
+    """One way, by seed; without a length in its name, at the arm's own longest spans."""
+    name = _own(arm, way)
+    assert name is not None  # or nobody asks
+    return [one.ways[mode][name] for one in spans_of(arm)]
 
 
 def tokens_per_pass(arm: Arm, way: str, mode: str = "greedy") -> Counts:
@@ -119,6 +125,12 @@ def kept(arm: Arm, way: str) -> Counts:
 
 def _names(arm: Arm) -> list[str]:
     return list(spans_of(arm)[0].ways["greedy"])
+
+
+def _own(arm: Arm, way: str) -> str | None:
+    """The name of a way among those of an arm, at any length of spans if ``way`` has none; None: it is not there."""
+    strategy, _, tau = way.partition(" at ")
+    return next((name for name in _names(arm) if name == way or re.fullmatch(rf"{strategy} \d+ at {tau}", name)), None)
 
 
 def _drift(arms: Mapping[str, Arm]) -> Table:
@@ -168,7 +180,7 @@ def _claims(arms: Mapping[str, Arm], way: str) -> Table:
     rows = []
     for what, before, after in _CLAIMS:
         pair = paired(arms, after, before)
-        if pair is None or not all(way in _names(arm) for arm in pair):
+        if pair is None or not all(_own(arm, way) for arm in pair):
             continue
         tokens, _ = gain(*pair, lambda arm: tokens_per_pass(arm, way))
         ce, seeds = gain(*pair, lambda arm: teacher_ce(arm, way))
@@ -220,7 +232,7 @@ def _reliability(arms: Mapping[str, Arm]) -> Table:
     return Table("Is confidence worth its name?", ["arm", *edges], rows, note)
 
 
-def _panels(arms: Mapping[str, Arm], folder: pathlib.Path) -> list[dict[str, Any]]:
+def _panels(arms: Mapping[str, Arm], scale: Scale, folder: pathlib.Path) -> list[dict[str, Any]]:
     """The frontier by passes and by wall clock, heads on the same backbone in it; and what training came to."""
     by_pass: dict[str, list[Any]] = {}
     by_clock: dict[str, list[Any]] = {}
@@ -236,7 +248,7 @@ def _panels(arms: Mapping[str, Arm], folder: pathlib.Path) -> list[dict[str, Any
         zero = mean_of(teacher_ce(arm, PLAIN))
         by_pass[f"{name}, verified"] = line({mean_of(tokens_per_pass(arm, way)).mean: zero for way in safe})
         by_clock[f"{name}, verified"] = line({mean_of(speed(arm, way)).mean: zero for way in safe})
-    for name, arm in heads_beside(folder).items():
+    for name, arm in heads_beside(folder, scale.inputs).items():
         nothing = Interval(0.0, 0.0, 0.0)
         by_pass[name] = line({mean_of(arm.tokens_per_pass("greedy", 3)).mean: nothing})
         by_clock[name] = line({mean_of(arm.speed_over("greedy", 3, 0)).mean: nothing})
@@ -244,11 +256,24 @@ def _panels(arms: Mapping[str, Arm], folder: pathlib.Path) -> list[dict[str, Any
     return [
         {"title": "confident, tau 0.99 to 0.6; lossless", "x": "tokens per pass", "y": y, "lines": by_pass},
         {"title": "the same in wall clock", "x": "tokens per second over plain", "y": y, "lines": by_clock},
+        {"title": "slot 2, verified, in training", "x": "steps", "y": "share that stands", "lines": _curves(arms)},
     ]
 
 
-def heads_beside(folder: pathlib.Path) -> dict[str, Arm]:
-    """Heads on the same backbone, from the rows of ``experiments.posthoc`` at the same scale, if there are any."""
+def _curves(arms: Mapping[str, Arm]) -> dict[str, Any]:
+    """How often the second token of a span is what the student itself writes after the first, as it is trained."""
+    figure, lines = "decoded/slot_2/conditional", {}
+    for name, arm in arms.items():
+        points = [(point["step"], point[figure]) for point in arm.rows[0].curve if point.get(figure) is not None]
+        lines |= {name: points} if points else {}
+    return lines
+
+
+def heads_beside(folder: pathlib.Path, inputs: Sequence[tuple[str, str]]) -> dict[str, Arm]:
+    """Heads on the same backbone, from the rows of ``experiments.posthoc`` in a folder that were made from the same."""
+    file = folder / INPUTS
+    if not file.exists() or read_json(file).get("posthoc") != dict(inputs):
+        return {}
     rows = read_rows(folder / "posthoc.jsonl")
     found = {}
     for name, title in _HEADS.items():

@@ -141,6 +141,11 @@ class ObjectiveConfig(Section, tag="mode", default="joint"):
         """Which checkpoint of that run, ``objective.source_checkpoint``; None: the one that it is opened with."""
         return None
 
+    @property
+    def longest_span(self) -> int:
+        """Tokens that the model itself learns to write in one pass, at most: 1 but for methods that have masks."""
+        return 1
+
     def starting_from(self, source: str) -> "ObjectiveConfig":
         """This section with another ``objective.source``, for methods that have one."""
         return dataclasses.replace(self, source=source)

@@ -20,7 +20,7 @@ from mtpd_jax.data.files import read_text
 from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.sources import expand
 from mtpd_jax.decoding.drafters import DRAFTERS
-from mtpd_jax.decoding.options import MASKS, Options, check_seed
+from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies import STRATEGIES
@@ -31,13 +31,13 @@ from mtpd_jax.evaluation.decoding import (
     compare_ways,
     decode_prompts,
     score_ways,
-    ways_of,
 )
-from mtpd_jax.evaluation.quality import Reader, SpanScore, score_spans, span_ways
+from mtpd_jax.evaluation.quality import Reader, SpanScore, score_spans
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_json
 from mtpd_jax.evaluation.scoring import TextScore, windows
-from mtpd_jax.evaluation.slots import SlotReport, score_slots
+from mtpd_jax.evaluation.slots import SlotReport, TextRow, score_slots
 from mtpd_jax.evaluation.span_report import slot_table, span_table
+from mtpd_jax.evaluation.ways import Asked, sharing
 from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
@@ -68,7 +68,7 @@ class PromptReport:
         heads = {str(name): score for name, score in scores.items() if isinstance(name, int)}
         others: dict[str, dict[str, DecodingScore]] = {}
         for name, score in scores.items():
-            if not isinstance(name, int) and name != PADDED_PLAIN and ways[name].drafter != MASKS:
+            if not isinstance(name, int) and name != PADDED_PLAIN and name not in spans:
                 others.setdefault(ways[name].drafter, {})[str(ways[name].num_drafts)] = score
         return cls(heads, scores.get(PADDED_PLAIN), others, dict(spans))
 
@@ -143,7 +143,9 @@ def run(
     Raises:
       ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
     """
-    _check_scope(text, split_name, prompts, limit, batch_size, heads)
+    _check_scope(text, split_name, prompts, limit, batch_size)
+    asked = Asked(heads, drafters, spans, slots, confidences, bit_exact)
+    asked.check()
     _check_decoding(seed, bit_exact, stop)
     options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence, strategy=strategy)
     options.validate()
@@ -152,10 +154,10 @@ def run(
     # All is checked before anything is measured.
     opened = open_run(workdir, **opening)
     opened.scorer(batch_size)
+    _ = opened.teacher  # another than the run's own is refused
     options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
-    of_spans = _span_ways(opened, options, bit_exact, spans, slots, confidences)
-    ways = {**_ways(opened, heads, drafters, options, bit_exact), **of_spans}
-    decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, ways, batch_size, seed, stop)
+    drafts, of_spans = sharing(asked.of_drafts(opened, options), asked.of_spans(opened, options))
+    decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, drafts, of_spans, batch_size, seed, stop)
     documents |= {split_name: list(opened.trained.held_out_documents())[:limit]} if split_name else {}
     scored = _score(opened, documents, batch_size, held_out_note(opened.trained.sources) if split_name else "")
     return dataclasses.replace(scored, decoding={prompts: decoding.run(opened)} if prompts and decoding else {})
@@ -185,23 +187,18 @@ def _check_scope(
     prompts: str | None,
     limit: int | None,
     batch_size: int,
-    heads: Sequence[int] | None,
 ) -> None:
     """Checks what to measure, as far as that goes without the run; for arguments and errors see ``run``."""
     if not (text or split_name or prompts):
         raise ValueError("nothing to evaluate: give --text, --split or --prompts")
     if not isinstance(text, list | tuple) or not all(isinstance(file, str) for file in text):
         raise ValueError(f"text = {text!r}: expected a list of files")
-    if heads is not None and not isinstance(heads, list | tuple):
-        raise ValueError(f"heads = {heads!r}: expected a list of integers")
     if split_name not in (None, "validation"):
         raise ValueError(f"--split={split_name}: expected validation")
     for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
         check_integer(name, value)
         if value < 1:
             raise ValueError(f"--{name}={value}: expected at least one")
-    for number in heads or ():
-        check_integer("heads", number)
 
 
 def _score_text(opened: Run, documents: dict[str, list[Document]], batch_size: int, note: str) -> dict[str, TextScore]:
@@ -230,9 +227,12 @@ def _score_slots(
     """What the masks come to in the same text."""
     length = opened.config.training.sequence_length
 
-    def rows(texts: list[Document]) -> Iterator[np.ndarray]:
+    def rows(texts: list[Document]) -> Iterator[TextRow]:
         for text in texts:
-            yield from windows(opened.tokenizer.encode_document(text) if isinstance(text, str) else text.ids, length)
+            if isinstance(text, str):
+                yield from ((row, None) for row in windows(opened.tokenizer.encode_document(text), length))
+            else:  # of what a model wrote that counts, and not its prompt
+                yield from zip(windows(text.ids, length), windows(text.supervised, length), strict=True)
 
     both = opened.parameters, teacher.parameters
     return {
@@ -247,27 +247,35 @@ class _Decoding:
 
     Attributes:
       prompts: token ids.
-      ways: see ``ways_of``.
+      ways: see ``ways_of``; ``spans`` are those of them that fill in masks.
       batch_size, seed: as given.
       transitions: of the stop strings.
     """
 
     prompts: list[np.ndarray]
     ways: Ways
+    spans: Ways
     batch_size: int
     seed: int
     transitions: np.ndarray | None
 
     @classmethod
     def of(
-        cls, opened: Run, prompts: Sequence[Prompt], ways: Ways, batch_size: int, seed: int, stop: Sequence[str]
+        cls,
+        opened: Run,
+        prompts: Sequence[Prompt],
+        drafts: Ways,
+        spans: Ways,
+        batch_size: int,
+        seed: int,
+        stop: Sequence[str],
     ) -> "_Decoding":
         """Checks that all of it can be done."""
-        ids = [opened.encode(prompt) for prompt in prompts]
+        ids, ways = [opened.encode(prompt) for prompt in prompts], {**drafts, **spans}
         for options in ways.values():
             opened.decoder.check(ids, options, batch_size)
         transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
-        return cls(ids, ways, batch_size, seed, transitions)
+        return cls(ids, ways, spans, batch_size, seed, transitions)
 
     def run(self, opened: Run) -> PromptReport:
         """Decodes and scores."""
@@ -280,9 +288,7 @@ class _Decoding:
             )  # fmt: skip
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
         scores = score_ways(compared, self.batch_size)
-        spans = {name: options for name, options in self.ways.items() if options.drafter == MASKS}
-        spans.pop(PADDED_PLAIN, None)
-        found = score_spans(spans, scores, compared, self._reader(opened)) if spans else {}
+        found = score_spans(self.spans, scores, compared, self._reader(opened)) if self.spans else {}
         return PromptReport.of(scores, self.ways, found)
 
     def _reader(self, opened: Run) -> Reader | None:
@@ -293,51 +299,8 @@ class _Decoding:
         texts = opened.teacher.decoder.run(
             self.prompts, plain, rows=self.batch_size, transitions=self.transitions, seed=self.seed
         )
-        return Reader.of(opened.teacher.scorer(self.batch_size), opened.teacher.parameters, self.prompts, texts)
-
-
-def _ways(opened: Run, heads: Sequence[int] | None, drafters: Sequence[str], options: Options, bit_exact: bool) -> Ways:
-    """The ways to decode: drafts of each length, with passes of one width if they are to be ``bit_exact``."""
-    numbers = _head_numbers(heads, opened.config.heads.num_heads)
-    for number in numbers:
-        options.with_drafts(number).validate()
-    return ways_of(options.sharing_width(max(numbers)) if bit_exact else options, numbers, drafters)
-
-
-def _span_ways(
-    opened: Run,
-    options: Options,
-    bit_exact: bool,
-    spans: Sequence[str] | None,
-    slots: Sequence[int] | None,
-    confidences: Sequence[float],
-) -> Ways:
-    """Ways to fill in masks, of a model that has them; see ``run``."""
-    named = [name for name, one in STRATEGIES.items() if one.drafter_name == MASKS]
-    if not opened.config.model.mask_embedding:
-        if spans or slots:
-            raise ValueError(f"--spans, --slots: expected neither, for {opened.trained.folder.path} fills in no masks")
-        return {}
-    # A draw needs a pass that writes one token, which ``static`` has none of.
-    possible = [name for name in named if options.sampling.greedy or name != "static"]
-    chosen = possible if spans is None else spans
-    if unknown := [name for name in chosen if name not in named]:
-        raise ValueError(f"--spans={unknown[0]}: expected some of {','.join(named)}")
-    lengths = sorted({2, opened.masks("static", None, None) + 1}) if slots is None else slots
-    if wrong := [length for length in lengths if length < 2]:
-        raise ValueError(f"--slots={wrong[0]}: expected at least 2: one is plain decoding")
-    own = dataclasses.replace(options, drafter=MASKS, draft_until=None, min_confidence=0.0)
-    ways = span_ways(own.sharing_width(max(lengths) - 1) if bit_exact else own, chosen, lengths, confidences)
-    for way in ways.values():
-        way.validate()
-    return ways
-
-
-def _head_numbers(heads: Sequence[int] | None, most: int) -> list[int]:
-    """The numbers of heads to run: those asked for, and 0 and 1 as baselines."""
-    if heads is None:
-        heads = [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent <= most] + [most]
-    return sorted({0, *([1] if most else []), *heads})
+        scorer = opened.teacher.scorer(self.batch_size, max(map(len, self.prompts)) + plain.max_new_tokens)
+        return Reader.of(scorer, opened.teacher.parameters, self.prompts, texts)
 
 
 def main() -> int:
@@ -382,7 +345,8 @@ def main() -> int:
     for name, mode_report in report.decoding.items():
         if mode_report.spans:
             console.print(span_table(name, mode_report.spans))
-            continue
+            if not mode_report.others and len(mode_report.heads) == 1:
+                continue
         console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
         console.print(acceptance_table(name, mode_report.heads))
         if places := place_table(name, mode_report.heads):

@@ -139,8 +139,9 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--greedy_drafts", action="store_true", help="draft the likeliest tokens, also when sampling")
     parser.add_argument(
-        "--min_confidence", type=float, default=0.0, help="stop drafting below this joint probability (default: never)"
-    )
+        "--min_confidence", type=float, default=0.0,
+        help="stop drafting below this probability, of all drafts so far together, or of each mask (default: never)",
+    )  # fmt: skip
     parser.add_argument(
         "--past_trained_length", action="store_true",
         help="draft beyond the length of the texts that the heads were trained on, too (default: decode plainly there)",

@@ -19,10 +19,11 @@ from mtpd_jax.evaluation.agreement import fit
 from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate
 from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
 from mtpd_jax.evaluation.scoring import ScoredText, Scorer
+from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import Choice
 from mtpd_jax.runs.opening import TrainedRun, load_run
 from mtpd_jax.runs.progress import say
-from mtpd_jax.runs.teacher import teacher_folder
+from mtpd_jax.runs.teacher import check_teacher, teacher_folder
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import parameter_parts
 from mtpd_jax.training.feasibility import check_scoring
@@ -34,7 +35,7 @@ class Run:
 
     def __init__(self, trained: TrainedRun):
         self.trained = trained
-        self._scorers: dict[int, Scorer] = {}
+        self._scorers: dict[tuple[int, int], Scorer] = {}
 
     @property
     def config(self) -> Config:
@@ -67,18 +68,20 @@ class Run:
         trained = self.trained
         return Decoder(trained.model, trained.parameters, trained.tokenizer.end_ids, trained.mesh)
 
-    def scorer(self, batch_size: int) -> Scorer:
-        """Scores token ids, so many windows at a time.
+    def scorer(self, batch_size: int, length: int | None = None) -> Scorer:
+        """Scores token ids, so many windows at a time, of ``length`` tokens; None: of a training sequence.
 
         Raises:
           ValueError: a batch needs more memory than there is.
         """
         check_count("batch_size", batch_size)
-        check_scoring(self.config, batch_size)
-        if batch_size not in self._scorers:
-            trained, length = self.trained, self.config.training.sequence_length
-            self._scorers[batch_size] = Scorer(trained.model, trained.tokenizer, trained.mesh, length, batch_size)
-        return self._scorers[batch_size]
+        length = self.config.training.sequence_length if length is None else length
+        check_scoring(batch_size, length)
+        if (batch_size, length) not in self._scorers:
+            trained = self.trained
+            found = Scorer(trained.model, trained.tokenizer, trained.mesh, length, batch_size)
+            self._scorers[batch_size, length] = found
+        return self._scorers[batch_size, length]
 
     def options(
         self,
@@ -100,12 +103,15 @@ class Run:
         check_flag("bit_exact", bit_exact)
         if strategy is None:
             own = self.config.model.mask_embedding and heads is None and drafter == "heads"
-            strategy = "verified" if own or slots is not None else "speculative"
+            strategy = "verified" if own or slots is not None or drafter == MASKS else "speculative"
         if strategy in STRATEGIES and STRATEGIES[strategy].drafter_name == MASKS:
+            if drafter not in ("heads", MASKS):
+                raise ValueError(f"drafter = {drafter!r}: expected none with strategy = {strategy!r}: the masks draft")
             heads, drafter = self.masks(strategy, heads, slots), MASKS
-        elif slots is not None:
+        elif slots is not None or drafter == MASKS:
+            name, value = ("drafter", drafter) if slots is None else ("slots", slots)
             raise ValueError(
-                f"slots = {slots}: expected none with strategy = {strategy!r}, which has no masks to fill in"
+                f"{name} = {value!r}: expected none with strategy = {strategy!r}, which has no masks to fill in"
             )
         heads = self.config.heads.num_heads if heads is None else heads
         sampling = GREEDY if sampling is None else sampling
@@ -120,24 +126,38 @@ class Run:
         """How many masks a pass reads: spans of ``slots`` tokens, by default as long as the longest in training.
 
         Raises:
-          ValueError: heads are asked for, too; or there is no span.
+          ValueError: the model fills in no masks; heads are asked for, too; or spans are longer than any text.
         """
+        if not self.config.model.mask_embedding:
+            raise ValueError(
+                f"strategy = {strategy!r}: expected another, for {self.trained.folder.path} was not trained to fill in "
+                "masks"
+            )
         if heads is not None:
             raise ValueError(
                 f"heads = {heads}: expected none with strategy = {strategy!r}; slots says how long spans are"
             )
-        longest: int = getattr(self.config.objective, "k_max", 1)
-        length = longest if slots is None else slots
+        length = self.config.objective.longest_span if slots is None else slots
         check_count("slots", length)
+        if length > self.config.context:
+            raise ValueError(
+                f"slots = {length}: expected at most {self.config.context}, the longest text of this model"
+            )
         return length - 1
 
     @functools.cached_property
     def teacher(self) -> "Run | None":
-        """The model that taught this one, if the run keeps it, on the same devices."""
-        folder = teacher_folder(self.trained.folder)
-        if not folder.config_file.exists():
+        """The model that taught this one, if the run keeps it, on the same devices.
+
+        Raises:
+          ValueError: another model lies there, or one that cannot be read.
+        """
+        kept = teacher_folder(self.trained.folder)
+        if not kept.config_file.exists():
             return None
-        return Run(load_run(str(folder.path), devices_per_model=parameter_parts(self.mesh)))
+        found = Run(load_run(str(kept.path), devices_per_model=parameter_parts(self.mesh)))
+        check_teacher(kept, found.parameters, read_record(self.trained.folder)["origin"])
+        return found
 
     def draft_until(self, past_trained_length: bool = False) -> int | None:
         """Tokens of text that heads draft up to: of the texts that they were trained on; None: as many as there are."""

@@ -75,9 +75,9 @@ def step_context() -> StepContext:
     return StepContext(jnp.int32(0), jax.random.key(0), jax.random.split(jax.random.key(1), 8))
 
 
-def gradients(method: Method, trained: Any, batch: Batch, frozen: Any = None) -> Any:
+def gradients(method: Method, trained: Any, batch: Batch, frozen: Any = None, step: Any = 0) -> Any:
     """Loss, sums, weights and gradients of a [micro-batch, B, T] batch, as a step forms them."""
-    return within(method.mesh, gradients_of_batch)(method, trained, frozen, batch, jnp.int32(0))
+    return within(method.mesh, gradients_of_batch)(method, trained, frozen, batch, jnp.int32(step))
 
 
 def random_parameters(model: LanguageModel, seed: int = 0, scale: float = 1.0) -> Any:

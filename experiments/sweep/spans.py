@@ -56,7 +56,7 @@ def measure_spans(opened: Run, texts: Sequence[np.ndarray], scale: Scale) -> Spa
     teacher, prompts = opened.teacher, [text[: scale.prompt_tokens] for text in texts]
     assert teacher is not None  # see above
     longest, length = opened.masks("verified", None, None) + 1, scale.prompt_tokens + scale.new_tokens
-    reader = Scorer(teacher.trained.model, teacher.tokenizer, teacher.mesh, length, batch_size=1)
+    reader = teacher.scorer(1, length)
     found: dict[str, dict[str, SpanCounts]] = {}
     for mode in MODES:
         wanted = ways(mode, longest, scale.new_tokens)
@@ -66,7 +66,8 @@ def measure_spans(opened: Run, texts: Sequence[np.ndarray], scale: Scale) -> Spa
         found[mode] = _counts(written, options, prompts, reader, teacher)
     own = teacher.decoder.run(prompts, Options(0, scale.new_tokens), rows=1)
     read = reader.score(teacher.parameters, ((text, np.zeros_like(text)) for text in texts))
-    slots = score_slots(opened.config, opened.mesh, opened.parameters, teacher.parameters, texts, batch_size=8)
+    whole = ((text, None) for text in texts)
+    slots = score_slots(opened.config, opened.mesh, opened.parameters, teacher.parameters, whole, batch_size=8)
     return SpanMeasures(
         ways=found,
         teacher_tokens=[len(one.tokens) for one in own],

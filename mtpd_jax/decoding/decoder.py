@@ -183,7 +183,8 @@ class Decoder:
     def network(self, options: Options) -> tuple[Network, DecodingParameters]:
         """The network for these options, and the parameters in its layout."""
         # A program of many heads written out would take minutes to compile.
-        scanned_heads = options.adaptive or options.num_drafts > _MOST_WRITTEN_OUT
+        heads = heads_that_draft(options)
+        scanned_heads = heads > 0 and (options.adaptive or heads > _MOST_WRITTEN_OUT)
         split = self._mesh if self._mesh.size > self._copies else None
         network = Network(
             self._model, platform_of(self._mesh), self._scanned, True if scanned_heads else None, mesh=split

@@ -151,7 +151,7 @@ def way_of(config: Config) -> Options | None:
     """How a run decodes while it trains, losing nothing: all its heads, or its longest spans; None: it has neither."""
     if config.heads.num_heads:
         return Options(config.heads.num_heads, 1)
-    longest: int = getattr(config.objective, "k_max", 1)
+    longest = config.objective.longest_span
     return Options(longest - 1, 1, drafter=MASKS, strategy="verified") if longest > 1 else None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.comparison import common
-from mtpd_jax.evaluation.decoding import Decoded, DecodingScore
+from mtpd_jax.evaluation.decoding import PADDED_PLAIN, Decoded, DecodingScore
 from mtpd_jax.evaluation.scoring import Scorer
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 from mtpd_jax.shapes import Parameters
@@ -46,10 +46,11 @@ class Reader:
 def nats_of(
     scorer: Scorer, parameters: Parameters, prompts: Sequence[np.ndarray], texts: Sequence[Continuation]
 ) -> np.ndarray:
-    """Nats of texts that follow prompts, [P], each given all before it."""
+    """Nats of texts that follow prompts, [P], each given all before it: no window of the scorer is shorter."""
 
     def whole(prompt: np.ndarray, text: Continuation) -> tuple[np.ndarray, ...]:
         ids = np.concatenate([prompt, np.asarray(text.tokens, np.int32)])
+        assert len(ids) <= scorer.length  # or it would be cut
         return ids, np.zeros_like(ids), np.arange(len(ids)) >= len(prompt)
 
     found = scorer.score(parameters, (whole(*pair) for pair in zip(prompts, texts, strict=True)))
@@ -82,7 +83,8 @@ class SpanScore:
       strategy, slots, min_confidence: the way; k, and tau.
       decoding: as of any way; ``tokens_per_pass`` is the effective k, pooled over prompts.
       effective_k_mean_of_means: the mean over prompts of theirs (as arXiv 2602.06019 reports it).
-      lengths: passes that wrote 1, 2, …, k tokens.
+      lengths: passes in which 0, 1, …, k-1 guesses stood, those after a span's first token; a pass of ``verified``
+        whose last guess ends the text writes no token of its own beside them.
       tokens_read: query positions per token that was written.
       quality: None without a teacher.
     """
@@ -128,10 +130,10 @@ def score_spans(
 
     Args:
       ways: of ``span_ways``.
-      scores, compared: of all ways, those and plain decoding (0).
+      scores, compared: of all ways, those and plain decoding (0, and padded where passes share a width).
       reader: None without a teacher.
     """
-    own = compared[0].continuations
+    own = compared.get(PADDED_PLAIN, compared[0]).continuations
     plain: dict[int | str, Options] = {0: compared[0].options}
     return {
         "plain" if name == 0 else str(name): _span_score(options, scores[name], compared[name], own, reader)
@@ -148,7 +150,6 @@ def _span_score(
 ) -> SpanScore:
     written = found.continuations
     passes = sum(one.passes for one in written)
-    # Passes that wrote at least j+1 tokens are those in which draft j stood.
     at_least = [passes, *np.sum([one.accepted for one in written], axis=0, dtype=int).tolist(), 0]
     lengths = tuple(more - fewer for more, fewer in itertools.pairwise(at_least))
     going = [one for one in written if one.passes]

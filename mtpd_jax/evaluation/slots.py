@@ -6,7 +6,8 @@ confidence is worth what that comes to.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.shapes import Array, Bool, Float, Parameters
 from mtpd_jax.sharding import batch_sharding, parts_of, replicated, within
 
+# Token ids of a document, or of a part of it, and which of them count; None: all.
+TextRow = tuple[np.ndarray, np.ndarray | None]
 # Bins of the reliability table, of equal width. Our choice.
 _BINS = 10
 
@@ -102,31 +105,25 @@ def score_slots(
     mesh: Mesh,
     student: Parameters,
     teacher: Parameters,
-    rows: Iterable[np.ndarray],
+    rows: Iterable[TextRow],
     batch_size: int,
-    on_batch: Callable[[], None] = lambda: None,
 ) -> SlotReport:
     """Compares a student with its teacher, with the longest spans that it was trained on.
+
+    A span begins after every so many tokens of a row, from one row to the next at another token.
 
     Args:
       config, mesh: of the student's run, and where both lie.
       student, teacher: parameters.
-      rows: token ids of documents, or parts of them, of at most a training sequence.
+      rows: of at most a training sequence.
       batch_size: rows together, at least.
-      on_batch: called after each batch.
     """
-    assert isinstance(config.objective, StandaloneConfig)
-    # Whatever it was trained with, it is asked to write, and its teacher what it would have written.
-    asked = dataclasses.replace(config.objective, written="student", labels="teacher")
-    method = method_of(dataclasses.replace(config, objective=asked), mesh)
-    assert isinstance(method, Standalone)
-    parts, k = parts_of(mesh, "batch"), asked.k_max
+    method, text = _asking(config, mesh)
+    parts, k = parts_of(mesh, "batch"), method.objective.k_max
     size = -(-batch_size // parts) * parts
-    text = config.training.sequence_length // method.regions - k + 1
 
-    def compare(student: Parameters, teacher: Parameters, batch: Batch) -> tuple[Array, Array, Array]:
-        # Every offset in turn, so that no place of a document is left out.
-        laid_out = method.lay_out(batch, k, jnp.arange(size) % text)
+    def compare(student: Parameters, teacher: Parameters, batch: Batch, offsets: Array) -> tuple[Array, Array, Array]:
+        laid_out = method.lay_out(batch, k, offsets)
         frozen = method.frozen_of(teacher)
         done = method.exercise(student, frozen, batch, laid_out)
         return done.taught, done.choices == done.labels, _confidence(method, student, done, laid_out.slots)
@@ -134,11 +131,32 @@ def score_slots(
     step = jax.jit(within(mesh, compare), out_shardings=replicated(mesh))
     sharding, nothing = batch_sharding(mesh, leading=0), np.zeros(k)
     sums = _Sums(nothing.copy(), nothing.copy(), nothing.copy(), nothing.copy(), np.zeros((3, _BINS)))
-    for batch in _batches(rows, size, config.training.sequence_length):
-        found = jax.device_get(step(student, teacher, put_on_devices(batch, sharding)))
+    for number, batch in enumerate(_batches(rows, size, method.config.training.sequence_length)):
+        batch = put_on_devices(batch, sharding)
+        # Every offset in turn, however many rows there are in a batch, so that no place of a row is left out.
+        offsets = (size * number + np.arange(size)) % text
+        found = jax.device_get(step(student, teacher, batch, jnp.asarray(offsets)))
         _add(sums, *(values.reshape(size, k, -1) for values in found))
-        on_batch()
     return sums.report()
+
+
+def _asking(config: Config, mesh: Mesh) -> tuple[Standalone, int]:
+    """A method that asks a student to write, and its teacher what it would have written, whatever it was trained with;
+    and after how many tokens of text a span comes.
+
+    In training, the masks of a row take the places of text: its end is left to other rows. Here a row has as many more
+    slots as its masks need.
+    """
+    assert isinstance(config.objective, StandaloneConfig)
+    objective, length = config.objective, config.training.sequence_length
+    size = length // objective.regions_of(length)
+    text = size - objective.k_max + 1
+    regions = -(-length // text)
+    asked = dataclasses.replace(objective, written="student", labels="teacher", regions=regions)
+    longer = dataclasses.replace(config.training, sequence_length=regions * size)
+    method = method_of(dataclasses.replace(config, objective=asked, training=longer), mesh)
+    assert isinstance(method, Standalone)
+    return method, text
 
 
 def _confidence(method: Standalone, student: Parameters, done: Exercise, slots: Array) -> Float[Array, "B R"]:
@@ -166,13 +184,13 @@ def _add(
         sums.bins[row] += np.bincount(bins, weights, minlength=_BINS)
 
 
-def _batches(rows: Iterable[np.ndarray], size: int, length: int) -> Iterator[Batch]:
-    """[B, T] batches with one row of text each, the last of them filled up."""
-    waiting: list[np.ndarray] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == size:
-            yield filled(waiting, size, length)
-            waiting = []
-    if waiting:
-        yield filled(waiting, size, length)
+def _batches(rows: Iterable[TextRow], size: int, length: int) -> Iterator[Batch]:
+    """[B, T] batches with one text in a row, rows and the last batch filled up."""
+    rows = iter(rows)
+    while waiting := list(itertools.islice(rows, size)):
+        batch = filled([ids for ids, _ in waiting], size, length)
+        supervised = batch.segment_ids != 0
+        for row, (_, counted) in enumerate(waiting):
+            if counted is not None:
+                supervised[row, : len(counted)] = counted
+        yield dataclasses.replace(batch, supervised=supervised)

@@ -33,9 +33,8 @@ class StepContext:
 
     Attributes:
       step: optimizer steps done before it.
-      key: the step's, the same for all its micro-batches: the seed's, with the number of the step folded in.
-      row_keys: [B]; of these rows: the step's, with the number of the row in the step's batch folded in, however that
-        is cut.
+      key: the step's, the same for all its micro-batches, from the seed and the number of the step.
+      row_keys: [B]; of these rows, from those and the number of the row in the step's batch, however that is cut.
     """
 
     step: Int[Array, ""]
@@ -53,6 +52,7 @@ class Method(abc.ABC):
       names_backbone: whether what is frozen is not stored with the run, which names where it lies, and its digest.
       keeps_teacher: whether the model to start from teaches the run, and is stored once, beside the checkpoints. What
         is frozen is made of it (``frozen_of``), and is no part of the model that is trained.
+      draws_attention: whether its rows attend by a mask of its own, and not causally within documents alone.
       freezes_text: whether what the model writes stays what it was, so that checkpoints differ in their drafts alone.
       rehearses_decoding: whether its parity with training is proved before the first step, and held-out prompts are
         decoded on the way, unless the config says otherwise.
@@ -61,6 +61,7 @@ class Method(abc.ABC):
     section: ClassVar[type[ObjectiveConfig]]
     names_backbone: ClassVar[bool] = False
     keeps_teacher: ClassVar[bool] = False
+    draws_attention: ClassVar[bool] = False
     freezes_text: ClassVar[bool] = False
     rehearses_decoding: ClassVar[bool] = False
 

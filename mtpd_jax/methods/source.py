@@ -32,7 +32,7 @@ def with_model_of(config: Config, source: Config) -> Config:
     Raises:
       ValueError: the config says something else of the model, or wants longer texts than it was made for.
     """
-    where, context = config.objective.source_run, max(source.context, config.training.sequence_length)
+    where = config.objective.source_run
     # A field that says something else is a mistake, a default says nothing.
     defaults, own, theirs = (
         values for values in (defaults_of(ModelConfig), *map(dataclasses.asdict, (config.model, source.model)))
@@ -46,6 +46,6 @@ def with_model_of(config: Config, source: Config) -> Config:
     if own["context"] is not None:
         require(own["context"] <= most, "model.context", own["context"], expected)
     free = {name: own[name] for name in FREE}
-    model = dataclasses.replace(source.model, **{**free, "context": own["context"] or context})
+    model = dataclasses.replace(source.model, **{**free, "context": own["context"] or most})
     tokenizer = dataclasses.replace(config.tokenizer, end_token=source.tokenizer.end_token)
     return dataclasses.replace(config, model=model, tokenizer=tokenizer)

@@ -125,7 +125,8 @@ def _goes_on(rows: Batch, anchors: Int[Array, "B M"], end_ids: tuple[int, ...]) 
 
 
 def following(rows: Batch, spans: Spans, regions: int, k_max: int) -> tuple[Int[Array, "B R"], Bool[Array, "B R"]]:
-    """What the text has where the slots of spans predict, and whether that is in the anchor's document."""
+    """What the text has where the slots of spans predict, and whether that, and all of the span before it, goes on
+    with the anchor's document."""
     anchors_BxM = jnp.take_along_axis(spans.source, spans.slots[:, :regions], axis=1)
     places_BxJxM = anchors_BxM[:, None, :] + 1 + jnp.arange(k_max)[None, :, None]
     places = places_BxJxM.reshape(places_BxJxM.shape[0], -1)
@@ -134,18 +135,18 @@ def following(rows: Batch, spans: Spans, regions: int, k_max: int) -> tuple[Int[
     same = inside & (jnp.take_along_axis(rows.segment_ids, places, axis=1) == here)
     if rows.supervised is not None:
         same &= jnp.take_along_axis(rows.supervised, places, axis=1)
-    return jnp.take_along_axis(rows.tokens, places, axis=1), same
+    broken = jnp.cumsum(~same.reshape(places_BxJxM.shape), axis=1) > 0
+    return jnp.take_along_axis(rows.tokens, places, axis=1), ~broken.reshape(same.shape)
 
 
-def prefix(rows: Batch, spans: Spans) -> tuple[Int[Array, "B S"], Int[Array, "B S"], Bool[Array, "B S"]]:
-    """All slots, the tokens that follow in the text, and whether they follow in the next slot, which is no mask's."""
+def prefix(rows: Batch, spans: Spans) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """What follows every slot in the text, and whether it follows in the next slot, which is no mask's."""
     after = jnp.minimum(spans.source + 1, rows.tokens.shape[1] - 1)
     tokens, segments = (jnp.take_along_axis(values, after, axis=1) for values in (rows.tokens, rows.segment_ids))
     told = (after > spans.source) & (segments == spans.segment_ids) & (segments != 0)
     if rows.supervised is not None:
         told &= jnp.take_along_axis(rows.supervised, after, axis=1)
-    slots = jnp.broadcast_to(jnp.arange(told.shape[1])[None], told.shape)
-    return slots, tokens, told & ~spans.is_mask & ~spans.is_anchor
+    return tokens, told & ~spans.is_mask & ~spans.is_anchor
 
 
 def before_the_end(choices: Int[Array, "B R"], k_max: int, end_ids: tuple[int, ...]) -> Bool[Array, "B R"]:
@@ -168,6 +169,6 @@ def draw(
       size: slots of a region.
       k_min, k_max: the length's bounds, both included.
     """
-    k = jax.random.randint(jax.random.fold_in(key, 0), (), k_min, k_max + 1)
-    offsets = jax.vmap(lambda one: jax.random.randint(jax.random.fold_in(one, 1), (), 0, size - k + 1))(row_keys)
+    k = jax.random.randint(key, (), k_min, k_max + 1)
+    offsets = jax.vmap(lambda row_key: jax.random.randint(row_key, (), 0, size - k + 1))(row_keys)
     return k, offsets

@@ -11,6 +11,7 @@ teacher's probability of all that was written; this is the form of the authors' 
 """
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import jax
@@ -58,6 +59,10 @@ class StandaloneConfig(SourceConfig, case="standalone"):
     temperature: float = field(1.0, POSITIVE)
     kl: str = field("forward", one_of(DIVERGENCES))
     end_ids: tuple[int, ...] = field(())  # tokens that end a text; empty: those of the source's tokenizer, recorded
+
+    @property
+    def longest_span(self) -> int:
+        return self.k_max
 
     def regions_of(self, length: int) -> int:
         """Regions of a row: M, with S/M slots each. The paper's S / (2 k_max), or the next divisor of S below."""
@@ -116,6 +121,7 @@ class Standalone(Method, section=StandaloneConfig):
     """The whole model is trained; the teacher is what it was, and is kept beside the checkpoints."""
 
     keeps_teacher: ClassVar[bool] = True
+    draws_attention: ClassVar[bool] = True
 
     def __init__(self, config: Config, mesh: Mesh):
         super().__init__(config, mesh)
@@ -136,6 +142,9 @@ class Standalone(Method, section=StandaloneConfig):
         # It is trained, whatever it was stored in, and has masks, whether or not it had.
         model = dataclasses.replace(config.model, weights="float32", mask_embedding=True)
         ends = objective.end_ids or tokenizer(config).end_ids
+        for token in ends:
+            last = model.vocabulary_size - 1
+            require(0 <= token <= last, "objective.end_ids", token, f"tokens of the model, 0 to {last}")
         return dataclasses.replace(config, model=model, objective=dataclasses.replace(objective, end_ids=ends))
 
     def initial_parameters(self, key: Array, source: Parameters | None) -> Parameters:
@@ -174,8 +183,8 @@ class Standalone(Method, section=StandaloneConfig):
         objective, steps = self.objective, self.objective.k_ramp * self.config.training.steps
         if not steps:
             return objective.k_max
-        doublings = jnp.log2(objective.k_max / objective.k_min)
-        grown = objective.k_min * 2 ** jnp.floor(step / steps * (jnp.floor(doublings) + 1))
+        doublings = math.ceil(math.log2(objective.k_max / objective.k_min))
+        grown = objective.k_min * 2 ** jnp.floor(step / steps * doublings)
         return jnp.minimum(grown, objective.k_max).astype(jnp.int32)
 
     def student(self, parameters: Parameters, rows: Batch, laid_out: Spans) -> Hidden:
@@ -190,18 +199,16 @@ class Standalone(Method, section=StandaloneConfig):
     def exercise(self, student: Parameters, teacher: Parameters | None, rows: Batch, laid_out: Spans) -> Exercise:
         """Has the student fill the masks in, and asks what it should have written."""
         objective, k_max, matrix = self.objective, self.objective.k_max, unembedding_of(student)
-        text, in_document = spans.following(rows, laid_out, self.regions, k_max)
+        text, taught = self._text_of_spans(rows, laid_out)
         states = self.student(student, rows, laid_out)
         choices = likeliest_tokens(at_slots(states, laid_out.slots), matrix, laid_out.there, self.mesh)
         if objective.labels == "data":
-            return Exercise(states, choices, laid_out.there & in_document, text, None)
+            return Exercise(states, choices, taught, text, None)
         assert teacher is not None  # see ``frozen_of``
         # What is read in the masks, and which slots are decoded after it at all.
-        own = objective.written == "student"
-        written = choices if own else text
-        taught = laid_out.there & spans.before_the_end(written, k_max, objective.end_ids)
-        if not own:
-            taught &= _after(in_document, k_max)
+        written = text
+        if objective.written == "student":
+            written, taught = choices, laid_out.there & spans.before_the_end(choices, k_max, objective.end_ids)
         tokens = laid_out.tokens(rows.tokens, 0)
         asked = self._run(self.teacher_model, teacher, laid_out.written(tokens, written, k_max), laid_out)
         told = at_slots(asked, laid_out.slots)
@@ -214,23 +221,27 @@ class Standalone(Method, section=StandaloneConfig):
         Slots that fall away because the student ended its text are counted, too: what a slot weighs does not depend on
         what others wrote.
         """
-        laid_out = self.spans_of(rows, context)
-        taught = laid_out.there
-        if self.objective.labels == "data":
-            taught &= spans.following(rows, laid_out, self.regions, self.objective.k_max)[1]
-        _, _, told = self._text(rows, laid_out)
+        laid_out, objective = self.spans_of(rows, context), self.objective
+        of_student = objective.labels != "data" and objective.written == "student"
+        taught = laid_out.there if of_student else self._text_of_spans(rows, laid_out)[1]
+        _, told = self._text(rows, laid_out)
         return jnp.stack([jnp.sum(taught), jnp.sum(told)]).astype(jnp.float32)
 
-    def _text(self, rows: Batch, laid_out: Spans) -> tuple[Int[Array, "B T"], Int[Array, "B T"], Bool[Array, "B T"]]:
-        """What the text is held against: slots, the tokens that follow there, and whether they are in the document.
+    def _text_of_spans(self, rows: Batch, laid_out: Spans) -> tuple[Int[Array, "B R"], Bool[Array, "B R"]]:
+        """What the text has in spans, and which slots learn where that is written in them, or is what they learn."""
+        k_max = self.objective.k_max
+        text, inside = spans.following(rows, laid_out, self.regions, k_max)
+        if self.objective.labels != "data":  # what comes after the text is the teacher's to say
+            inside = jnp.pad(inside, ((0, 0), (self.regions, 0)), constant_values=True)[:, : inside.shape[1]]
+        return text, laid_out.there & inside & spans.before_the_end(text, k_max, self.objective.end_ids)
 
-        Text before the anchors if that is learned; else the anchors, which is only reported.
-        """
+    def _text(self, rows: Batch, laid_out: Spans) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+        """What the text before the anchors goes on with if that is learned; else the anchors', which is only reported;
+        and where it is in the document."""
         if self.objective.prefix_weight:
             return spans.prefix(rows, laid_out)
         tokens, inside = spans.following(rows, laid_out, self.regions, 1)
-        anchors = slice(0, self.regions)
-        return laid_out.slots[:, anchors], tokens, inside & laid_out.there[:, anchors]
+        return tokens, inside & laid_out.there[:, : self.regions]
 
     def loss(
         self,
@@ -258,9 +269,10 @@ class Standalone(Method, section=StandaloneConfig):
             teacher=teacher,
         )  # fmt: skip
         # The text before spans, which nothing in this teaches unless it is asked for.
-        slots, tokens, told = self._text(rows, laid_out)
-        states = at_slots(done.states, slots)[None]
+        tokens, told = self._text(rows, laid_out)
+        states = done.states[None]
         if not objective.prefix_weight:
+            states = at_slots(done.states, laid_out.slots[:, : self.regions])[None]
             states, matrix = jax.lax.stop_gradient((states, matrix))
         held, of_text = fused_loss(
             states, matrix, tokens, told[None], objective.prefix_weight * by_text[None], by_text[None][:0],
@@ -312,9 +324,3 @@ _WRITERS = {"student": "the student", "data": "the text"}
 def at_slots(states: Hidden, slots: Int[Array, "B R"]) -> Float[Array, "B R D"]:
     """The states of some slots of every row."""
     return jnp.take_along_axis(states, slots[:, :, None], axis=1)
-
-
-def _after(inside: Bool[Array, "B R"], k_max: int) -> Bool[Array, "B R"]:
-    """Slots all of whose earlier ones are followed by text of the document."""
-    by_slot = jnp.pad(inside.reshape(len(inside), k_max, -1)[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=True)
-    return by_slot.reshape(inside.shape)

@@ -69,15 +69,26 @@ def read_teacher(folder: Workdir, method: Method, origin: dict[str, Any]) -> Par
     Raises:
       ValueError: it is not there, or not what it was.
     """
+    kept = teacher_folder(folder)
+    if not kept.config_file.exists() or latest_step(kept) is None:
+        raise ValueError(f"{kept.path}: the teacher of this run is not there; put it back, or start a new run")
+    parameters = RunModel(kept).read(method.mesh).parameters
+    check_teacher(kept, parameters, origin)
     _, wanted = abstract_parameters(method)
     if wanted is None:
         return None
-    kept = teacher_folder(folder)
-    parameters = RunModel(kept).read(method.mesh).parameters
-    if backbone_digest(parameters) != origin["teacher"]["digest"]:
-        raise ValueError(f"{kept.path}: not the teacher of this run (its parameters differ); put its own back")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
     return jax.jit(within(method.mesh, method.frozen_of), out_shardings=shardings)(parameters)
+
+
+def check_teacher(kept: Workdir, parameters: Parameters, origin: dict[str, Any]) -> None:
+    """Checks that what lies where a run keeps its teacher is the one that its checkpoints name.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if backbone_digest(parameters) != origin["teacher"]["digest"]:
+        raise ValueError(f"{kept.path}: not the teacher of this run (its parameters differ); put its own back")
 
 
 def _config_of(config: Config) -> Config:

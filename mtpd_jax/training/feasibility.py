@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config, ModelConfig
 from mtpd_jax.fields import require
 from mtpd_jax.methods.method import Method, method_of
-from mtpd_jax.model.attention import lacking
+from mtpd_jax.model.attention import knows_documents, lacking
 from mtpd_jax.model.layers import compute_dtype
 from mtpd_jax.sharding import copies_of, data_mesh, make_mesh, parameter_parts, parts_of
 from mtpd_jax.training.state import abstract_parameters
@@ -98,6 +98,8 @@ def check_attention(method: Method) -> str:
     wanted, model = method.config.model.attention, method.model.config
     kernels, length = method.platform.attention_kernels, method.config.training.sequence_length
     missing = lacking(model.attention, model, length)
+    if method.draws_attention and knows_documents(model.attention):
+        missing = "rows that attend within documents alone, not by a mask of the method's own"
     # Whoever left the choice to us is told what it came to.
     if wanted == "auto":
         return missing and f"attention is dense, for {model.attention} attention needs {missing}"
@@ -159,13 +161,13 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def check_scoring(config: Config, batch_size: int) -> None:
+def check_scoring(batch_size: int, length: int) -> None:
     """Checks that the host can hold a batch of text to score.
 
     Raises:
       ValueError: it needs more memory than there is, with both numbers.
     """
-    _require(3 * 4 * batch_size * config.training.sequence_length, host_memory(), "a batch of text", "batch_size")
+    _require(3 * 4 * batch_size * length, host_memory(), "a batch of text", "batch_size")
 
 
 def host_memory() -> int:

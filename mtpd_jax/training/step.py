@@ -38,9 +38,10 @@ def gradients_of_batch(
     method: Method, trained: Parameters, frozen: Parameters | None, batch: Batch, step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Any, Float[Array, " J"], Any]:
     """Loss, sums, weights and gradients, by the trained parameters, of a whole [micro-batch, B, T] batch."""
-    key = jax.random.fold_in(jax.random.key(method.config.training.seed), step)
-    rows = jnp.arange(math.prod(batch.tokens.shape[:2]))
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows).reshape(batch.tokens.shape[:2])
+    # What the step draws, and what its rows do, have nothing in common.
+    key, of_rows = jax.random.split(jax.random.fold_in(jax.random.key(method.config.training.seed), step))
+    numbers = jnp.arange(math.prod(batch.tokens.shape[:2]))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(of_rows, numbers).reshape(batch.tokens.shape[:2])
 
     def count(rows: Batch, row_keys: Array) -> Float[Array, " J"]:
         return method.count(rows, StepContext(step, key, row_keys))
@@ -48,18 +49,18 @@ def gradients_of_batch(
     # What each term is a mean over, in the whole step: before any loss.
     weights = jnp.sum(jax.vmap(count)(batch, keys), axis=0)
 
-    def of_rows(rows: Batch, row_keys: Array) -> tuple[tuple[Array, Any], Any]:
+    def gradient(rows: Batch, row_keys: Array) -> tuple[tuple[Array, Any], Any]:
         def loss(trained: Parameters) -> tuple[Array, Any]:
             return method.loss(trained, frozen, rows, weights, StepContext(step, key, row_keys))
 
         return jax.value_and_grad(loss, has_aux=True)(trained)
 
     def add_rows(total: Any, rows_and_keys: tuple[Batch, Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, of_rows(*rows_and_keys)), None
+        return jax.tree.map(jnp.add, total, gradient(*rows_and_keys)), None
 
     # Micro-batches one after the other; their gradients add up, for the weights are the step's.
     if batch.tokens.shape[0] == 1:
-        (loss, sums), gradients = of_rows(jax.tree.map(lambda part: part[0], batch), keys[0])
+        (loss, sums), gradients = gradient(jax.tree.map(lambda part: part[0], batch), keys[0])
     else:
         zeros = (jnp.zeros(()), method.zero_sums()), jax.tree.map(jnp.zeros_like, trained)
         ((loss, sums), gradients), _ = jax.lax.scan(add_rows, zeros, (batch, keys))

@@ -52,10 +52,10 @@ def mask_model(trained=True):
     )  # fmt: skip
     method = method_on(with_vocabulary(config, 7))
     parameters = random_parameters(method.model, seed=2, scale=0.4)
-    return method.model, _train(method, parameters) if trained else parameters
+    return method.model, _train(method, parameters, 5 * _STEPS) if trained else parameters
 
 
-def _train(method, parameters):
+def _train(method, parameters, steps=_STEPS):
     rng = np.random.default_rng(0)
     tokens = np.zeros((8, 40), np.int32)
     for i in range(1, 40):
@@ -66,12 +66,12 @@ def _train(method, parameters):
 
     @jax.jit
     def run(parameters):
-        def step(carry, _):
+        def step(carry, number):
             parameters, state = carry
-            updates, state = optimizer.update(gradients(method, parameters, batch)[3], state)
+            updates, state = optimizer.update(gradients(method, parameters, batch, step=number)[3], state)
             return (optax.apply_updates(parameters, updates), state), None
 
-        return jax.lax.scan(step, (parameters, optimizer.init(parameters)), length=_STEPS)[0][0]
+        return jax.lax.scan(step, (parameters, optimizer.init(parameters)), jnp.arange(steps))[0][0]
 
     return run(parameters)
 

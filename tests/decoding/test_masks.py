@@ -1,9 +1,7 @@
 """A model that fills in masks: what is written, in how many passes, against references without caches."""
 
 import dataclasses
-import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,18 +9,17 @@ import pytest
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
-from mtpd_jax.model.backbone import LanguageModel
 from tests.builders import model_of, random_parameters, tiny_config
-from tests.decoding.models import CONTEXT, END, PROMPTS, forward, mask_model, small_vocabulary, with_vocabulary
+from tests.decoding.models import END, PROMPTS, forward, mask_model, small_vocabulary, with_vocabulary
 from tests.decoding.test_distribution import LEVEL, SAMPLES, VOCABULARY, enumerate_texts, p_value, sample_texts
 
 MASK = 7
-SPANS = [("static", 3, 0.0), ("static", 1, 0.0), ("confident", 3, 0.5), ("confident", 5, 0.3), ("confident", 3, 0.99)]
+SPANS = [("static", 3, 0.0), ("static", 1, 0.0), ("confident", 3, 0.5), ("confident", 5, 0.3), ("confident", 3, 0.9999)]
 VERIFIED = [
     (3, 0.0),
     (3, 0.4),
     (1, 0.0),
-    *(pytest.param(*one, marks=pytest.mark.slow) for one in [(6, 0.2), (3, 0.99)]),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in [(6, 0.2), (3, 0.9999)]),
 ]
 
 
@@ -106,11 +103,12 @@ def compare(found, expected):
 @pytest.mark.parametrize(("strategy", "masks", "confidence"), SPANS)
 @pytest.mark.parametrize("scanned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_spans_against_a_reference_without_caches(strategy, masks, confidence, scanned):
-    """Tokens, passes, who wrote them, and what was taken of every span; a batch of four lengths."""
+    """Tokens, passes, who wrote them, and what was taken of every span; a batch of many lengths."""
     model, parameters = mask_model()
     decoder = Decoder(model, parameters, [END], scanned=scanned)
     taken = np.zeros(masks, int)
-    for prompt, found in zip(PROMPTS, decoder.run(PROMPTS, options_of(strategy, masks, confidence)), strict=True):
+    prompts = [*PROMPTS, *many_prompts(8)]
+    for prompt, found in zip(prompts, decoder.run(prompts, options_of(strategy, masks, confidence)), strict=True):
         expected = reference_spans(model, parameters, prompt, masks, confidence, strategy == "static", 25)
         compare(found, expected)
         assert len(found.tokens) == 1 + found.passes + sum(found.accepted)
@@ -123,7 +121,8 @@ def test_spans_against_a_reference_without_caches(strategy, masks, confidence, s
 def test_verified_spans_against_a_reference_without_caches(masks, confidence):
     model, parameters = mask_model()
     decoder, accepted, refused = Decoder(model, parameters, [END]), 0, 0
-    for prompt, found in zip(PROMPTS, decoder.run(PROMPTS, options_of("verified", masks, confidence)), strict=True):
+    prompts = [*PROMPTS, *many_prompts(8)]
+    for prompt, found in zip(prompts, decoder.run(prompts, options_of("verified", masks, confidence)), strict=True):
         compare(found, reference_verified(model, parameters, prompt, masks, confidence, 25))
         accepted, refused = accepted + sum(found.accepted), refused + sum(found.tried) - sum(found.accepted)
     assert (accepted > 0) is (confidence < 0.9) and (refused > 0 or confidence)
@@ -149,7 +148,7 @@ def test_verified_text_is_what_the_model_writes_one_by_one():
         assert texts(found) == texts(plain), (masks, confidence)
         last |= {one.proposers[-1] for one in found}
     assert last >= {0, 1}
-    assert {len(one.tokens) for one in plain} > {20, 5}
+    assert {len(one.tokens) for one in plain} >= {5, 20}
     for strategy in ("static", "confident"):
         alone = decoder.run(prompts, options_of(strategy, 0, 0.0, 20), rows=7)
         assert texts(alone) == texts(plain)
@@ -249,12 +248,12 @@ def test_a_model_without_masks_is_told_so():
 def test_a_mask_is_no_token():
     """No logit is of it, and it is read as its own embedding, as scaled as the others."""
     model, parameters = mask_model(trained=False)
-    assert isinstance(model, LanguageModel) and CONTEXT > 100
     rows = jnp.asarray([[1, 2, MASK, MASK]])
     states = model.apply({"params": parameters}, rows, jnp.ones_like(rows), jnp.arange(4)[None]).main
     other = {**parameters, "embedding": parameters["embedding"].at[5].set(parameters["mask_embedding"])}
     as_token = jnp.asarray([[1, 2, 5, 5]])
     expected = model.apply({"params": other}, as_token, jnp.ones_like(rows), jnp.arange(4)[None]).main
     np.testing.assert_array_equal(states, expected)
-    assert all(token < MASK for text in itertools.chain(parameters["embedding"].shape[:1]) for token in range(text))
-    assert jax.tree.leaves(parameters)
+    # What a decoder's network says of a text has a logit for every token, and none for the mask.
+    network, laid_out = Decoder(model, parameters, [END]).network(options_of("verified", 2))
+    assert network.logits(laid_out, states).shape[-1] == MASK == parameters["embedding"].shape[0]

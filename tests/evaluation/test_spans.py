@@ -1,5 +1,6 @@
 """What masks are worth: slot by slot beside the teacher, and what was written several tokens at a time."""
 
+import dataclasses
 import json
 import sys
 
@@ -17,6 +18,9 @@ from mtpd_jax.methods.standalone import Standalone
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.run import open_run
 from tests.builders import method_on, random_parameters, tiny_config
+
+# With what is written after it, longer than a training sequence.
+LONG = "a dog sat on the mat, and the cat was there, and one more big dog sat"
 
 
 def student_config(**overrides):
@@ -37,7 +41,7 @@ def test_slot_by_slot_the_student_stands_beside_its_teacher(labels):
     teacher = {name: part for name, part in student.items() if name != "mask_embedding"}
     rng = np.random.default_rng(0)
     rows = [rng.integers(4, 300, size).astype(np.int32) for size in (32, 32, 20, 9, 31)]
-    found = score_slots(config, method.mesh, student, teacher, rows, batch_size=2)
+    found = score_slots(config, method.mesh, student, teacher, ((row, None) for row in rows), batch_size=2)
     logits = {}
 
     def after(parameters, text):
@@ -53,8 +57,8 @@ def test_slot_by_slot_the_student_stands_beside_its_teacher(labels):
     tokens, agreed, chained, sure = np.zeros((4, 3))
     bins = np.zeros((10, 2))
     for number, row in enumerate(rows):
-        offset = (number % 2) % 14  # of the row in its batch
-        for region in range(2):
+        offset = number % 14
+        for region in range(3):
             anchor = 14 * region + 13 - offset
             if anchor >= len(row):
                 continue
@@ -84,6 +88,24 @@ def test_slot_by_slot_the_student_stands_beside_its_teacher(labels):
     np.testing.assert_allclose(rights, (bins[:, 1] / np.maximum(bins[:, 0], 1))[bins[:, 0] > 0])
 
 
+def test_every_place_of_a_text_begins_a_span_and_batches_are_nobody_s_business():
+    """14 tokens of text in a region, so in 14 rows each place does once; but for what does not count."""
+    config = student_config()
+    method = method_on(config)
+    student = random_parameters(method.model, seed=1)
+    teacher = random_parameters(method.teacher_model, seed=2)
+    row = np.random.default_rng(0).integers(4, 300, 32).astype(np.int32)
+
+    def found(batch_size, counted=None):
+        return score_slots(config, method.mesh, student, teacher, [(row, counted)] * 14, batch_size)
+
+    whole = found(8)
+    assert whole.slots[0].tokens == 32
+    for one, other in zip(whole.slots, found(24).slots, strict=True):  # of eight devices, three rows each
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other), rel=1e-5)
+    assert found(8, np.arange(32) >= 20).slots[0].tokens == 13  # the span after a prompt's last token is one
+
+
 def test_ways_are_every_strategy_with_every_length_and_confidence():
     options = Options(0, 8, drafter="masks")
     ways = span_ways(options, ["static", "confident", "verified"], [2, 4], [0.5, 0.9])
@@ -99,7 +121,7 @@ def test_ways_are_every_strategy_with_every_length_and_confidence():
 def student(text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("standalone")
     base = {"data__source": "text", "data__paths": (text_file,), "heads__num_heads": 0, "training__steps": 10}
-    train.run(tiny_config(**base), str(folder / "source"))
+    train.run(tiny_config(**base, model__context=64), str(folder / "source"))
     taught = {"objective__mode": "standalone", "objective__source": str(folder / "source"), "objective__k_max": 3}
     train.run(tiny_config(**base, **taught, objective__regions=4), str(folder / "run"))
     return folder / "run"
@@ -108,7 +130,7 @@ def student(text_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", "a dog sat", "one more big")))
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("the cat", LONG, "one more big")))
     return path
 
 
@@ -128,7 +150,8 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
     own = [one.tokens for one in opened.generate(texts, heads=0, max_new_tokens=12)]
     theirs = [one.tokens for one in opened.teacher.generate(texts, max_new_tokens=12)]
-    scorer = opened.teacher.scorer(1)
+    scorer = opened.teacher.scorer(1, 64)
+    assert len(opened.encode(LONG)) + 12 > opened.config.training.sequence_length
 
     def nats(written):
         found = []
@@ -142,7 +165,9 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     for name, score in spans.items():
         lossless = name.startswith(("plain", "verified"))
         assert score["decoding"]["lossless"] is lossless
-        assert sum((k + 1) * n for k, n in enumerate(score["lengths"])) >= sum(score["lengths"])
+        written = sum(len(tokens) - 1 for tokens in (own if lossless else [[0] * 12] * 3))
+        stood = sum((k + 1) * n for k, n in enumerate(score["lengths"]))
+        assert written <= stood <= written + 3 * name.startswith("verified")  # the last pass may end with a guess
         quality = score["quality"]
         if lossless:
             assert quality["same_as_own"]["mean"] == quality["kept"]["mean"] == 1
@@ -164,12 +189,48 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     [
         ({"spans": ["heads"]}, "--spans=heads: expected some of"),
         ({"slots": [1]}, "--slots=1: expected at least 2"),
+        ({"slots": [1000]}, "slots = 1000: expected at most 64, the longest text of this model"),
+        ({"slots": 4}, "slots = 4: expected a list of integers"),
+        ({"confidences": 0.9}, "confidences = 0.9: expected a list of numbers"),
         ({"spans": ["confident"], "confidences": [1.5]}, "min_confidence = 1.5: expected a probability"),
+        ({"drafters": ["masks"]}, "--drafters=masks: expected others; --spans=verified"),
+        ({"strategy": "static"}, "--strategy=static: expected --spans=static instead"),
+        ({"min_confidence": 0.5}, "--min_confidence=0.5: expected --confidences=0.5 instead"),
     ],
 )
 def test_what_cannot_be_measured_is_said(student, prompts, arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate.run(str(student), prompts=str(prompts), max_new_tokens=4, **arguments)
+
+
+def test_passes_share_one_width_and_others_may_draft_for_a_student(student, prompts, monkeypatch, capsys):
+    """What is verified is plain decoding's text at that width, bit for bit; both tables are printed."""
+    report = evaluate.run(
+        str(student), prompts=str(prompts), max_new_tokens=12, bit_exact=True, drafters=["lookup"], heads=[0, 2]
+    )
+    (found,) = report.decoding.values()
+    assert found.padded_plain is not None and not found.failed and set(found.others["lookup"]) == {"2"}
+    widths = set()
+    real = evaluate.sharing
+
+    def spy(*groups):
+        shared = real(*groups)
+        widths.update(way.pass_width for ways in shared for name, way in ways.items() if name != 0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "sharing", spy)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(str(student), prompts=str(prompts), bit_exact=True, slots=[2, 6], heads=[0, 2])
+    assert widths == {16}  # of the longest: a token, five drafts and five masks, in eights
+    for name, score in found.spans.items():
+        if name.startswith("verified"):
+            assert score.decoding.identical and score.quality.same_as_own.mean == score.quality.kept.mean == 1
+    monkeypatch.undo()
+    arguments = [f"--workdir={student}", f"--prompts={prompts}", "--max_new_tokens=4", "--drafters=lookup", "--heads=2"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    assert frontdoor.status_of(evaluate.main) == 0
+    output = capsys.readouterr().out
+    assert "filling in masks" in output and "lookup 2" in output
 
 
 def test_a_model_without_masks_has_no_spans(workdir, prompts):

@@ -60,7 +60,7 @@ def written_page(monkeypatch, tmp_path, arms, seeds):
     monkeypatch.setattr(posthoc, "RESULTS", tmp_path)
     folder = tmp_path / "stories_19m"
     folder.mkdir()
-    (folder / "inputs.json").write_text(json.dumps(DIGESTS))
+    (folder / "inputs.json").write_text(json.dumps({"posthoc": DIGESTS}))
     runs = runs_of("stories_19m")
     rows = []
     for name in arms or runs:

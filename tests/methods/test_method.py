@@ -51,8 +51,8 @@ def test_a_step_has_a_key_of_its_own_and_so_have_its_parts():
     assert sorted(seen["count"]) == sorted(seen["loss"]) and len(set(seen["count"])) == 6
     expected = set()
     for step in range(3):
-        key = jax.random.fold_in(jax.random.key(config.training.seed), step)
-        rows = [jax.random.key_data(jax.random.fold_in(key, row)).tolist() for row in range(8)]
+        key, of_rows = jax.random.split(jax.random.fold_in(jax.random.key(config.training.seed), step))
+        rows = [jax.random.key_data(jax.random.fold_in(of_rows, row)).tolist() for row in range(8)]
         parts = [itertools.chain(*rows[:4]), itertools.chain(*rows[4:])]
         expected |= {(step, *jax.random.key_data(key).tolist(), *part) for part in parts}
     assert {told[:-1] for told in seen["loss"]} == expected

@@ -241,11 +241,36 @@ def test_the_mask_embedding_is_a_vector_and_not_decayed():
 
 
 def test_lengths_grow_as_they_are_told():
-    config = student_config(objective__k_max=7, objective__k_ramp=0.5, training__steps=40)
-    method = method_on(config)
-    longest = [int(method._longest(jnp.int32(step))) for step in range(40)]
-    assert longest == [2] * 10 + [4] * 10 + [7] * 20
+    for k_max, expected in ((7, [2] * 10 + [4] * 10 + [7] * 20), (4, [2] * 20 + [4] * 20), (2, [2] * 40)):
+        method = method_on(student_config(objective__k_max=k_max, objective__k_ramp=0.5, training__steps=40))
+        assert [int(method._longest(jnp.int32(step))) for step in range(40)] == expected
     assert method_on(student_config(objective__k_max=7))._longest(jnp.int32(0)) == 7
+
+
+@pytest.mark.parametrize(("written", "labels"), [("student", "data"), ("data", "teacher")])
+def test_what_the_text_decides_is_counted_as_it_is_learned(written, labels):
+    """Slots of texts that end, or that have a gap which is not learned, fall away after that, and out of the mean."""
+    method = method_on(student_config(objective__written=written, objective__labels=labels))
+    student, teacher = student_and_teacher(method)
+    rows = rows_of(method.config, rows=((32,),) * 8)
+    tokens = rows.tokens.at[:].set(50 + rows.tokens % 50).at[0, 12].set(END)
+    rows = Batch(tokens, rows.segment_ids, rows.positions, jnp.ones_like(tokens, bool).at[1, 13:15].set(False))
+    laid_out = method.lay_out(rows, 4, jnp.zeros(8, int))  # anchors 4, 9, 14 and 19
+    done = method.exercise(student, None if labels == "data" else teacher, rows, laid_out)
+    of_row = np.asarray(done.taught).reshape(8, 4, 4)
+    of_text = labels == "data"
+    assert of_row[0, :, 1].tolist() == [True, True, True, False]  # the third is the end: after it, nothing
+    assert of_row[1, :, 1].tolist() == [True, True, True, not of_text]  # tokens 10, 11 and 12; the teacher goes on
+    assert of_row[1, :, 2].all() and of_row[2].all()
+    moved = method.lay_out(rows, 4, jnp.full(8, 3))  # anchors 1, 6, 11 and 16
+    of_row = np.asarray(method.exercise(student, teacher, rows, moved).taught).reshape(8, 4, 4)
+    assert of_row[1, :, 2].tolist() == [True, not of_text, False, False]  # token 12; 13 and 14 are nobody's to learn
+
+    def spans_of(rows, context):
+        return laid_out
+
+    method.spans_of = spans_of
+    assert float(method.count(rows, None)[0]) == float(done.taught.sum())
 
 
 def test_bfloat16_is_computed_in_and_learned_in_float32():

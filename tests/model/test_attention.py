@@ -173,6 +173,16 @@ def test_a_kernel_that_cannot_be_used_is_refused_or_said():
         check_attention(on_gpu(asked))
     with pytest.raises(ValueError, match=r"'cudnn': .* bfloat16 and a head_size of a multiple of 8"):
         check_attention(on_gpu(tiny_config(model__attention="cudnn")))
+    # A method with a mask of its own.
+    drawn = {
+        "heads__num_heads": 0, "objective__mode": "standalone", "objective__source": "-", "objective__k_max": 4,
+        "model__mask_embedding": True, "training__sequence_length": 128,
+    }  # fmt: skip
+    assert "attention is dense, for triton attention needs rows that attend" in check_attention(
+        on_gpu(tiny_config(**drawn))
+    )
+    with pytest.raises(ValueError, match=r"'triton': expected a kernel that can do it: it needs rows that attend"):
+        check_attention(on_gpu(tiny_config(**drawn, model__attention="triton")))
 
 
 def test_a_mask_that_is_given_is_attended_to_densely():

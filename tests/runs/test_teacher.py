@@ -76,6 +76,8 @@ def test_what_is_measured_has_its_names(student):
     training = [line for line in lines(student) if "loss" in line]
     assert {"main/ce", "spans/kl", "slot_1/agreement", "slot_4/agreement"} <= set(training[-1])
     assert training[-1]["slot_1/agreement"] > 0.5
+    # Of one step, whose spans may be shorter than the longest; of some steps, all slots say something.
+    assert all(any(line[f"slot_{j}/agreement"] is not None for line in training) for j in (2, 3, 4))
     evaluated = [line for line in lines(student) if "eval/main/ce" in line]
     assert [line["step"] for line in evaluated] == [5, 10]
     decoded = {name for name in evaluated[-1] if name.startswith("decoded/")}
@@ -106,13 +108,16 @@ def test_another_teacher_is_refused(source, config, student, tmp_path):
     other = tmp_path / "other"
     train.run(replace(open_workdir(str(source)).read_config(), training__seed=1), str(other))
     shutil.rmtree(mine / "teacher" / "checkpoints")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="teacher: the teacher of this run is not there; put it back"):
         train.run(longer, str(mine))
     shutil.rmtree(mine / "teacher")
     shutil.copytree(other, mine / "teacher")
     with pytest.raises(ValueError, match=r"teacher: not the teacher of this run \(its parameters differ\)"):
         train.run(longer, str(mine))
-    assert open_run(str(mine)).step == 10  # to be used, a student needs none
+    opened = open_run(str(mine))
+    assert opened.step == 10  # to be used, a student needs none
+    with pytest.raises(ValueError, match="not the teacher of this run"):
+        evaluate.run(str(mine), split_name="validation")
 
 
 @pytest.mark.slow
@@ -178,12 +183,32 @@ def test_a_student_is_decoded_in_three_ways(student, tmp_path):
     assert not lossy.lossless and not lossy.failed and lossy.passes == 6
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drafter": "lookup", "strategy": "verified"}, "drafter = 'lookup': expected none with strategy = 'verified'"),
+        ({"drafter": "masks", "strategy": "speculative"}, "drafter = 'masks': expected none with strategy"),
+        ({"slots": 1000}, "slots = 1000: expected at most 32"),
+        ({"drafter": "masks", "heads": 2}, "heads = 2: expected none with strategy = 'verified'"),
+    ],
+)
+def test_a_student_is_not_asked_for_what_it_would_not_do(student, options, message):
+    with pytest.raises(ValueError, match=message):
+        open_run(str(student)).options(**options)
+
+
+def test_a_model_without_masks_is_not_asked_to_fill_in_any(source, student):
+    assert open_run(str(student)).options(drafter="masks").strategy == "verified"
+    for strategy in ("static", "confident", "verified"):
+        with pytest.raises(ValueError, match=f"strategy = '{strategy}': expected another, for .* was not trained"):
+            open_run(str(source)).options(strategy=strategy, min_confidence=0.5)
+
+
 def test_it_is_exported_as_it_writes_one_by_one(student, tmp_path):
     """Masks are no part of what others can read; that is said."""
     done = to_hf(str(student), str(tmp_path / "folder"), format="backbone")
     assert any("mask" in line for line in done.lines)
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["vocab_size"] == 300
-    assert evaluate is not None
 
 
 @pytest.mark.slow

@@ -122,9 +122,9 @@ def test_decoding_and_scoring_that_fit_nowhere_are_refused():
     for drafts, rows, tokens in ((10**6, 1, 64), (2, 10**9, 64), (2, 1, 10**12)):
         with pytest.raises(ValueError, match="decoding needs more than"):
             check_decoding(model, drafts, drafts, rows, tokens, mesh)
-    check_scoring(tiny_config(), 64)
+    check_scoring(64, 32)
     with pytest.raises(ValueError, match="a batch of text needs more than"):
-        check_scoring(tiny_config(), 10**9)
+        check_scoring(10**9, 32)
 
 
 def test_absurd_time_is_said(mesh, monkeypatch):

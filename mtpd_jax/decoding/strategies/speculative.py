@@ -124,7 +124,9 @@ class Speculative(Strategy, name="speculative"):
         inputs = self.drafter.inputs(read(rows.tokens, first, 1), drafts)
         padded = jnp.pad(inputs, ((0, 0), (0, options.width - inputs.shape[1])))
         hidden, cache = self.network.extend(parameters, padded, first, cache)
-        logits = self.network.logits(parameters, hidden)[:, : num_drafts + 1]
+        # Logits of what verifies; where one width is asked for, of all that was read, for these are kernels, too.
+        verifying = hidden[:, : num_drafts + 1] if options.pass_width is None else hidden
+        logits = self.network.logits(parameters, verifying)[:, : num_drafts + 1]
         # How many drafts stand, and the main head's own token after them.
         if options.sampling.greedy:
             choices = WHOLE.argmax(logits)
