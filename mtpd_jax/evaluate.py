@@ -37,7 +37,7 @@ from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_t
 from mtpd_jax.evaluation.scoring import TextScore, windows
 from mtpd_jax.evaluation.slots import SlotReport, TextRow, score_slots
 from mtpd_jax.evaluation.span_report import slot_table, span_table
-from mtpd_jax.evaluation.ways import Asked, sharing
+from mtpd_jax.evaluation.ways import Asked
 from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
@@ -145,7 +145,6 @@ def run(
     """
     _check_scope(text, split_name, prompts, limit, batch_size)
     asked = Asked(heads, drafters, spans, slots, confidences, bit_exact)
-    asked.check()
     _check_decoding(seed, bit_exact, stop)
     options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence, strategy=strategy)
     options.validate()
@@ -156,7 +155,7 @@ def run(
     opened.scorer(batch_size)
     _ = opened.teacher  # another than the run's own is refused
     options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
-    drafts, of_spans = sharing(asked.of_drafts(opened, options), asked.of_spans(opened, options))
+    drafts, of_spans = asked.ways(opened.config, str(opened.trained.folder.path), options)
     decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, drafts, of_spans, batch_size, seed, stop)
     documents |= {split_name: list(opened.trained.held_out_documents())[:limit]} if split_name else {}
     scored = _score(opened, documents, batch_size, held_out_note(opened.trained.sources) if split_name else "")

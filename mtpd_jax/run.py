@@ -12,13 +12,13 @@ from mtpd_jax.data.sources import UnknownData
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
-from mtpd_jax.decoding.options import MASKS, Options
+from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.agreement import fit
 from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate
 from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
 from mtpd_jax.evaluation.scoring import ScoredText, Scorer
+from mtpd_jax.evaluation.ways import who_drafts
 from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import Choice
 from mtpd_jax.runs.opening import TrainedRun, load_run
@@ -101,19 +101,8 @@ class Run:
           ValueError: an option is out of range.
         """
         check_flag("bit_exact", bit_exact)
-        if strategy is None:
-            own = self.config.model.mask_embedding and heads is None and drafter == "heads"
-            strategy = "verified" if own or slots is not None or drafter == MASKS else "speculative"
-        if strategy in STRATEGIES and STRATEGIES[strategy].drafter_name == MASKS:
-            if drafter not in ("heads", MASKS):
-                raise ValueError(f"drafter = {drafter!r}: expected none with strategy = {strategy!r}: the masks draft")
-            heads, drafter = self.masks(strategy, heads, slots), MASKS
-        elif slots is not None or drafter == MASKS:
-            name, value = ("drafter", drafter) if slots is None else ("slots", slots)
-            raise ValueError(
-                f"{name} = {value!r}: expected none with strategy = {strategy!r}, which has no masks to fill in"
-            )
-        heads = self.config.heads.num_heads if heads is None else heads
+        where = str(self.trained.folder.path)
+        heads, drafter, strategy = who_drafts(self.config, where, heads, drafter, strategy, slots)
         sampling = GREEDY if sampling is None else sampling
         until = self.draft_until(past_trained_length)
         options = Options(
@@ -121,29 +110,6 @@ class Run:
         )
         options.validate()
         return options.sharing_width(heads) if bit_exact else options
-
-    def masks(self, strategy: str, heads: int | None, slots: int | None) -> int:
-        """How many masks a pass reads: spans of ``slots`` tokens, by default as long as the longest in training.
-
-        Raises:
-          ValueError: the model fills in no masks; heads are asked for, too; or spans are longer than any text.
-        """
-        if not self.config.model.mask_embedding:
-            raise ValueError(
-                f"strategy = {strategy!r}: expected another, for {self.trained.folder.path} was not trained to fill in "
-                "masks"
-            )
-        if heads is not None:
-            raise ValueError(
-                f"heads = {heads}: expected none with strategy = {strategy!r}; slots says how long spans are"
-            )
-        length = self.config.objective.longest_span if slots is None else slots
-        check_count("slots", length)
-        if length > self.config.context:
-            raise ValueError(
-                f"slots = {length}: expected at most {self.config.context}, the longest text of this model"
-            )
-        return length - 1
 
     @functools.cached_property
     def teacher(self) -> "Run | None":

@@ -55,7 +55,7 @@ def measure_spans(opened: Run, texts: Sequence[np.ndarray], scale: Scale) -> Spa
     """
     teacher, prompts = opened.teacher, [text[: scale.prompt_tokens] for text in texts]
     assert teacher is not None  # see above
-    longest, length = opened.masks("verified", None, None) + 1, scale.prompt_tokens + scale.new_tokens
+    longest, length = opened.config.objective.longest_span, scale.prompt_tokens + scale.new_tokens
     reader = teacher.scorer(1, length)
     found: dict[str, dict[str, SpanCounts]] = {}
     for mode in MODES:

@@ -102,12 +102,17 @@ def choose(
     return draw(keys, distribution), distribution
 
 
+def confidence(logits: Float[Array, "*rows V"]) -> Float[Array, "*rows"]:
+    """The probability of the likeliest token, at temperature 1."""
+    return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+
+
 def probability_of(
     tokens: Int[Array, " B"], logits: Float[Array, "B V"], distribution: Float[Array, "B V"] | None
 ) -> Float[Array, " B"]:
     """The probability of what ``choose`` chose, where it was drawn from; at temperature 1 if greedy."""
     if distribution is None:
-        return jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
+        return confidence(logits)
     return jnp.take_along_axis(distribution, tokens[:, None], axis=1)[:, 0]
 
 

@@ -3,16 +3,21 @@
 import dataclasses
 from collections.abc import Sequence
 
+from mtpd_jax.config import Config
 from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.decoding import Ways, ways_of
 from mtpd_jax.evaluation.quality import span_ways
-from mtpd_jax.run import Run
+from mtpd_jax.validation import check_count
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What ``evaluate`` is asked to decode with; see ``evaluate.run``."""
+    """What ``evaluate`` is asked to decode with; see ``evaluate.run``.
+
+    Raises:
+      ValueError: something should be a list.
+    """
 
     heads: Sequence[int] | None
     drafters: Sequence[str]
@@ -21,12 +26,7 @@ class Asked:
     confidences: Sequence[float]
     bit_exact: bool
 
-    def check(self) -> None:
-        """Checks types, as far as that goes without the run.
-
-        Raises:
-          ValueError: something is no list.
-        """
+    def __post_init__(self) -> None:
         for name, kind in (
             ("heads", "integers"),
             ("slots", "integers"),
@@ -37,48 +37,41 @@ class Asked:
             if value is not None and not isinstance(value, list | tuple):
                 raise ValueError(f"{name} = {value!r}: expected a list of {kind}")
 
-    def of_drafts(self, opened: Run, options: Options) -> Ways:
-        """Drafts of every length, by everyone who drafts; plain decoding among them.
+    def ways(self, config: Config, where: str, options: Options) -> tuple[Ways, Ways]:
+        """Drafts of every length by everyone who drafts, plain decoding among them; and ways to fill in masks, of a
+        model that has them (see ``evaluation.quality.span_ways``). If they are to be bit exact, all have one width.
 
         Args:
-          opened: the run.
+          config, where: of the run, and its folder.
           options: of all ways.
 
         Raises:
           ValueError: an option is out of range, or is not for this model.
         """
+        drafts, spans = self._of_drafts(config, where, options), self._of_spans(config, where, options)
+        widths = [way.pass_width for way in (*drafts.values(), *spans.values()) if way.pass_width is not None]
+
+        def shared(way: Options) -> Options:
+            return way if way.pass_width is None else dataclasses.replace(way, pass_width=max(widths))
+
+        of_drafts, of_spans = ({name: shared(way) for name, way in ways.items()} for ways in (drafts, spans))
+        return of_drafts, of_spans
+
+    def _of_drafts(self, config: Config, where: str, options: Options) -> Ways:
         if MASKS in self.drafters:
             raise ValueError(f"--drafters={MASKS}: expected others; --spans=verified drafts with masks")
-        if opened.config.model.mask_embedding:
-            self._check_student(opened, options)
-        numbers = self._numbers(opened.config.heads.num_heads)
+        if config.model.mask_embedding:
+            _check_student(where, options)
+        numbers = self._numbers(config.heads.num_heads)
         for number in numbers:
             options.with_drafts(number).validate()
         return ways_of(options.sharing_width(max(numbers)) if self.bit_exact else options, numbers, self.drafters)
 
-    def _check_student(self, opened: Run, options: Options) -> None:
-        path = opened.trained.folder.path
-        if STRATEGIES[options.strategy].drafter_name == MASKS:
-            raise ValueError(f"--strategy={options.strategy}: expected --spans={options.strategy} instead, for {path}")
-        if options.min_confidence:
-            asked = f"--min_confidence={options.min_confidence}"
-            raise ValueError(f"{asked}: expected --confidences={options.min_confidence} instead, for {path}")
-
-    def of_spans(self, opened: Run, options: Options) -> Ways:
-        """Ways to fill in masks, of a model that has them; see ``evaluation.quality.span_ways``.
-
-        Args:
-          opened: the run.
-          options: of all ways.
-
-        Raises:
-          ValueError: an option is out of range, or is not for this model.
-        """
+    def _of_spans(self, config: Config, where: str, options: Options) -> Ways:
         named = [name for name, one in STRATEGIES.items() if one.drafter_name == MASKS]
-        if not opened.config.model.mask_embedding:
+        if not config.model.mask_embedding:
             if self.spans or self.slots:
-                path = opened.trained.folder.path
-                raise ValueError(f"--spans, --slots: expected neither, for {path} fills in no masks")
+                raise ValueError(f"--spans, --slots: expected neither, for {where} fills in no masks")
             return {}
         # A draw needs a pass that writes one token, which ``static`` has none of.
         possible = [name for name in named if options.sampling.greedy or name != "static"]
@@ -88,7 +81,7 @@ class Asked:
         if wrong := [length for length in self.slots or () if length < 2]:
             raise ValueError(f"--slots={wrong[0]}: expected at least 2: one is plain decoding")
         lengths = [2, None] if self.slots is None else self.slots
-        lengths = sorted({opened.masks("static", None, length) + 1 for length in lengths})
+        lengths = sorted({masks_to_read(config, where, "static", length) + 1 for length in lengths})
         own = dataclasses.replace(options, drafter=MASKS, draft_until=None)
         ways = span_ways(
             own.sharing_width(lengths[-1] - 1) if self.bit_exact else own, chosen, lengths, self.confidences
@@ -105,13 +98,58 @@ class Asked:
         return sorted({0, *([1] if most else []), *heads})
 
 
-def sharing(*groups: Ways) -> list[Ways]:
-    """The same ways, with one width of passes for all if they share one: the widest."""
-    widths = [way.pass_width for ways in groups for way in ways.values() if way.pass_width is not None]
-    return [
-        {
-            name: way if way.pass_width is None else dataclasses.replace(way, pass_width=max(widths))
-            for name, way in ways.items()
-        }
-        for ways in groups
-    ]
+def _check_student(where: str, options: Options) -> None:
+    for flag, value, instead in (
+        ("strategy", options.strategy if STRATEGIES[options.strategy].drafter_name == MASKS else None, "spans"),
+        ("min_confidence", options.min_confidence or None, "confidences"),
+    ):
+        if value is not None:
+            raise ValueError(f"--{flag}={value}: expected --{instead}={value} instead, for {where} fills in masks")
+
+
+def who_drafts(
+    config: Config, where: str, heads: int | None, drafter: str, strategy: str | None, slots: int | None
+) -> tuple[int, str, str]:
+    """Drafts per round, who makes them, and the strategy, where a user left something to the model.
+
+    Args:
+      config, where: of the run, and its folder.
+      heads, drafter, strategy, slots: see ``Run.generate``.
+
+    Raises:
+      ValueError: they do not go together, or not with this model.
+    """
+    if strategy is None:
+        own = config.model.mask_embedding and heads is None and drafter == "heads"
+        strategy = "verified" if own or slots is not None or drafter == MASKS else "speculative"
+    if strategy in STRATEGIES and STRATEGIES[strategy].drafter_name == MASKS:
+        if drafter not in ("heads", MASKS):
+            raise ValueError(f"drafter = {drafter!r}: expected none with strategy = {strategy!r}: the masks draft")
+        if heads is not None:
+            expected = f"expected none with strategy = {strategy!r}; slots says how long spans are"
+            raise ValueError(f"heads = {heads}: {expected}")
+        return masks_to_read(config, where, strategy, slots), MASKS, strategy
+    if slots is not None or drafter == MASKS:
+        name, value = ("drafter", drafter) if slots is None else ("slots", slots)
+        raise ValueError(f"{name} = {value!r}: expected none with strategy = {strategy!r}, which fills in no masks")
+    return config.heads.num_heads if heads is None else heads, drafter, strategy
+
+
+def masks_to_read(config: Config, where: str, strategy: str, slots: int | None) -> int:
+    """How many masks a pass reads: spans of ``slots`` tokens, by default as long as the longest in training.
+
+    Args:
+      config, where: of the run, and its folder.
+      strategy: that fills in masks.
+      slots: k; None: as many as in training.
+
+    Raises:
+      ValueError: the model fills in no masks, or spans would be longer than any text.
+    """
+    if not config.model.mask_embedding:
+        raise ValueError(f"strategy = {strategy!r}: expected another, for {where} was not trained to fill in masks")
+    length = config.objective.longest_span if slots is None else slots
+    check_count("slots", length)
+    if length > config.context:
+        raise ValueError(f"slots = {length}: expected at most {config.context}, the longest text of this model")
+    return length - 1

@@ -14,6 +14,7 @@ from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.comparison import common
 from mtpd_jax.evaluation.quality import span_ways
 from mtpd_jax.evaluation.slots import score_slots
+from mtpd_jax.evaluation.ways import Asked
 from mtpd_jax.methods.standalone import Standalone
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.run import open_run
@@ -210,22 +211,12 @@ def test_passes_share_one_width_and_others_may_draft_for_a_student(student, prom
     )
     (found,) = report.decoding.values()
     assert found.padded_plain is not None and not found.failed and set(found.others["lookup"]) == {"2"}
-    widths = set()
-    real = evaluate.sharing
-
-    def spy(*groups):
-        shared = real(*groups)
-        widths.update(way.pass_width for ways in shared for name, way in ways.items() if name != 0)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(evaluate, "sharing", spy)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate.run(str(student), prompts=str(prompts), bit_exact=True, slots=[2, 6], heads=[0, 2])
-    assert widths == {16}  # of the longest: a token, five drafts and five masks, in eights
+    config, asked = open_run(str(student)).config, Asked([0, 2], ["lookup"], None, [2, 6], [0.5], bit_exact=True)
+    drafts, spans = asked.ways(config, str(student), Options(0, 8))
+    assert {way.pass_width for name, way in {**drafts, **spans}.items() if name != 0} == {16}  # of the longest: a token, five drafts and five masks, in eights
     for name, score in found.spans.items():
         if name.startswith("verified"):
             assert score.decoding.identical and score.quality.same_as_own.mean == score.quality.kept.mean == 1
-    monkeypatch.undo()
     arguments = [f"--workdir={student}", f"--prompts={prompts}", "--max_new_tokens=4", "--drafters=lookup", "--heads=2"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
     assert frontdoor.status_of(evaluate.main) == 0

@@ -12,14 +12,13 @@ written, and the next pass has none to verify.
 Our choice; arXiv 2602.06019 names verification by the model itself as future work.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 
 from mtpd_jax.decoding.drafters.drafter import Drafter, Drafts, by_head
 from mtpd_jax.decoding.network import DecodingParameters
 from mtpd_jax.decoding.rows import Rows, slice_rows
-from mtpd_jax.decoding.sampling import count_leading
+from mtpd_jax.decoding.sampling import confidence, count_leading
 from mtpd_jax.shapes import Array, Bool, Float, Hidden, Int
 from mtpd_jax.sharding import WHOLE
 
@@ -70,5 +69,4 @@ class Masks(Drafter, name="masks"):
 
 def likeliest(logits: Float[Array, "B K V"], min_confidence: float) -> tuple[Int[Array, "B K"], Bool[Array, "B K"]]:
     """The likeliest token of every slot, and whether its probability is at least that, at temperature 1."""
-    confidence = jnp.exp(jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1))
-    return WHOLE.argmax(logits), confidence >= min_confidence
+    return WHOLE.argmax(logits), confidence(logits) >= min_confidence
