@@ -207,17 +207,20 @@ def test_what_cannot_be_measured_is_said(student, prompts, arguments, message):
 def test_passes_share_one_width_and_others_may_draft_for_a_student(student, prompts, monkeypatch, capsys):
     """What is verified is plain decoding's text at that width, bit for bit; both tables are printed."""
     report = evaluate.run(
-        str(student), prompts=str(prompts), max_new_tokens=12, bit_exact=True, drafters=["lookup"], heads=[0, 2]
-    )
+        str(student), prompts=str(prompts), max_new_tokens=8, bit_exact=True, drafters=["lookup"], heads=[0, 2],
+        spans=["verified"], slots=[3],
+    )  # fmt: skip
     (found,) = report.decoding.values()
     assert found.padded_plain is not None and not found.failed and set(found.others["lookup"]) == {"2"}
     config, asked = open_run(str(student)).config, Asked([0, 2], ["lookup"], None, [2, 6], [0.5], bit_exact=True)
     drafts, spans = asked.ways(config, str(student), Options(0, 8))
-    assert {way.pass_width for name, way in {**drafts, **spans}.items() if name != 0} == {16}  # of the longest: a token, five drafts and five masks, in eights
+    # The width of the longest: a token, five drafts and five masks, in eights.
+    assert {way.pass_width for name, way in {**drafts, **spans}.items() if name != 0} == {16}
     for name, score in found.spans.items():
         if name.startswith("verified"):
             assert score.decoding.identical and score.quality.same_as_own.mean == score.quality.kept.mean == 1
     arguments = [f"--workdir={student}", f"--prompts={prompts}", "--max_new_tokens=4", "--drafters=lookup", "--heads=2"]
+    arguments += ["--spans=static", "--slots=2"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
     assert frontdoor.status_of(evaluate.main) == 0
     output = capsys.readouterr().out
