@@ -129,6 +129,7 @@ def test_dry_runs_say_the_same_and_write_nothing(call, workdir, exported, tmp_pa
         shutil.rmtree(target)
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_evaluated_and_extended(call, exported, text_file, tmp_path):
     run = tmp_path / "run"
     convert.from_hf(str(exported), str(run))

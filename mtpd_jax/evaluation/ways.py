@@ -8,7 +8,7 @@ from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.decoding import Ways, ways_of
 from mtpd_jax.evaluation.quality import span_ways
-from mtpd_jax.validation import check_count
+from mtpd_jax.validation import check_count, check_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,10 @@ class Asked:
             value = getattr(self, name)
             if value is not None and not isinstance(value, list | tuple):
                 raise ValueError(f"{name} = {value!r}: expected a list of {kind}")
+        for number in self.heads or ():
+            check_integer("heads", number)
+        for number in self.slots or ():
+            check_integer("slots", number)
 
     def ways(self, config: Config, where: str, options: Options) -> tuple[Ways, Ways]:
         """Drafts of every length by everyone who drafts, plain decoding among them; and ways to fill in masks, of a

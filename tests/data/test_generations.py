@@ -126,6 +126,7 @@ def posthoc(workdir, own, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_them(workdir, own, tmp_path, capsys):
     """And is scored on held-out answers, of which the prompts do not count; its prompts are those of held-out rows."""
     config = posthoc(workdir, own)

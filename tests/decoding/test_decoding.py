@@ -29,7 +29,9 @@ def texts(continuations):
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["cascade", "recurrent"])
-@pytest.mark.parametrize(("num_heads", "scanned"), [(1, True), (4, False), (4, True)])
+@pytest.mark.parametrize(
+    ("num_heads", "scanned"), [pytest.param(1, True, marks=pytest.mark.slow), (4, False), (4, True)]
+)
 def test_everything_against_a_reference_without_caches(num_heads, kind, scanned):
     """Tokens, who proposed them, passes, and how often each head was tried and accepted; a batch of four lengths."""
     model, parameters = small_vocabulary(kind)
@@ -85,7 +87,7 @@ def test_greedy_text_is_plain_decodings(batch_size, trained):
         assert {("end", "draft inside"), ("end", "bonus"), ("length", "draft inside"), ("length", "bonus")} <= endings
 
 
-@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_heads_past_the_last_are_looped(kind):
     """Two modules drafting five tokens are five modules, the first two repeated; a recurrent one is always the same."""
     model, parameters = small_vocabulary(kind, num_heads=2)
@@ -200,7 +202,7 @@ def test_float32_decoding_multiplies_in_float32(dtype, precision):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     """The logits of a place do not depend on which row of a pass it is, nor on what else is in the pass."""
     config = tiny_config(heads__num_heads=4, model__dtype=dtype, model__context=CONTEXT)

@@ -318,7 +318,7 @@ def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
     assert first_divergence(decoder, [5, 6, 7], plain, second).tie == (found.margin < 2 * found.rounding)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_agreement_beside_acceptance(scanned):
     """Per prompt and head, on what plain decoding wrote, against the training path; the token from prefill is none.
 

@@ -204,6 +204,7 @@ def test_what_cannot_be_measured_is_said(student, prompts, arguments, message):
         evaluate.run(str(student), prompts=str(prompts), max_new_tokens=4, **arguments)
 
 
+@pytest.mark.slow
 def test_passes_share_one_width_and_others_may_draft_for_a_student(student, prompts, monkeypatch, capsys):
     """What is verified is plain decoding's text at that width, bit for bit; both tables are printed."""
     report = evaluate.run(

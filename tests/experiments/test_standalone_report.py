@@ -89,6 +89,7 @@ def test_figures_are_what_they_are_counted_from():
     assert of(kept(arm, "static 2")) == pytest.approx([20 / 97] * 2)
 
 
+@pytest.mark.slow
 def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch, tmp_path):
     monkeypatch.setattr(standalone, "RESULTS", tmp_path)
     folder = tmp_path / "stories_19m"

@@ -213,7 +213,9 @@ class CountingMLP(nn.Module):
         return out, {"size": jnp.mean(jnp.abs(out)), "tokens": jnp.float32(x.shape[0] * x.shape[1])}
 
 
-@pytest.mark.parametrize(("remat", "num_heads"), [(False, 2), (True, 2), (False, 0)])
+@pytest.mark.parametrize(
+    ("remat", "num_heads"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 2), (False, 0)]
+)
 def test_the_feed_forward_layer_is_the_configs_and_its_statistics_are_handed_on(monkeypatch, remat, num_heads):
     """Layer by layer of the backbone, head by head; and decoding, which has no use for them, runs the same layer."""
     monkeypatch.setitem(FEED_FORWARDS, "counting", CountingMLP)

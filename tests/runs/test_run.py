@@ -175,6 +175,7 @@ def test_restores_onto_another_mesh(run_config, uninterrupted, shape, context):
         assert_bitwise(jax.device_get(open_run(str(uninterrupted)).parameters), expected.average)
 
 
+@pytest.mark.slow
 def test_resumes_on_another_mesh(run_config, uninterrupted, tmp_path, monkeypatch):
     """All but one step on eight copies, the last one on 2x2x2: equal to a tolerance."""
     with monkeypatch.context() as patch:
