@@ -62,6 +62,7 @@ def test_a_row_is_the_prompts_ids_and_what_decoding_writes_after_them(answers, w
     assert len(source) == 28 and source.tokenizer_digest == run.tokenizer.digest
 
 
+@pytest.mark.slow
 def test_an_answer_depends_on_its_prompt_and_id_alone(answers, workdir, tmp_path):
     """Neither on the order of prompts, nor on those beside it, nor on how many are decoded together; greedily not on
     who drafts, either."""

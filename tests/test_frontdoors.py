@@ -152,6 +152,7 @@ def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatc
     assert found["padded_plain"]["tokens"] == found["tokens"]
 
 
+@pytest.mark.slow
 def test_seeds_have_an_effect(workdir, tmp_path):
     """From the front doors down: another seed draws other texts, the same one the same."""
     prompts = tmp_path / "prompts.jsonl"

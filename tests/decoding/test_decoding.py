@@ -30,7 +30,8 @@ def texts(continuations):
 @pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["cascade", "recurrent"])
 @pytest.mark.parametrize(
-    ("num_heads", "scanned"), [pytest.param(1, True, marks=pytest.mark.slow), (4, False), (4, True)]
+    ("num_heads", "scanned"),
+    [*(pytest.param(*one, marks=pytest.mark.slow) for one in [(1, True), (4, False)]), (4, True)],
 )
 def test_everything_against_a_reference_without_caches(num_heads, kind, scanned):
     """Tokens, who proposed them, passes, and how often each head was tried and accepted; a batch of four lengths."""
@@ -103,6 +104,7 @@ def test_heads_past_the_last_are_looped(kind):
     assert sum(sum(continuation.accepted[2:]) for continuation in looped) > 0
 
 
+@pytest.mark.slow
 def test_prompts_are_read_in_chunks():
     """In one piece or in chunks of 8 tokens: the same, also where a head looks ahead into the next chunk."""
     model, parameters = small_vocabulary()

@@ -71,7 +71,7 @@ def check_parity(kind, options, scanned, strategy_of=Speculative, trained=True):
 
 @pytest.mark.optimised
 @pytest.mark.parametrize("kind", ["cascade", "recurrent", "shared"])
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_draft_logits_equal_training_logits(kind, scanned):
     """After acceptances and rejections of every length, for several prompts."""
     seen = {accepted for _, accepted in check_parity(kind, Options(4, NEW_TOKENS), scanned)}

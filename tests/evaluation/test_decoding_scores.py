@@ -83,6 +83,7 @@ def test_text_that_is_not_plain_decodings_is_found_out(decoder):
     assert score.divergences[0].index == len(first.tokens) - 1 and score.failed
 
 
+@pytest.mark.slow
 def test_sampled_text_depends_on_the_prompts_number_and_not_on_its_batch(decoder):
     """The same prompt four times gives four texts, whatever is decoded together; another seed gives others."""
     ways, prompts = ways_of(Options(0, 12, Sampling(3.0)), [0, 1]), [PROMPTS[1]] * 4

@@ -124,10 +124,7 @@ def test_on_a_mesh_the_gradient_is_the_same(shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_backbone_is_never_differentiated(kind):
-    """FLOPs of the compiled gradients against the formula: 2 per frozen weight, 6 per weight of a head at every depth.
-
-    One layer and one depth, for a loop's body is counted once.
-    """
+    """FLOPs of the compiled gradients, of one layer and one depth, against the formula: 2 per frozen weight, 6 else."""
     large = {"model__layers": 1, "model__width": 64, "model__mlp_width": 256, "model__vocabulary_size": 512}
     config = posthoc_config(heads__num_heads=1, objective__chunk_rows=8 * 32, objective__beta=0.0, **large,
                             objective__alpha=1.0, **KINDS[kind])  # fmt: skip
@@ -262,6 +259,7 @@ def test_a_run_is_resumed_bit_for_bit_wherever_its_backbone_lies(base, config, h
     assert open_run(str(stopped)).step == open_run(str(heads)).step  # and it says so from here on
 
 
+@pytest.mark.slow
 def test_a_second_stage_finds_a_backbone_that_was_moved(base, config, tmp_path):
     """Where it is named; the run that it starts from knows only where that lay."""
     source = shutil.copytree(base, tmp_path / "source")
@@ -322,6 +320,7 @@ def test_what_an_import_would_say_of_a_folder_is_said(folder, config, tmp_path, 
             train.run(replace(config, objective__source=str(odd), **more), str(tmp_path / "other"), **where)
 
 
+@pytest.mark.slow
 def test_a_backbone_stays_in_the_numbers_that_it_is_stored_in(folder, config, tmp_path):
     """bfloat16, in memory and in what decoding is held to; the heads are float32."""
     half = shutil.copytree(folder, tmp_path / "half")
@@ -386,6 +385,7 @@ def test_what_is_exported_has_no_heads_that_nobody_else_can_run(heads, tmp_path)
     assert "heads" not in parameters_of(tmp_path / "backbone")
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_whole_model(heads):
     """Teacher-forced scores take the chains of every position; agreement on its own text the decoder's network."""
     run = open_run(str(heads))

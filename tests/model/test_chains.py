@@ -73,7 +73,7 @@ def shared_model(**fields) -> LanguageModel:
     return model_of(tiny_config(heads__num_heads=3, heads__kind="recurrent", heads__cache="shared", **fields))
 
 
-@pytest.mark.parametrize("position", [3, 5, 8])
+@pytest.mark.parametrize("position", [pytest.param(3, marks=pytest.mark.slow), 5, 8])
 def test_a_chain_sees_its_own_tokens_ahead_and_nobody_elses(position):
     """By the gradient of head k's state at a position: of text up to t_{i+k}, within the document, and not one more."""
     model = shared_model()

@@ -113,6 +113,7 @@ def test_ids_without_a_row_in_the_embedding_are_refused(run_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_writes_locally_and_uploads(run_config, uninterrupted, tmp_path, monkeypatch):
     """The same files in the same place, from a folder where nothing can be appended to."""
     monkeypatch.setattr(Workdir, "remote", True)
