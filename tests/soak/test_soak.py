@@ -26,7 +26,8 @@ def test_some_of_it(tmp_path):
     found = subprocess.run([*command, "--workers=1"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     rows = json.loads((tmp_path / "soak.json").read_text())["rows"]
-    assert len(rows) >= 3 and len({row["kind"] for row in rows}) >= 3
+    # As many as there was time for, each of another kind at first.
+    assert rows and len({row["kind"] for row in rows[:3]}) == len(rows[:3])
     assert "survived" in found.stdout
 
 
