@@ -36,10 +36,9 @@ class Asked:
             value = getattr(self, name)
             if value is not None and not isinstance(value, list | tuple):
                 raise ValueError(f"{name} = {value!r}: expected a list of {kind}")
-        for number in self.heads or ():
-            check_integer("heads", number)
-        for number in self.slots or ():
-            check_integer("slots", number)
+        for name in ("heads", "slots"):
+            for number in getattr(self, name) or ():
+                check_integer(name, number)
 
     def ways(self, config: Config, where: str, options: Options) -> tuple[Ways, Ways]:
         """Drafts of every length by everyone who drafts, plain decoding among them; and ways to fill in masks, of a
@@ -103,12 +102,11 @@ class Asked:
 
 
 def _check_student(where: str, options: Options) -> None:
-    for flag, value, instead in (
-        ("strategy", options.strategy if STRATEGIES[options.strategy].drafter_name == MASKS else None, "spans"),
-        ("min_confidence", options.min_confidence or None, "confidences"),
-    ):
-        if value is not None:
-            raise ValueError(f"--{flag}={value}: expected --{instead}={value} instead, for {where} fills in masks")
+    strategy, tau = options.strategy, options.min_confidence
+    if STRATEGIES[strategy].drafter_name == MASKS:
+        raise ValueError(f"--strategy={strategy}: expected --spans={strategy} instead, for {where} fills in masks")
+    if tau:
+        raise ValueError(f"--min_confidence={tau}: expected --confidences={tau} instead, for {where} fills in masks")
 
 
 def who_drafts(
