@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from mtpd_jax import config
+from tests.mutation.run import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What stands further down may import what stands further up.
@@ -94,3 +95,9 @@ def test_the_root_holds_what_it_should():
         ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "configs", "docs", "experiments", "mtpd_jax",
         "notebooks", "pyproject.toml", "requirements.txt", "scripts", "tests",
     }  # fmt: skip
+
+
+def test_every_fault_that_is_tried_can_be_made():
+    """What a mutant replaces stands in its file, once: code that was written anew takes its mutants along."""
+    for mutant in load():
+        assert (ROOT / mutant.file).read_text().count(mutant.old) == 1, mutant.name

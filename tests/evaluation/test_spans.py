@@ -91,7 +91,7 @@ def test_slot_by_slot_the_student_stands_beside_its_teacher(labels):
 
 def test_every_place_of_a_text_begins_a_span_and_batches_are_nobody_s_business():
     """14 tokens of text in a region, so in 14 rows each place does once; but for what does not count."""
-    config = student_config()
+    config = student_config(model__context=32)  # as long as a row, which has fewer slots than what is asked here
     method = method_on(config)
     student = random_parameters(method.model, seed=1)
     teacher = random_parameters(method.teacher_model, seed=2)
