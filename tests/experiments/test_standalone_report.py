@@ -8,7 +8,7 @@ import pytest
 
 from experiments import standalone
 from experiments.pretrained import Given
-from experiments.standalone_report import kept, speed, teacher_ce, tokens_per_pass
+from experiments.standalone_report import heads_beside, kept, speed, teacher_ce, tokens_per_pass
 from experiments.sweep.arms import Arm
 from experiments.sweep.rows import Row, SpanCounts, SpanMeasures
 from experiments.sweep.runner import Code
@@ -116,6 +116,18 @@ def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch,
     assert believed and all("**yes**" in line and ("+1.50" in line or "+2.50" in line) for line in believed)
     assert "| online hard | 0.9 | 2.00" in text and "75 (75 to 75)" in text
     assert (folder / "standalone.png").stat().st_size > 10_000
+
+
+def test_heads_stand_beside_if_they_were_made_from_the_same(tmp_path):
+    row = made_up_row(runs_of("stories_19m")["online hard"])
+    heads = dataclasses.replace(row, variant="cascade kl pre text")
+    (tmp_path / "posthoc.jsonl").write_text(json.dumps(heads.to_json()) + "\n")
+    inputs = tuple(DIGESTS.items())
+    assert not heads_beside(tmp_path, inputs)  # of which nothing is known
+    (tmp_path / "inputs.json").write_text(json.dumps({"posthoc": {**DIGESTS, "backbone": "o" * 64}}))
+    assert not heads_beside(tmp_path, inputs)
+    (tmp_path / "inputs.json").write_text(json.dumps({"posthoc": DIGESTS}))
+    assert list(heads_beside(tmp_path, inputs)) == ["MTP-D's heads, frozen backbone"]
 
 
 @pytest.mark.slow
