@@ -67,7 +67,7 @@ def variants_of(sizes: Sizes) -> list[Variant]:
         Variant(name, diff, seeds=None if sizes.thrice is None or name in sizes.thrice else _ONCE)
         for name, diff in ARMS.items()
     ]
-    return [*found, Variant("online hard, long", {"training.steps": sizes.long}, seeds=_ONCE)]
+    return [*found, Variant("longer online hard", {"training.steps": sizes.long}, seeds=_ONCE)]
 
 
 def scale_of(name: str, given: Given) -> Scale:

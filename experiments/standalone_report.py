@@ -241,7 +241,7 @@ def _panels(arms: Mapping[str, Arm], scale: Scale, folder: pathlib.Path) -> list
         quality = {way: mean_of(teacher_ce(arm, way)) for way in ways}
         by_pass[name] = line({mean_of(tokens_per_pass(arm, way)).mean: quality[way] for way in ways})
         by_clock[name] = line({mean_of(speed(arm, way)).mean: quality[way] for way in ways})
-    lossless = [name for name in ("online hard, long", "online hard") if name in arms][:1]
+    lossless = [name for name in ("longer online hard", "online hard") if name in arms][:1]
     for name in lossless:
         arm = arms[name]
         safe = [way for way in _names(arm) if way.startswith("verified")]

@@ -30,6 +30,9 @@ class Variant:
         with that is extension, unless the diff names another ``objective.mode``.
       decode: numbers of heads to decode with, beside none, one, and all that it has.
       seeds: the only ones of the experiment's that it is run with, where a run is too long for all; None: all.
+
+    Raises:
+      ValueError: a name with a comma, which ``--only`` could not name.
     """
 
     name: str
@@ -37,6 +40,10 @@ class Variant:
     start: "Variant | None" = None
     decode: tuple[int, ...] = ()
     seeds: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if "," in self.name:
+            raise ValueError(f"variant {self.name!r}: a comma stands between names in --only; use none in a name")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ def test_every_arm_can_be_run_and_none_twice(scale):
     assert settings["offline"] == ("data", "teacher") and settings["ground truth"] == ("data", "data")
     assert (objectives["fixed k=5"].k_min, objectives["fixed k=5"].k_max) == (5, 5)
     assert objectives["fixed k=8"].k_min == 8 and objectives["prefix loss"].prefix_weight == 1
-    assert runs["online hard, long"].config().training.steps == 4 * runs["online hard"].config().training.steps
+    assert runs["longer online hard"].config().training.steps == 4 * runs["online hard"].config().training.steps
 
 
 def made_up_spans(longest, confident_nats):

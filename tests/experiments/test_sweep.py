@@ -195,6 +195,11 @@ def test_keys_know_what_matters(text_file):
     assert base.heads() == [0, 1, 2] and Run(loops[0], 0, scale).heads() == [0, 1, 4]
 
 
+def test_a_name_with_a_comma_could_not_be_asked_for():
+    with pytest.raises(ValueError, match="'KL, N = 3'.*--only"):
+        Variant("KL, N = 3", {})
+
+
 def test_a_default_that_changes_disowns_rows_and_a_new_field_does_not(monkeypatch, text_file):
     """Fields of the rows' time count in full; a later one where it differs from what was done before it was there."""
     scale = tiny_scale(text_file)
