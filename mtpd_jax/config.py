@@ -71,20 +71,20 @@ class ModelConfig(Section):
     # Tokens: rows of the embedding, and the size of a BPE trained here. 256 bytes and the end token are the least that
     # a byte-level vocabulary can write every text with.
     vocabulary_size: int = field(32_768, at_least(257))
-    width: int = field(768, POSITIVE)
-    layers: int = field(12, POSITIVE)
-    query_heads: int = field(12, POSITIVE)
+    width: int = field(768, POSITIVE)  # D, of the hidden states
+    layers: int = field(12, POSITIVE)  # Transformer blocks of the backbone
+    query_heads: int = field(12, POSITIVE)  # of attention, per block
     kv_heads: int = field(4, POSITIVE)  # each is shared by query_heads / kv_heads query heads
     head_size: int = field(64, POSITIVE, _EVEN)  # of a query head and of a key/value head
     feed_forward: Literal["gated"] = field("gated", as_before="gated")  # the layer after attention: SwiGLU
     mlp_width: int = field(2048, POSITIVE)  # of the gated feed-forward layer
-    rope_theta: float = field(10_000.0, POSITIVE)
+    rope_theta: float = field(10_000.0, POSITIVE)  # the base of RoPE's wavelengths
     # Slower rotation for longer texts than a model was first trained on, as of Llama 3.1: factor, low_freq_factor,
     # high_freq_factor, and the length of texts before; see model.views. Empty: none.
     rope_llama3: tuple[float, ...] = field((), POSITIVE, as_before=())
-    norm_epsilon: float = field(1e-6, POSITIVE)
+    norm_epsilon: float = field(1e-6, POSITIVE)  # of RMSNorm
     qk_norm: bool = field(True)  # RMSNorm on queries and keys, each head by itself
-    qkv_bias: bool = field(False)
+    qkv_bias: bool = field(False)  # on queries, keys and values
     tied_unembedding: bool = field(True)  # the unembedding is the embedding
     scale_embedding: bool = field(True)  # multiply input embeddings by sqrt(width)
     # An input embedding beside the vocabulary's, which stands for a token that is not there yet: the id after the last
@@ -159,9 +159,9 @@ class OptimizerConfig(Section):
     decay_fraction: float = field(0.2, POSITIVE, at_most(1))  # wsd: the share of all steps over which the rate decays
     final_fraction: float = field(0.1, ZERO_OR_MORE, at_most(1))  # of the peak rate, where the decay ends
     weight_decay: float = field(0.1, ZERO_OR_MORE)  # of matrices; norms and biases are not decayed
-    b1: float = field(0.9, ZERO_OR_MORE, less_than(1, "one"))
-    b2: float = field(0.95, ZERO_OR_MORE, less_than(1, "one"))
-    epsilon: float = field(1e-8, POSITIVE)
+    b1: float = field(0.9, ZERO_OR_MORE, less_than(1, "one"))  # AdamW's, of the mean
+    b2: float = field(0.95, ZERO_OR_MORE, less_than(1, "one"))  # AdamW's, of the squares
+    epsilon: float = field(1e-8, POSITIVE)  # AdamW's
     clip_norm: float | None = field(1.0, POSITIVE)  # of the global norm; None: none
     ema_decay: float | None = field(None, POSITIVE, less_than(1, "one"))  # of the copy that is evaluated; None: no copy
 
@@ -200,6 +200,7 @@ class MeshConfig(Section):
     data: int = field(-1, _MINUS_ONE, resumable=True)  # copies of the model
     fsdp: int = field(1, _MINUS_ONE, resumable=True)  # parameters and batch split
     tensor: int = field(1, POSITIVE, resumable=True)  # query and key/value heads, feed-forward and vocabulary split
+    # Experts split.
     expert: int = field(1, Constraint(lambda size: size == 1, "1 (no layer has experts)"), resumable=True)
 
     def check(self, config: "Config") -> None:
@@ -209,14 +210,14 @@ class MeshConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section):
-    every_steps: int = field(1000, POSITIVE, resumable=True)
+    every_steps: int = field(1000, POSITIVE, resumable=True)  # and after the last step
     keep: int = field(2, POSITIVE, resumable=True)  # newest checkpoints kept
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig(Section):
-    every_steps: int = field(20, POSITIVE, resumable=True)
-    tensorboard: bool = field(True, resumable=True)
+    every_steps: int = field(20, POSITIVE, resumable=True)  # and after the last step
+    tensorboard: bool = field(True, resumable=True)  # write tb/ in the workdir, too
 
 
 # Prompts that rate, and prompts that are reported.
@@ -232,9 +233,9 @@ class EvaluationConfig(Section):
     # Held-out prompts that are decoded: half of them rate the checkpoint, the others are reported. None: 32 with heads
     # on a frozen backbone, none elsewhere.
     prompts: int | None = field(None, ZERO_OR_MORE, SOME_OF_BOTH, as_before=None)
-    # Of each prompt, and of what is written after it, at most; together no more than a training sequence.
-    prompt_tokens: int = field(32, POSITIVE, as_before=32)
-    new_tokens: int = field(64, POSITIVE, as_before=64)
+    # At most; together no more than a training sequence.
+    prompt_tokens: int = field(32, POSITIVE, as_before=32)  # of each prompt
+    new_tokens: int = field(64, POSITIVE, as_before=64)  # and what is written after it
 
 
 # Of configs that earlier versions stored: names that are others now, and values.

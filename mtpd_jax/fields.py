@@ -216,7 +216,13 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             item = typing.get_args(option)[0]
             return tuple(_convert(element, item, f"{path}[{index}]") for index, element in enumerate(value))
-    raise ValueError(f"{path} = {value!r}: expected {' or '.join(map(_name, options))}")
+    raise ValueError(f"{path} = {value!r}: expected {type_words(hint)}")
+
+
+def type_words(hint: Any) -> str:
+    """What a field's type takes, in words."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(map(_name, options))
 
 
 def _name(option: Any) -> str:

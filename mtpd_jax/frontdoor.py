@@ -24,6 +24,7 @@ from ml_collections import config_flags
 from mtpd_jax.decoding.options import check_seed
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.editing import check_name, chosen_cases, fit_cases
+from mtpd_jax.reference import help_text
 from mtpd_jax.runs.choice import BEST, NEWEST
 from mtpd_jax.runs.interruption import end_on_signals, leave, say_last
 from mtpd_jax.training.state import DivergedError
@@ -209,6 +210,11 @@ class TrainFlags:
     checkpoint: str
     break_lock: bool
     backbone: str | None = None
+    dry_run: bool = False
+    json: str | None = None
+
+
+_TRAIN_FLAGS = tuple(one.name for one in dataclasses.fields(TrainFlags) if one.name != "config")
 
 
 def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
@@ -230,8 +236,11 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     flags.DEFINE_string("checkpoint", NEWEST, "go on from this step, newest or best", flag_values=values)
     flags.DEFINE_string("backbone", None, "where the backbone of its heads lies now", flag_values=values)
     flags.DEFINE_boolean("break_lock", False, "take the run from a process that trains in it", flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "say what the run would be; create nothing", flag_values=values)
+    flags.DEFINE_string("json", None, "with --dry_run: write it to this file", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
-        print(f"{description}\n\nflags:\n{_CONFIG_HELP}\n{values.main_module_help() or values.get_help()}")
+        own = [f"  --{name}: {values[name].help}" for name in _TRAIN_FLAGS]
+        print("\n".join([description, "flags:", _CONFIG_HELP, *own, "", "fields of a config:", help_text()]))
         raise SystemExit(0)
     # The config file, and what the command line changes in it.
     named = [argument for argument in arguments if argument.startswith("--config=")]
@@ -255,8 +264,11 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
     if not values["workdir"].value:
         raise ValueError("--workdir is missing")
-    checkpoint, backbone = str(values["checkpoint"].value), values["backbone"].value
-    return TrainFlags(config, str(values["workdir"].value), checkpoint, bool(values["break_lock"].value), backbone)
+    check_json_path(values["json"].value)
+    if values["json"].value and not values["dry_run"].value:
+        raise ValueError("--json is written with --dry_run: what a run measures is in its metrics.jsonl")
+    given_flags: dict[str, Any] = {name: values[name].value for name in _TRAIN_FLAGS}
+    return TrainFlags(config, **given_flags)
 
 
 def _joined(arguments: list[str]) -> list[str]:

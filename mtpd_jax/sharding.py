@@ -290,3 +290,10 @@ class LastAxis:
 
 # Not split, on the CPU.
 WHOLE = LastAxis(None, on_cpu=True)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """How many devices, and how they are arranged if they are more than one."""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    used = f"{mesh.devices.size} of {jax.device_count()} {mesh.devices.flat[0].platform} devices"
+    return f"{used} ({axes})" if axes else used

@@ -2,7 +2,8 @@
 
 Running the same command again resumes where it stopped, or with --checkpoint=STEP from an earlier checkpoint; SIGTERM
 or Ctrl-C saves a checkpoint and exits with 128 plus the signal's number. A loss that is not finite exits with status 1.
-One process at a time trains in a workdir; --break_lock takes it from another.
+One process at a time trains in a workdir; --break_lock takes it from another. --dry_run says what a run would be, and
+creates nothing.
 """
 
 import contextlib
@@ -14,17 +15,19 @@ from typing import Any
 import jax
 import ml_collections
 import optax
+import rich.console
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import TrainingData
-from mtpd_jax.data.sources import Source, open_source, split
+from mtpd_jax.data.sources import Source, open_source
 from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.dry_run import dry_run, show
 from mtpd_jax.evaluation.held_out import HeldOut
 from mtpd_jax.evaluation.proof import prove_parity
+from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.interop.reading import BESIDE_TOKENIZER
 from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
@@ -38,9 +41,10 @@ from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, so
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.teacher import keep_teacher, read_teacher
+from mtpd_jax.runs.tokenizers import fitting, given_tokenizer, train_tokenizer
 from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
 from mtpd_jax.shapes import Parameters
-from mtpd_jax.sharding import check_batch, make_mesh
+from mtpd_jax.sharding import check_batch, describe_mesh, make_mesh
 from mtpd_jax.trainer import Trainer
 from mtpd_jax.training.feasibility import check_attention, check_training
 from mtpd_jax.training.optimizer import make_optimizer
@@ -107,11 +111,11 @@ def run(
     notes = [check_training(method), check_attention(method)]
     abstract, source = abstract_state(method, optimizer), open_source(config.data)
     origin = beginning(config, folder, mesh, backbone)
-    given = _knows_ids(source, config, folder, _given_tokenizer(config, folder))
+    given = given_tokenizer(config, folder, source)
     with contextlib.ExitStack() as stack:
         # From here on the run exists.
         lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
-        tokenizer = _checked(folder.read_tokenizer(config), config)
+        tokenizer = fitting(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, source, tokenizer))
         stop = stack.enter_context(StopRequest())
         start = _restored(method, folder, abstract, chosen, data, backbone or _moved(named, folder))
@@ -181,7 +185,7 @@ def _fresh(
         keep_teacher(folder, lock, origin.record, origin.parameters)
     state = initial_state(method, optimizer, origin and origin.parameters)
     steps, trained = method.config.training.steps, count_parameters(abstract.parameters)
-    message = f"training {trained:,} parameters for {steps} steps on {_describe(method.mesh)}"
+    message = f"training {trained:,} parameters for {steps} steps on {describe_mesh(method.mesh)}"
     if origin is not None:
         message += f": {method.describe()}, step {origin.record['step']}"
     # Metrics without a checkpoint are of a run that cannot be gone on with.
@@ -285,17 +289,8 @@ def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | N
 
 
 def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | None) -> None:
-    """Writes config and tokenizer; one that is not given is trained, on training documents only."""
-    wanted = config.tokenizer
-    documents = split(source, config.data.validation_fraction, validation=False)
-    tokenizer = given or Tokenizer.train(
-        (document for document in documents if isinstance(document, str)),
-        config.model.vocabulary_size,
-        wanted.end_token,
-        wanted.train_bytes,
-        wanted.more_end_tokens,
-        wanted.begin_token,
-    )
+    """Writes config and tokenizer; one that is not given is trained."""
+    tokenizer = given or train_tokenizer(config, source)
     folder.write_config(config)
     # What says how a pretrained model's tokenizer is used: it goes with the model.
     if config.objective.source_run is not None:
@@ -306,50 +301,15 @@ def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | 
     write_atomically(folder.tokenizer_file, tokenizer.to_json())
 
 
-def _given_tokenizer(config: Config, folder: Workdir) -> Tokenizer | None:
-    """The tokenizer of the run to start from, or of the config's file; None: there is one, or one is to be trained."""
-    if folder.tokenizer_file.exists():
-        return None
-    if latest_step(folder) is not None:
-        return folder.read_tokenizer(config)  # which says that it is missing
-    if config.objective.source_run is not None:
-        return _checked(source_of(config).tokenizer(config), config)
-    if config.tokenizer.path:
-        return _checked(Tokenizer.load(config.tokenizer.path, config.tokenizer), config)
-    return None
-
-
-def _knows_ids(source: Source, config: Config, folder: Workdir, given: Tokenizer | None) -> Tokenizer | None:
-    """The given tokenizer; token ids have to be those of the run's: of that one, or of the one that is there."""
-    tokenizer = given if given or not folder.tokenizer_file.exists() else folder.read_tokenizer(config)
-    if source.tokenizer_digest and (tokenizer is None or tokenizer.digest != source.tokenizer_digest):
-        raise ValueError(
-            "config.data.path: its token ids are of another tokenizer than the run's; have them written by a run that "
-            "has the same, such as the backbone"
-        )
-    return given
-
-
-def _checked(tokenizer: Tokenizer, config: Config) -> Tokenizer:
-    """The tokenizer, whose every id has to have a row in the embedding."""
-    if tokenizer.size > config.model.vocabulary_size:
-        raise ValueError(
-            f"config.model.vocabulary_size = {config.model.vocabulary_size}: expected at least {tokenizer.size}, "
-            f"for the tokenizer's largest id is {tokenizer.size - 1}"
-        )
-    return tokenizer
-
-
-def _describe(mesh: Mesh) -> str:
-    """How many devices, and how they are arranged if they are more than one."""
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    used = f"{mesh.devices.size} of {jax.device_count()} {mesh.devices.flat[0].platform} devices"
-    return f"{used} ({axes})" if axes else used
-
-
 def main() -> int:
     """Parses the flags, trains, reports."""
     flags = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
+    if flags.dry_run:
+        found = dry_run(flags.config, flags.workdir)
+        show(rich.console.Console(highlight=False), found)
+        if flags.json:
+            write_json(flags.json, dataclasses.asdict(found))
+        return 0
     result = run(
         flags.config, flags.workdir, checkpoint=flags.checkpoint, backbone=flags.backbone, break_lock=flags.break_lock
     )

@@ -248,7 +248,7 @@ class JsonlData(DataConfig, case="jsonl"):
     """Files of JSON lines: one document per line."""
 
     paths: tuple[str, ...] = fields.field((), _FILES, resumable=True)  # files or globs; a digest tells what they hold
-    field: str = fields.field("text", _TEXT_FIELD)
+    field: str = fields.field("text", _TEXT_FIELD)  # of a document
 
     def open(self) -> Source:
         name = self.field
@@ -267,7 +267,7 @@ class TfdsData(DataConfig, case="tfds"):
     name: str = fields.field("", given("the name of a tensorflow-datasets data set"))  # with its config ("lm1b")
     split: str = fields.field("train")  # the split to read
     directory: str = fields.field("")  # where the prepared data set lies; empty: tensorflow-datasets' default
-    field: str = fields.field("text", _TEXT_FIELD)
+    field: str = fields.field("text", _TEXT_FIELD)  # of a document
 
     def open(self) -> Source:
         return TfdsSource(self.name, self.split, self.directory, self.field)

@@ -22,10 +22,10 @@ PerHead = float | tuple[float, ...] | None
 class HeadsObjectiveConfig(ObjectiveConfig):
     """The part of a method's section that says how heads learn, from the text and from the main head."""
 
-    alpha: PerHead = field(
-        None, ZERO_OR_MORE
-    )  # CE weight, a number or one per trained head; None: see default_coefficients
-    beta: PerHead = field(None, ZERO_OR_MORE)  # KL weight, likewise; 0: plain MTP
+    # CE weight, a number or one per trained head; None: 0.3 shared out among them.
+    alpha: PerHead = field(None, ZERO_OR_MORE)
+    # KL weight, likewise; 0: plain MTP; None: 1 with one trained head, 0.5 with more.
+    beta: PerHead = field(None, ZERO_OR_MORE)
     top_n: int = field(10_000, POSITIVE)  # tokens of the teacher's distribution that the KL compares; >= V: all
     temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL
     # forward: KL(main head || head); tv: 1 - acceptance rate; lk: -log of the acceptance rate; lk_hybrid: KL while

@@ -14,7 +14,7 @@ FREE = {"remat", "dtype", "attention", "context"}
 class SourceConfig(ObjectiveConfig):
     """The part of a method's section that says what a run starts from."""
 
-    source: str = field("", given("a workdir, or a folder of a Hugging Face model"))
+    source: str = field("", given("a workdir, or a folder of a Hugging Face model"))  # to start from
     source_checkpoint: str | None = field(None, _CHECKPOINT, as_before=None)  # None: the one that it is opened with
 
     @property

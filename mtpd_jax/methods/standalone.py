@@ -43,9 +43,10 @@ from mtpd_jax.shapes import AnyArray, Array, Bool, Float, Hidden, Int, Parameter
 class StandaloneConfig(SourceConfig, case="standalone"):
     """A model that learns to write several tokens per pass, taught by what it was; ``model`` is the source's."""
 
-    # Who writes what the teacher reads in the places of masks, and what a slot learns. (student, teacher): online and
-    # hard, the paper's; (student, distribution): online and soft; (data, teacher): offline; (…, data): no teacher.
+    # Who writes what the teacher reads in the places of masks. With labels: (student, teacher) is online and hard, the
+    # paper's; (student, distribution) online and soft; (data, teacher) offline; (…, data) without a teacher.
     written: Literal["student", "data"] = field("student")
+    # What a slot learns: the teacher's choice, its distribution, or what stands in the data.
     labels: Literal["teacher", "distribution", "data"] = field("teacher")
     k_min: int = field(2, at_least(2))  # tokens of a span: drawn for every step, from here
     k_max: int = field(8, at_least(2))  # to here
@@ -56,8 +57,8 @@ class StandaloneConfig(SourceConfig, case="standalone"):
     prefix_weight: float = field(0.0, ZERO_OR_MORE)  # of the cross entropy of all text before spans, against the text
     # Of labels = distribution: the tokens of the teacher's that are compared, and how; see the sections with heads.
     top_n: int = field(10_000, POSITIVE)
-    temperature: float = field(1.0, POSITIVE)
-    kl: str = field("forward", one_of(DIVERGENCES))
+    temperature: float = field(1.0, POSITIVE)  # divides both sides' logits
+    kl: str = field("forward", one_of(DIVERGENCES))  # what is compared
     end_ids: tuple[int, ...] = field(())  # tokens that end a text; empty: those of the source's tokenizer, recorded
 
     @property
