@@ -18,8 +18,8 @@ from mtpd_jax import evaluate, frontdoor, train
 from mtpd_jax.config import Config
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore
-from mtpd_jax.evaluation.generation import show
 from mtpd_jax.evaluation.report import decoding_table, number, percent, text_table, write_json
+from mtpd_jax.evaluation.transcript import show
 from mtpd_jax.run import open_run
 from mtpd_jax.runs.workdir import open_workdir
 

@@ -1,7 +1,7 @@
 """A trained run, open: what a notebook needs in one line."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
@@ -15,7 +15,7 @@ from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.agreement import fit
-from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate
+from mtpd_jax.evaluation.generation import Generation, check_prompts, check_texts, generate, stream
 from mtpd_jax.evaluation.likelihood import LogLikelihood, loglikelihoods
 from mtpd_jax.evaluation.scoring import ScoredText, Scorer
 from mtpd_jax.evaluation.ways import who_drafts
@@ -215,6 +215,36 @@ class Run:
             self.decoder, self.tokenizer, encoded, options,
             stop=stop, batch_size=batch_size, seed=seed, compare=compare,
         )  # fmt: skip
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        heads: int | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        min_confidence: float = 0.0,
+        bit_exact: bool = False,
+        drafter: str = "heads",
+        strategy: str | None = None,
+        past_trained_length: bool = False,
+        slots: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[Generation]:
+        """Continues one prompt, and yields what there is of it every few rounds; the last one is the whole.
+
+        For arguments and errors see ``generate``, whose text it writes.
+        """
+        check_prompts([prompt])
+        check_stop(stop)
+        options = self.options(
+            heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy, past_trained_length, slots
+        )
+        encoded = self.encode(prompt)
+        if note := self.note_of([encoded], options):
+            say(note)
+        return stream(self.decoder, self.tokenizer, encoded, options, stop=stop, seed=seed)
 
     def score(self, texts: Sequence[str], batch_size: int = 1) -> list[ScoredText]:
         """Scores texts, teacher-forced, token by token: each is a document, with an end token after it.

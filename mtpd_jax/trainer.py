@@ -119,6 +119,8 @@ class Trainer:
         # A run that was stopped in the middle of an evaluation does it now.
         if self._evaluation_due(done) and first_decides(not self._metrics.has(done, "eval/main/ce")):
             self._run_evaluation(state, done)
+        if done < last:
+            self._progress.say("compiling the training step …")
         while done < last and not self._stop.asked():
             # One step, whose result is read while the next one runs.
             batch = put_on_devices(next(self._data), self._sharding)

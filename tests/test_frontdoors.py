@@ -395,4 +395,4 @@ def test_help_lists_what_there_is(call):
     for door, words in {"train": "--workdir", "generate": "--compare", "evaluate": "--prompts"}.items():
         status, output, _ = call(door, "--help")
         assert status == 0 and words in output
-        assert "posthoc" not in output and "--tasks" not in output
+        assert "--tasks" not in output

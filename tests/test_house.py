@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # What stands further down may import what stands further up.
 ORDER = (
     "shapes", "validation", "fields", "config", "editing", "reference", "platform", "sharding", "data", "model",
-    "losses", "methods", "training", "decoding", "interop", "runs", "evaluation", "run", "conversion", "corpora",
-    "trainer", "dry_run", "frontdoor",
+    "losses", "methods", "training", "decoding", "interop", "runs", "evaluation", "run", "session", "conversion",
+    "corpora", "trainer", "dry_run", "frontdoor",
 )  # fmt: skip
 COMMANDS = ("train", "generate", "evaluate", "convert", "corpus")
 LIBRARY = sorted((ROOT / "mtpd_jax").rglob("*.py"))

@@ -206,3 +206,31 @@ def make_decode(network: Network, options: Options, chunk: int, rows: int, mesh:
             axis_names=manual, check_vma=False,
         )
     )  # fmt: skip
+
+
+def make_stream(network: Network, options: Options, chunk: int) -> tuple[Callable[..., Batch], Callable[..., Batch]]:
+    """Returns jitted functions that write the same text, some rounds at a time.
+
+    Args:
+      network, options: of decoding.
+      chunk: see ``prefill``.
+
+    Returns:
+      (parameters, prompts [B, T], lengths [B], keys [B], stops) -> batch, and (parameters, batch, stops, rounds) ->
+      batch, after so many rounds or when all rows are finished. The second consumes the batch that it is given.
+    """
+    strategy = strategy_of(network, options)
+
+    def begin(parameters: DecodingParameters, prompts: Array, lengths: Array, keys: Array, stops: Stops) -> Batch:
+        return prefill(strategy, parameters, prompts, lengths, keys, stops, chunk)
+
+    def go_on(parameters: DecodingParameters, batch: Batch, stops: Stops, rounds: Array) -> Batch:
+        def one_more(carry: tuple[Batch, Array]) -> tuple[Batch, Array]:
+            return one_round(strategy, parameters, carry[0], stops), carry[1] + 1
+
+        def unfinished(carry: tuple[Batch, Array]) -> Array:
+            return ~jnp.all(carry[0].rows.finished) & (carry[1] < rounds)
+
+        return jax.lax.while_loop(unfinished, one_more, (batch, jnp.zeros_like(rounds)))[0]
+
+    return network.jit(begin), network.jit(go_on, donate_argnums=1)

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mtpd_jax.decoding.batch import make_decode
+from mtpd_jax.decoding.batch import Batch, make_decode, make_stream
+from mtpd_jax.decoding.copies import Shares, of_copies, of_this_process, on_mesh
 from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.network import DecodingParameters, Network
@@ -25,6 +26,7 @@ from mtpd_jax.platform import platform_of
 from mtpd_jax.shapes import Array, Parameters
 from mtpd_jax.sharding import RULES, data_mesh, parts_of
 from mtpd_jax.training.feasibility import check_decoding
+from mtpd_jax.validation import check_count
 
 # Tokens that the shortest prompts are padded to. Our choice.
 _SHORTEST = 32
@@ -97,7 +99,7 @@ class Decoder:
         self._context, self._scanned, self._chunk = model.config.context, scanned, chunk
         if mesh is None:
             mesh = data_mesh(list(jax.tree.leaves(parameters)[0].devices()))
-        self._mesh = _of_this_process(mesh)
+        self._mesh = of_this_process(mesh)
         self._copies = parts_of(self._mesh, "batch")
         self._compiled: dict[Any, Any] = {}
         self._layouts: dict[Any, tuple[Network, Any]] = {}
@@ -150,7 +152,7 @@ class Decoder:
         rows_per_copy = -(-rows // self._copies)
         copies = -(-rows // rows_per_copy)
         # Each copy has its own part of the prompts, and each prompt its own key.
-        shares = _Shares.of(prompts, copies, rows_per_copy, self.padded_length(max(map(len, prompts))))
+        shares = Shares.of(prompts, copies, rows_per_copy, self.padded_length(max(map(len, prompts))))
         if keys is None:
             numbers = jnp.arange(first_row, first_row + len(prompts), dtype=jnp.uint32)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
@@ -159,11 +161,11 @@ class Decoder:
         keys = keys[of_place]
         # What the program is given, where its devices have it.
         network, parameters = self.network(options)
-        mesh = _of_copies(self._mesh, copies)
+        mesh = of_copies(self._mesh, copies)
         split = NamedSharding(mesh, RULES.spec("batch"))
         stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
         arguments = (
-            parameters if mesh is self._mesh else _on(mesh, parameters),
+            parameters if mesh is self._mesh else on_mesh(mesh, parameters),
             *jax.device_put((shares.prompts, shares.lengths, keys, shares.counts), split),
             jax.device_put(stops, NamedSharding(mesh, PartitionSpec())),
         )
@@ -173,6 +175,49 @@ class Decoder:
         written: Rows = jax.device_get(jax.block_until_ready(decode(*arguments)))
         seconds = (time.perf_counter() - start) / len(prompts)
         return [_continuation(written, place, int(shares.lengths[place]), seconds) for place in shares.places.tolist()]
+
+    def stream(
+        self,
+        prompt: np.ndarray,
+        options: Options,
+        *,
+        transitions: np.ndarray | None = None,
+        seed: int = 0,
+        rounds: int = 4,
+    ) -> Iterator[Continuation]:
+        """Decodes a prompt, and yields what is written so far after every few rounds, and in the end the whole.
+
+        That is what ``run`` writes after the same prompt alone. ``seconds`` count work on the devices.
+
+        Args:
+          prompt, options, transitions, seed: see ``run``.
+          rounds: that are run in between.
+
+        Raises:
+          ValueError: see ``check``.
+        """
+        self.check([prompt], options, 1)
+        check_seed(seed)
+        check_count("rounds", rounds)
+        padded = np.zeros((1, self.padded_length(len(prompt))), np.int32)
+        padded[0, : len(prompt)] = prompt
+        # Everything on one copy of the model.
+        network, parameters = self.network(options)
+        mesh = of_copies(self._mesh, 1)
+        whole = NamedSharding(mesh, PartitionSpec())
+        keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
+        stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
+        text = jax.device_put((padded, np.array([len(prompt)], np.int32), keys, stops), whole)
+        arguments = (parameters if mesh is self._mesh else on_mesh(mesh, parameters), *text)
+        begin, go_on = self._stream_programs(network, arguments, options)
+        # The clock stands still while somebody reads.
+        seconds, batch = 0.0, None
+        while batch is None or not bool(batch.rows.finished[0]):
+            start = time.perf_counter()
+            batch = begin(*arguments) if batch is None else go_on(arguments[0], batch, text[-1], rounds)
+            written: Rows = jax.device_get(jax.block_until_ready(batch.rows))
+            seconds += time.perf_counter() - start
+            yield _continuation(written, 0, len(prompt), seconds)
 
     def padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
@@ -196,7 +241,7 @@ class Decoder:
             self._layouts[layout] = network, jax.jit(network.parameters, out_shardings=whole)
         network, lay_out = self._layouts[layout]
         if layout not in self._laid_out:
-            self._laid_out[layout] = lay_out(_on(self._mesh, self._parameters))
+            self._laid_out[layout] = lay_out(on_mesh(self._mesh, self._parameters))
         return network, self._laid_out[layout]
 
     def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
@@ -271,6 +316,17 @@ class Decoder:
             self._compiled[key] = decode.lower(*arguments).compile()
         return self._compiled[key]
 
+    def _stream_programs(
+        self, network: Network, arguments: tuple[Any, ...], options: Options
+    ) -> tuple[Callable[..., Batch], Callable[..., Batch]]:
+        stops = arguments[-1].transitions
+        key = ("stream", options, arguments[1].shape, None if stops is None else stops.shape)
+        if key not in self._compiled:
+            begin, go_on = make_stream(network, options, min(self._chunk, arguments[1].shape[1]))
+            go_on(arguments[0], begin(*arguments), arguments[-1], 0)  # compiled before the clock starts
+            self._compiled[key] = begin, go_on
+        return self._compiled[key]
+
 
 def check_drafter(options: Options, heads: int, masks: bool) -> None:
     """Checks that a model with so many heads, or a mask embedding, can draft as the options say.
@@ -294,76 +350,6 @@ def check_drafter(options: Options, heads: int, masks: bool) -> None:
         raise ValueError(f"drafter = {options.drafter!r}: expected a model that was trained to fill in masks")
     if options.min_confidence and not drafter.adapts:
         raise ValueError(f"min_confidence = {options.min_confidence}: expected 0 with drafter = {options.drafter!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shares:
-    """Prompts as they are shared out: each copy of the model has its part, padded to whole batches.
-
-    Attributes:
-      prompts, lengths: [Q, T] and [Q]; filled up with texts of one token.
-      counts: [copies]; prompts in each part.
-      places: of the prompts, in their order.
-    """
-
-    prompts: np.ndarray
-    lengths: np.ndarray
-    counts: np.ndarray
-    places: np.ndarray
-
-    @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], copies: int, rows: int, padded: int) -> "_Shares":
-        """Shares prompts out, ``rows`` at a time in each part; few different sizes are ever compiled."""
-        number = len(prompts)
-        # Even parts, with room for a power of two times the rows.
-        own = -(-number // copies)
-        room = rows * (1 << (-(-own // rows) - 1).bit_length())
-        counts = np.clip(number - own * np.arange(copies), 0, own).astype(np.int32)
-        places = np.arange(number) // own * room + np.arange(number) % own
-        texts, lengths = np.zeros((copies * room, padded), np.int32), np.ones(copies * room, np.int32)
-        for place, prompt in zip(places, prompts, strict=True):
-            texts[place, : len(prompt)], lengths[place] = prompt, len(prompt)
-        return cls(texts, lengths, counts, places)
-
-
-def _of_copies(mesh: Mesh, copies: int) -> Mesh:
-    """The part of a mesh that holds so many copies of the model."""
-    return mesh if copies == parts_of(mesh, "batch") else _with(mesh, list(_by_copy(mesh)[:copies]))
-
-
-def _of_this_process(mesh: Mesh) -> Mesh:
-    """The copies of the model that lie on this process' own devices: each process decodes by itself.
-
-    Raises:
-      ValueError: none does as a whole.
-    """
-    own = [copy for copy in _by_copy(mesh) if all(one.process_index == jax.process_index() for one in copy.flat)]
-    if not own:
-        raise ValueError("no process holds a whole copy of the model: decoding needs one, so take a smaller model")
-    return mesh if len(own) == parts_of(mesh, "batch") else _with(mesh, own)
-
-
-def _by_copy(mesh: Mesh) -> np.ndarray:
-    """The devices of a mesh, those that hold one copy of the model after the other."""
-    return mesh.devices.reshape(parts_of(mesh, "batch"), 1, *mesh.devices.shape[2:])
-
-
-def _with(mesh: Mesh, copies: list[np.ndarray]) -> Mesh:
-    return Mesh(np.stack(copies), mesh.axis_names, axis_types=mesh.axis_types)
-
-
-def _on(mesh: Mesh, parameters: Any) -> Any:
-    """The parts of the parameters that the mesh's devices hold already, as arrays of these devices."""
-    devices = set(mesh.devices.flat)
-
-    def on_mesh(leaf: Array) -> Array:
-        old = leaf.sharding
-        sharding = NamedSharding(mesh, old.spec if isinstance(old, NamedSharding) else PartitionSpec())
-        # What lies there already is not copied.
-        parts = [shard.data for shard in leaf.addressable_shards if shard.device in devices]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
-
-    return jax.tree.map(on_mesh, parameters)
 
 
 def _continuation(written: Rows, row: int, prompt_length: int, seconds: float) -> Continuation:

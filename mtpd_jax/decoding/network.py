@@ -205,14 +205,15 @@ class Network:
         """The shared unembedding's logits, in float32."""
         return jnp.matmul(hidden, parameters.unembedding, preferred_element_type=jnp.float32)
 
-    def jit(self, function: Callable[..., Any]) -> Any:
-        """Jits a function whose products have the network's precision, and lie on its mesh as the rules say."""
+    def jit(self, function: Callable[..., Any], **options: Any) -> Any:
+        """Jits a function, with options of ``jax.jit``; its products have the network's precision, and lie on its mesh
+        as the rules say."""
 
         def with_precision(*arguments: Any) -> Any:
             with jax.default_matmul_precision(self.precision):
                 return function(*arguments)
 
-        return jax.jit(with_precision if self.mesh is None else within(self.mesh, with_precision))
+        return jax.jit(with_precision if self.mesh is None else within(self.mesh, with_precision), **options)
 
 
 def over_layers(

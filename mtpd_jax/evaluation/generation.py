@@ -1,28 +1,20 @@
-"""Continuing a prompt and showing who proposed which token."""
+"""Continuing prompts: texts, who proposed which token, and what it took."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import rich.console
-import rich.table
-import rich.text
 
 from mtpd_jax.data.chat import Prompt, check_prompt
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
-from mtpd_jax.decoding.drafters.drafter import COPIED
-from mtpd_jax.decoding.options import MASKS, Options, check_seed
+from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
 from mtpd_jax.evaluation.decoding import PADDED_PLAIN, decode_prompts, ways_of
-from mtpd_jax.evaluation.report import percent
 
-# Main head first; then the heads, in turn; and what was copied.
-_COLOURS = ("default", "green", "cyan", "magenta", "yellow", "blue", "red")
-_COPIED_COLOUR = "reverse"
 # The way of decoding that was asked for, beside its baselines.
 _OWN = "own"
 
@@ -124,6 +116,25 @@ def generate(
     return [_generation(decoder, tokenizer, options, stop, *of_prompt) for of_prompt in by_prompt]
 
 
+def stream(
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    options: Options,
+    *,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> Iterator[Generation]:
+    """Continues a prompt, and yields what there is of it every few rounds; for arguments and errors see ``generate``.
+
+    The last one is the whole, with the text that ``generate`` writes.
+    """
+    check_seed(seed)
+    transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
+    for written in decoder.stream(prompt, options, transitions=transitions, seed=seed):
+        yield _generation(decoder, tokenizer, options, stop, prompt, written, None, None)
+
+
 def _generation(
     decoder: Decoder,
     tokenizer: Tokenizer,
@@ -190,68 +201,3 @@ def check_texts(texts: Sequence[str]) -> None:
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise ValueError(f"text {number} = {text!r:.80}: expected a text")
-
-
-def show(
-    console: rich.console.Console, prompt: str, generation: Generation, decode: Callable[[Sequence[int]], str]
-) -> None:
-    """Prints prompt and continuation, coloured by proposer, and the table of figures below them."""
-    text = rich.text.Text().append(prompt, style="dim")
-    # Tokens that share a colour are decoded together, so that characters split over several tokens come out whole.
-    begin = 0
-    proposers, tokens = generation.proposers, generation.tokens
-    for end in range(1, len(tokens) + 1):
-        if end == len(tokens) or proposers[end] != proposers[begin]:
-            piece = decode(tokens[begin:end])
-            text.append(piece, style=_colour(proposers[begin]))
-            begin = end
-    console.print(text, soft_wrap=True)
-    # Who is which colour.
-    if generation.acceptance.conditional:
-        legend = rich.text.Text("main head", style=_COLOURS[0])
-        masks = STRATEGIES[generation.strategy].drafter_name == MASKS
-        for k in range(1, 1 + max(0, *proposers)):
-            legend.append(f"  slot {k + 1}" if masks else f"  head {k}", style=_colour(k))
-        if COPIED in proposers:
-            legend.append("  ").append("copied", style=_COPIED_COLOUR)
-        console.print(rich.text.Text("proposed by: ").append(legend))
-    console.print(_table(generation))
-
-
-def _colour(proposer: int) -> str:
-    return _COPIED_COLOUR if proposer == COPIED else _COLOURS[proposer % len(_COLOURS)]
-
-
-def _table(generation: Generation) -> rich.table.Table:
-    table = rich.table.Table("", "", show_header=False)
-    table.add_row("tokens / passes", f"{len(generation.tokens)} / {generation.passes}")
-    if generation.tokens_per_pass is not None:
-        table.add_row("tokens per pass", f"{generation.tokens_per_pass:.2f}")
-    # Draft by draft.
-    for k, rates in enumerate(zip(generation.acceptance.conditional, generation.acceptance.cumulative, strict=True), 1):
-        table.add_row(f"draft {k}: accepted, cumulative", f"{percent(rates[0])}, {percent(rates[1])}")
-    table.add_row("tokens/s", f"{generation.tokens_per_second:,.0f}")
-    if generation.plain is not None:
-        table.add_row("tokens/s, plain", f"{generation.plain.tokens_per_second:,.0f}")
-        table.add_row("speed-up over plain", f"{generation.speedup:.2f}x")
-    if generation.padded_plain is not None:
-        table.add_row("tokens/s, plain, padded passes", f"{generation.padded_plain.tokens_per_second:,.0f}")
-        table.add_row("speed-up over plain, padded", f"{generation.speedup_over_padded_plain:.2f}x")
-    if not generation.lossless:
-        table.add_row(
-            "lossless", f"no: {generation.strategy} believes its guesses, and may write another text than plain"
-        )
-    if generation.identical is not None:
-        table.add_row("identical to plain", "yes" if generation.identical else _explain(generation))
-    return table
-
-
-def _explain(generation: Generation) -> str:
-    divergence = generation.divergence
-    if divergence is None:
-        return "no"
-    if not generation.lossless:
-        return f"no: another text from token {divergence.index} on"
-    kind = "a tie" if divergence.tie else "NOT A TIE: please report this"
-    distance = "" if divergence.shortfall is None else f", {divergence.shortfall:.1e} under the largest logit"
-    return f"no: token {divergence.index}{distance}, rounding {divergence.rounding:.1e} ({kind})"

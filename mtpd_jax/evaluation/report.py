@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -140,7 +140,15 @@ def write_json(path: str, value: Any) -> None:
     Raises:
       ValueError: the file cannot be written.
     """
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    _write_whole(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: str, values: Sequence[Any]) -> None:
+    """Writes one line of JSON per value; for the rest see ``write_json``."""
+    _write_whole(path, "".join(json.dumps(_finite(one), ensure_ascii=False, allow_nan=False) + "\n" for one in values))
+
+
+def _write_whole(path: str, text: str) -> None:
     try:
         if "://" in path:
             write_atomically(epath.Path(path), text)

@@ -1,5 +1,6 @@
 """How continuations are shown."""
 
+import dataclasses
 import io
 
 import rich.console
@@ -7,6 +8,7 @@ import rich.console
 from mtpd_jax.evaluation import generation as generation_module
 from mtpd_jax.evaluation.acceptance import Acceptance
 from mtpd_jax.evaluation.comparison import Divergence
+from mtpd_jax.evaluation.transcript import pieces, show, show_stream
 
 
 def test_on_a_terminal_tokens_are_coloured_by_proposer():
@@ -34,5 +36,31 @@ def generation_of(**fields):
 def printed(**fields):
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
     generation = generation_of(**fields)
-    generation_module.show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
+    show(console, "prompt", generation, lambda ids: "".join("?abc"[token] for token in ids))
     return console.file.getvalue()
+
+
+def test_pieces_are_whole_characters_and_keep_spaces():
+    """A tokenizer whose texts are not those of its tokens one by one: half characters, a space."""
+    parts = [b" a", "é".encode()[:1], "é".encode()[1:], b" b", b" "]
+
+    def decode(ids):
+        return b"".join(parts[one] for one in ids).decode(errors="replace").removeprefix(" ")
+
+    tokens, proposers = (0, 1, 2, 3, 4), (0, 1, 0, 0, 2)
+    assert list(pieces(tokens, proposers, decode)) == [("a", 0, 1), ("é b", 0, 4), (" ", 2, 5)]
+    assert "".join(text for text, *_ in pieces(tokens, proposers, decode)) == decode(tokens)
+    # What is shown already is not shown again; half a character waits, unless nothing comes any more.
+    assert list(pieces(tokens[:2], proposers[:2], decode, begin=1, final=False)) == []
+    assert list(pieces(tokens[:2], proposers[:2], decode, begin=1)) == [("\ufffd", 1, 2)]
+    assert list(pieces(tokens, proposers, decode, begin=4)) == [(" ", 2, 5)]
+
+
+def test_a_stream_shows_every_token_once():
+    console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    whole = generation_of(lossless=True, strategy="speculative")
+    parts = [dataclasses.replace(whole, tokens=(1, 2, 3)[:n], proposers=(0, 1, 0)[:n]) for n in (1, 1, 3)]
+    found = show_stream(console, "prompt", iter(parts), lambda ids: "".join("?xyz"[token] for token in ids))
+    assert found == parts[-1]
+    shown = console.file.getvalue()
+    assert [shown.count(letter) for letter in "xyz"] == [1, 1, 1] and "\x1b[32my\x1b[0m" in shown

@@ -1,0 +1,54 @@
+"""An interactive session: prompts are typed, and continuations appear in colours as they are written."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import rich.console
+
+from mtpd_jax.data.chat import Message, Prompt
+from mtpd_jax.evaluation.transcript import figures_line, show_stream
+from mtpd_jax.run import Run
+
+_HELP = "an empty line or Ctrl-D ends"
+
+
+def converse(
+    opened: Run,
+    console: rich.console.Console,
+    options: Mapping[str, Any],
+    *,
+    chat: bool = False,
+    system: str | None = None,
+) -> None:
+    """Asks for prompts until there is none, and continues each.
+
+    With ``chat`` they are the messages of one conversation. A prompt that cannot be continued, such as one that leaves
+    no room in the model's context, is answered by one line, and forgotten.
+
+    Args:
+      opened: the run.
+      console: where all is shown.
+      options: what ``Run.stream`` takes.
+      chat: whether prompts are messages, which the model answers.
+      system: with ``chat``, what the model is told before.
+    """
+    said: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    console.print(f"{opened.trained.folder.path}, step {opened.step:,}; {_HELP}", style="dim")
+    while text := _ask(console):
+        prompt: Prompt = [*said, {"role": "user", "content": text}] if chat else text
+        try:
+            generations = opened.stream(prompt, **options)
+            found = show_stream(console, "" if chat else text, generations, opened.tokenizer.decode)
+        except ValueError as error:
+            console.print(str(error), style="red", markup=False)
+            continue
+        console.print(figures_line(found), style="dim", markup=False)
+        if chat:
+            said = [*prompt, {"role": "assistant", "content": found.text}]  # pyright: ignore[reportAssignmentType]
+
+
+def _ask(console: rich.console.Console) -> str:
+    try:
+        return console.input("[bold]> [/bold]")
+    except EOFError:
+        return ""
