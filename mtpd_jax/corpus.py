@@ -106,7 +106,7 @@ def main() -> int:
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the counts to this file")
     flags = parser.parse_args()
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     console = rich.console.Console(highlight=False)
     if flags.validate:
         return _report(console, flags.validate, validate(pathlib.Path(flags.validate).expanduser()), flags.json)

@@ -32,8 +32,9 @@ from mtpd_jax.evaluation.decoding import (
     decode_prompts,
     score_ways,
 )
+from mtpd_jax.evaluation.page import Sample, page
 from mtpd_jax.evaluation.quality import Reader, SpanScore, score_spans
-from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_json
+from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_file, write_json
 from mtpd_jax.evaluation.scoring import TextScore, windows
 from mtpd_jax.evaluation.slots import SlotReport, TextRow, score_slots
 from mtpd_jax.evaluation.span_report import slot_table, span_table
@@ -42,6 +43,9 @@ from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.validation import check_flag, check_integer
+
+# Prompts whose text the report shows. Our choice.
+_SAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +57,14 @@ class PromptReport:
       padded_plain: plain decoding at the width of the others' passes; None without ``bit_exact``.
       others: scores of who else drafts, by name and length of a draft: ``{"lookup": {"4": …}}``.
       spans: of ways to fill in masks, by name, plain decoding among them; see ``evaluation.quality``.
+      samples: the first prompts, and what was written after them by the longest drafts.
     """
 
     heads: dict[str, DecodingScore]
     padded_plain: DecodingScore | None = None
     others: dict[str, dict[str, DecodingScore]] = dataclasses.field(default_factory=dict)
     spans: dict[str, SpanScore] = dataclasses.field(default_factory=dict)
+    samples: tuple[Sample, ...] = ()
 
     @classmethod
     def of(
@@ -73,10 +79,15 @@ class PromptReport:
         return cls(heads, scores.get(PADDED_PLAIN), others, dict(spans))
 
     @property
+    def by_way(self) -> dict[str, DecodingScore]:
+        """All scores, by the name of the way: numbers of heads, who else drafts, and spans."""
+        others = {f"{who} {length}": one for who, scores in self.others.items() for length, one in scores.items()}
+        return {**self.heads, **others, **{name: one.decoding for name, one in self.spans.items()}}
+
+    @property
     def failed(self) -> bool:
         """Whether any greedy text differs from plain decoding's by more than rounding explains."""
-        parts = [self.heads, *self.others.values(), {name: one.decoding for name, one in self.spans.items()}]
-        return any(score.failed for part in parts for score in part.values())
+        return any(score.failed for score in self.by_way.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,10 +297,17 @@ class _Decoding:
                 opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed,
                 transitions=self.transitions, on_call=progress.advance,
             )  # fmt: skip
+        longest: int | str = max(name for name in self.ways if isinstance(name, int))
+        if self.spans:
+            *_, longest = self.spans
+        samples = tuple(
+            Sample.of(prompt, str(longest), written, opened.tokenizer.decode)
+            for prompt, written in zip(self.prompts[:_SAMPLES], decoded[longest], strict=False)
+        )
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
         scores = score_ways(compared, self.batch_size)
         found = score_spans(self.spans, scores, compared, self._reader(opened)) if self.spans else {}
-        return PromptReport.of(scores, self.ways, found)
+        return dataclasses.replace(PromptReport.of(scores, self.ways, found), samples=samples)
 
     def _reader(self, opened: Run) -> Reader | None:
         """The teacher, and what it writes after the same prompts; None where the run keeps none."""
@@ -301,6 +319,23 @@ class _Decoding:
         )
         scorer = opened.teacher.scorer(self.batch_size, max(map(len, self.prompts)) + plain.max_new_tokens)
         return Reader.of(scorer, opened.teacher.parameters, self.prompts, texts)
+
+
+def show(console: rich.console.Console, report: Report) -> None:
+    """Prints the report as tables."""
+    if report.text:
+        console.print(text_table(report.text))
+    for name, slots in report.slots.items():
+        console.print(slot_table(name, slots, report.text[name], report.teacher[name]))
+    for name, mode_report in report.decoding.items():
+        if mode_report.spans:
+            console.print(span_table(name, mode_report.spans))
+            if not mode_report.others and len(mode_report.heads) == 1:
+                continue
+        console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
+        console.print(acceptance_table(name, mode_report.heads))
+        if places := place_table(name, mode_report.heads):
+            console.print(places)
 
 
 def main() -> int:
@@ -326,8 +361,10 @@ def main() -> int:
     frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)
     parser.add_argument("--json", help="write the report to this file")
+    parser.add_argument("--html", help="write the report to this file as a page, with coloured text and charts")
     flags = parser.parse_args()
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
+    frontdoor.check_output_path(flags.html, "--html")
     report = run(
         flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
@@ -337,22 +374,13 @@ def main() -> int:
         confidences=flags.confidences,
         **frontdoor.opening_of(flags),
     )  # fmt: skip
-    console = rich.console.Console()
-    if report.text:
-        console.print(text_table(report.text))
-    for name, slots in report.slots.items():
-        console.print(slot_table(name, slots, report.text[name], report.teacher[name]))
-    for name, mode_report in report.decoding.items():
-        if mode_report.spans:
-            console.print(span_table(name, mode_report.spans))
-            if not mode_report.others and len(mode_report.heads) == 1:
-                continue
-        console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
-        console.print(acceptance_table(name, mode_report.heads))
-        if places := place_table(name, mode_report.heads):
-            console.print(places)
+    show(rich.console.Console(), report)
     if flags.json:
         write_json(flags.json, report.to_json())
+    if flags.html:
+        by_way = {name: one.by_way for name, one in report.decoding.items()}
+        samples = {name: one.samples for name, one in report.decoding.items()}
+        write_file(flags.html, page(flags.workdir, report.text, by_way, samples), "--html")
     return int(any(mode_report.failed for mode_report in report.decoding.values()))
 
 

@@ -165,8 +165,8 @@ def sampling_of(flags: argparse.Namespace) -> Sampling:
     return sampling
 
 
-def check_json_path(path: str | None) -> None:
-    """Checks that a ``--json`` file can be written, before the work whose figures it is for.
+def check_output_path(path: str | None, flag: str = "--json") -> None:
+    """Checks that a file that a flag names can be written, before the work whose figures it is for.
 
     Raises:
       ValueError: its folder is not there, or cannot be written to; or it is a folder itself, or no name.
@@ -174,16 +174,16 @@ def check_json_path(path: str | None) -> None:
     if path is None:
         return
     if not path or epath.Path(path).is_dir():
-        raise ValueError(f"--json={path}: expected the name of a file")
+        raise ValueError(f"{flag}={path}: expected the name of a file")
     if "://" in path:
         return
     target = pathlib.Path(path).resolve()
     if not target.parent.is_dir():
-        raise ValueError(f"--json={path}: there is no folder {target.parent}")
+        raise ValueError(f"{flag}={path}: there is no folder {target.parent}")
     # A file is written beside its place first; what is no file is written to as it is.
     written = target if target.exists() and not target.is_file() else target.parent
     if not os.access(written, os.W_OK):
-        raise ValueError(f"--json={path}: {written} may not be written to")
+        raise ValueError(f"{flag}={path}: {written} may not be written to")
 
 
 def integers(text: str) -> list[int]:
@@ -264,7 +264,7 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
         raise ValueError(f"unexpected argument {left_over[0]!r}: flags are written --name=value")
     if not values["workdir"].value:
         raise ValueError("--workdir is missing")
-    check_json_path(values["json"].value)
+    check_output_path(values["json"].value)
     if values["json"].value and not values["dry_run"].value:
         raise ValueError("--json is written with --dry_run: what a run measures is in its metrics.jsonl")
     given_flags: dict[str, Any] = {name: values[name].value for name in _TRAIN_FLAGS}

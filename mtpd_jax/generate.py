@@ -104,7 +104,7 @@ def main() -> int:
     """Parses the flags, generates, reports."""
     # Whatever can be wrong is looked at before the model is read.
     flags = _parser().parse_args()
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     if flags.system is not None and not flags.chat:
         raise ValueError("--system: expected --chat beside it, for only a conversation has a system message")
     prompts, shown = _prompts(flags)

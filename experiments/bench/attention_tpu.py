@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--heads", type=int, default=4, help="multi-token-prediction heads (default: 4)")
     parser.add_argument("--json", help="write the rows here")
     flags = parser.parse_args(arguments)
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     rows = [
         measure(method_for(attention, flags.topology, flags.fsdp, flags.rows, flags.heads))
         for attention in ("dense", "splash")

@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--figure", help="draw the curve here")
     flags = parser.parse_args(arguments)
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     rows = measure(flags.workdir, flags.prompts, flags.limit, flags.max_new_tokens)
     rich.console.Console().print(table(rows))
     if flags.figure:

@@ -230,7 +230,7 @@ def main(arguments: list[str]) -> int:
     for name in ("heads", "widths", "batches"):
         if min(getattr(flags, name)) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)}: expected numbers from 1 up")
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     opened, prompts = trained_run(flags)
     if opened:
         subjects = [Subject(pathlib.Path(flags.workdir).name, opened.trained.model, opened.parameters)]

@@ -135,7 +135,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     for name in ("number", "repeats", "max_new_tokens"):
         check_count(name, getattr(flags, name))
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     try:
         import torch  # pyright: ignore[reportMissingImports]
         import transformers  # pyright: ignore[reportMissingImports]

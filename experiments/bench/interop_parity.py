@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=64, help="per prompt (default: 64)")
     parser.add_argument("--json", help="write the rows here")
     flags = parser.parse_args(arguments)
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     texts = [prompt for prompt in prompts_of(flags.prompts) if isinstance(prompt, str)]
     if flags.folder:
         rows = imported(texts[: flags.number], flags)

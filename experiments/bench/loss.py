@@ -235,7 +235,7 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"--{name}={value}: expected positive numbers")
     if min(flags.heads) < 0:
         raise ValueError(f"--heads={flags.heads}: expected numbers from 0 up")
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     study = Study(flags.rows, flags.width, flags.dtype, flags.forms, flags.objectives, flags.chunk_rows, flags.repeats)
     rows = [row for case in cases(flags) for row in measure(case, study)]
     if not rows:

@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     parser.add_argument("--json", help="write the rows here")
     flags = parser.parse_args(arguments)
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     found = report(flags.topology, flags.rows, flags.heads, flags.width, flags.vocabulary, flags.top_n)
     plain = next(entry["estimated_seconds"] for entry in found if entry["objective"] == "mtp")
     table = rich.table.Table(

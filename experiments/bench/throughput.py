@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> int:
     for name in ("number", "batch", "repeats"):
         if getattr(flags, name) < 1:
             raise ValueError(f"--{name}={getattr(flags, name)}: expected at least one")
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     opened = on_one_device(flags.workdir)
     prompts = unequal_prompts(opened, flags.prompts, flags.number)
     # Room for the longest prompt, as it is padded, beside what the costs are measured with.

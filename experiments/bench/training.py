@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     if min(flags.heads) < 0 or flags.repeats < 1:
         raise ValueError(f"--heads={flags.heads} --repeats={flags.repeats}: expected heads from 0, repeats from 1 up")
-    frontdoor.check_json_path(flags.json)
+    frontdoor.check_output_path(flags.json)
     rows = measure(SCALES[flags.scale], sorted(flags.heads), flags.repeats)
     rich.console.Console().print(table_of(rows))
     if flags.json:

@@ -140,15 +140,16 @@ def write_json(path: str, value: Any) -> None:
     Raises:
       ValueError: the file cannot be written.
     """
-    _write_whole(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: str, values: Sequence[Any]) -> None:
     """Writes one line of JSON per value; for the rest see ``write_json``."""
-    _write_whole(path, "".join(json.dumps(_finite(one), ensure_ascii=False, allow_nan=False) + "\n" for one in values))
+    write_file(path, "".join(json.dumps(_finite(one), ensure_ascii=False, allow_nan=False) + "\n" for one in values))
 
 
-def _write_whole(path: str, text: str) -> None:
+def write_file(path: str, text: str, flag: str = "--json") -> None:
+    """Writes a text, whole or not at all; for the rest see ``write_json``. ``flag`` is what names the file."""
     try:
         if "://" in path:
             write_atomically(epath.Path(path), text)
@@ -159,7 +160,7 @@ def _write_whole(path: str, text: str) -> None:
         else:
             write_atomically(epath.Path(target), text)
     except OSError as error:
-        raise ValueError(f"--json={path}: cannot be written ({error.strerror or error})") from error
+        raise ValueError(f"{flag}={path}: cannot be written ({error.strerror or error})") from error
 
 
 def _finite(value: Any) -> Any:

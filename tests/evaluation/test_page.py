@@ -1,0 +1,104 @@
+"""The page of a report: one file that needs nothing else, and says what the tables say."""
+
+import dataclasses
+import html.parser
+import re
+
+import pytest
+
+from mtpd_jax import evaluate, frontdoor
+from mtpd_jax.evaluation.acceptance import Acceptance, Interval
+from mtpd_jax.evaluation.page import Sample, model_of, page
+from tests.evaluation.test_report import score
+
+PLAIN = score(
+    tokens_per_pass=Interval(1.0, 1.0, 1.0), acceptance=Acceptance((), ()), agreement=(),
+    tokens_per_second=Interval(100.0, 90, 110), speedup_over_plain=Interval(1.0, 1.0, 1.0),
+)  # fmt: skip
+TWO = score(tokens_per_pass=Interval(2.1, 2.0, 2.2), tokens_per_second=Interval(150.0, 140, 160))
+SAMPLE = Sample("if a < b:", "2", ((" return", 0), (" <b>", 1), ("\n", 2), ("again", -1)), 5, 2)
+
+
+class Reader(html.parser.HTMLParser):
+    """Text, and what marks it; every element that is opened has to be closed, but for those that need not be."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.marked, self.links = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self._note(attrs)
+        if tag not in ("meta", "td", "th", "tr"):
+            self.open.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag, attrs):
+        self._note(attrs)
+
+    def _note(self, attrs):
+        links = [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.links += [link for link in links if not link.startswith("#")]
+
+    def handle_endtag(self, tag):
+        if tag != "tr":
+            assert self.open.pop()[0] == tag, tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1][1].get("title"):
+            self.marked.append((data, self.open[-1][1]["title"]))
+
+
+def read(written):
+    reader = Reader()
+    reader.feed(written)
+    assert not reader.open
+    return reader
+
+
+def test_texts_stand_there_as_they_are_and_drafts_are_marked():
+    written = page("a run", {}, {"prompts": {"0": PLAIN, "2": TWO}}, {"prompts": [SAMPLE]})
+    reader = read(written)
+    assert "if a < b: return <b>\nagain" in "".join(reader.text)
+    assert reader.marked[:3] == [(" <b>", "draft 1"), ("\n", "draft 2"), ("again", "copied from the text")]
+    assert "5 tokens in 2 passes" in "".join(reader.text)
+
+
+def test_it_needs_nothing_else():
+    written = page("a run", {}, {"prompts": {"0": PLAIN, "2": TWO}}, {})
+    assert not read(written).links and "<script" not in written and "@import" not in written
+    assert not re.search(r"url\((?!#)", written)
+    assert written.count("<svg") == 2
+
+
+def test_the_fastest_way_leads_and_lossy_ways_say_so():
+    lossy = score(speedup_over_plain=Interval(1.5, 1.4, 1.6), lossless=False, identical=False)
+    text = "".join(read(page("", {}, {"p": {"0": PLAIN, "2": TWO, "confident 8 at 0.9": lossy}}, {})).text)
+    assert "Fastest with confident 8 at 0.9: 1.50 ±0.10 times" in " ".join(text.split())
+    assert "confident 8 at 0.9 (LOSSY)" in text
+    slower = dataclasses.replace(TWO, speedup_over_plain=Interval(0.8, 0.7, 0.9))
+    assert "Plain decoding is fastest" in page("", {}, {"p": {"0": PLAIN, "2": slower}}, {})
+
+
+def test_the_curve_is_cost_and_acceptance():
+    """A round of two drafts takes 2.1 / 150 seconds, a plain step 1 / 100, and one draft what lies between."""
+    one, two = 0.83, 0.0
+    (zero, at_zero), (_, at_one), (_, at_two) = model_of({"0": PLAIN, "2": TWO})
+    assert (zero, at_zero) == (0, 1.0)
+    assert at_two == pytest.approx((1 + one + two) / (2.1 / 150) / 100)
+    assert at_one == pytest.approx((1 + one) / ((2.1 / 150 + 1 / 100) / 2) / 100)
+
+
+def test_a_model_without_heads_has_no_charts():
+    assert "<svg" not in page("", {}, {"p": {"0": PLAIN}}, {})
+
+
+def test_evaluate_writes_it(workdir, text_file, tmp_path, monkeypatch):
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "page.html"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "a big dog"}\n')
+    arguments = [f"--workdir={workdir}", f"--prompts={prompts}", f"--text={text_file}", "--max_new_tokens=8"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, f"--html={file}"])
+    assert frontdoor.status_of(evaluate.main) == 0
+    text = "".join(read(file.read_text()).text)
+    assert "the cat" in text and "a big dog" in text and "teacher-forced" in text and str(prompts) in text
+    monkeypatch.setattr("sys.argv", ["evaluate", *arguments, f"--html={tmp_path / 'nowhere' / 'page.html'}"])
+    assert frontdoor.status_of(evaluate.main) == 2
