@@ -117,6 +117,7 @@ def main() -> int:
         )
     }  # fmt: skip
     opened, console = open_run(flags.workdir, **frontdoor.opening_of(flags)), rich.console.Console(highlight=False)
+    opened.decoder.on_compile = lambda options: say(f"compiling {options.words} …")
     if flags.interactive:
         converse(opened, console, options, chat=flags.chat, system=flags.system)
         return 0
@@ -142,7 +143,6 @@ def _continue(
         found = [show_stream(console, shown[0], opened.stream(prompts[0], **options), opened.tokenizer.decode)]
         show_figures(console, found[0])
         return found
-    say("compiling and decoding …")
     found = opened.generate(prompts, batch_size=flags.batch_size, compare=flags.compare, **options)
     for prompt, one in zip(shown, found, strict=True):
         show(console, prompt, one, opened.tokenizer.decode)

@@ -82,6 +82,9 @@ class Decoder:
       end_ids: the tokens that end a text.
       scanned: the layout of the layers; None: chosen by the platform.
       chunk: tokens of a prompt that are read at a time.
+
+    Attributes:
+      on_compile: called before a program for some options is compiled, which may take minutes.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class Decoder:
         self._context, self._scanned, self._chunk = model.config.context, scanned, chunk
         if mesh is None:
             mesh = data_mesh(list(jax.tree.leaves(parameters)[0].devices()))
+        self.on_compile: Callable[[Options], object] = lambda options: None
         self._mesh = of_this_process(mesh)
         self._copies = parts_of(self._mesh, "batch")
         self._compiled: dict[Any, Any] = {}
@@ -311,6 +315,7 @@ class Decoder:
         stops = arguments[-1].transitions
         key = (options, arguments[1].shape, rows, mesh.size, None if stops is None else stops.shape)
         if key not in self._compiled:
+            self.on_compile(options)
             chunk = min(self._chunk, arguments[1].shape[1])
             decode: Any = make_decode(network, options, chunk, rows, mesh if mesh.size > 1 else None)
             self._compiled[key] = decode.lower(*arguments).compile()
@@ -322,6 +327,7 @@ class Decoder:
         stops = arguments[-1].transitions
         key = ("stream", options, arguments[1].shape, None if stops is None else stops.shape)
         if key not in self._compiled:
+            self.on_compile(options)
             begin, go_on = make_stream(network, options, min(self._chunk, arguments[1].shape[1]))
             go_on(arguments[0], begin(*arguments), arguments[-1], 0)  # compiled before the clock starts
             self._compiled[key] = begin, go_on

@@ -52,6 +52,13 @@ class Options:
     draft_until: int | None = None
 
     @property
+    def words(self) -> str:
+        """The way of decoding in a few words, for people."""
+        if not self.num_drafts:
+            return "plain decoding"
+        return f"{self.strategy} decoding with {self.num_drafts} {'draft' if self.num_drafts == 1 else 'drafts'}"
+
+    @property
     def width(self) -> int:
         """Tokens per pass."""
         return self._least_width if self.pass_width is None else self.pass_width
