@@ -1,14 +1,18 @@
 # Needs make and Python 3.11 to 3.13; everything else is installed into .venv.
 PYTHON ?= python3
+# pinned: the versions of requirements.txt; newest: of JAX and everything else, the newest that this Python takes.
+JAX ?= pinned
+# On a machine with an NVIDIA GPU, JAX that uses it.
+CUDA := $(if $(shell command -v nvidia-smi 2> /dev/null),cuda)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := .venv/bin
-INSTALLED := .venv/.installed-$(VERSION)
+INSTALLED := .venv/.installed-$(VERSION)-$(JAX)
 LIBTPU := 0.0.51
 TORCH := 2.13.0
 MINUTES ?= 50
 SEED ?= 0
 
-.PHONY: quickstart test test-all mutants soak lint clean
+.PHONY: quickstart test test-all mutants soak lint docs clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python -m experiments.quickstart --workdir=runs/quickstart
@@ -33,16 +37,23 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The manual as a site; a link that leads nowhere is an error.
+docs: .cache/docs/.installed
+	NO_MKDOCS_2_WARNING=1 .cache/docs/bin/mkdocs build --strict --quiet
+	@echo ".cache/site/index.html"
+
 clean:
 	rm -rf .venv .cache
 
 # A changed requirements.txt, or another PYTHON, makes a new environment.
 $(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, not %d.%d; choose one with PYTHON=" % sys.version_info[:2])'
+	@case $(JAX) in pinned|newest) ;; *) echo "JAX=$(JAX): expected pinned or newest" >&2; exit 2;; esac
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps -e .
+	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet -r requirements.txt)
+	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet --no-deps -e .,$(BIN)/pip install --quiet -e ".[dev]")
+	$(if $(CUDA),$(BIN)/pip install --quiet "jax[cuda13]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')")
 	touch $@
 
 # Compiles for TPUs that are not here; apart from .venv, where JAX would look for a TPU at every start. Not for every
@@ -66,4 +77,10 @@ PEER_INSTALL = $(BIN)/pip install --quiet --no-deps --target $(@D)
 .cache/notebooks/.installed: $(INSTALLED) tests/notebooks.txt
 	rm -rf $(@D)
 	$(PEER_INSTALL) -r tests/notebooks.txt
+	touch $@
+
+# What builds the manual; its packages want versions of their own.
+.cache/docs/.installed: docs/requirements.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet -r docs/requirements.txt
 	touch $@

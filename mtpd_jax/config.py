@@ -218,6 +218,8 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     every_steps: int = field(20, POSITIVE, resumable=True)  # and after the last step
     tensorboard: bool = field(True, resumable=True)  # write tb/ in the workdir, too
+    # A project of Weights & Biases that the metrics are sent to as well; empty: none. Needs wandb, and a login.
+    wandb: str = field("", resumable=True, as_before="")
 
 
 # Prompts that rate, and prompts that are reported.

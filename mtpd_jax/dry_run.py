@@ -22,6 +22,7 @@ from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import latest_step
+from mtpd_jax.runs.metrics import check_sinks
 from mtpd_jax.runs.origin import completed
 from mtpd_jax.runs.progress import say
 from mtpd_jax.runs.tokenizers import fitting, given_tokenizer, train_tokenizer
@@ -102,6 +103,7 @@ def dry_run(config: Config | ml_collections.ConfigDict | Mapping[str, Any], work
     step = latest_step(folder)
     folder.check(config, begun=step is not None)
     check_batch(mesh := make_mesh(config.mesh), config.training)
+    check_sinks(config)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [method.describe(), check_training(method), check_attention(method)]
     abstract, source = abstract_state(method, optimizer), open_source(config.data)

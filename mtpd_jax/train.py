@@ -35,7 +35,7 @@ from mtpd_jax.runs.checkpoint import Checkpointer, read_record, restore_state
 from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step, parse_choice, steps_of
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.lock import Lock, take_lock
-from mtpd_jax.runs.metrics import MetricsLog
+from mtpd_jax.runs.metrics import MetricsLog, check_sinks
 from mtpd_jax.runs.models import all_sources, read_backbone
 from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, source_of
 from mtpd_jax.runs.processes import first_decides
@@ -107,6 +107,7 @@ def run(
     folder.check(config, begun=latest_step(folder) is not None)
     candidates(folder, chosen)  # which says what is there, if it is not
     check_batch(mesh := make_mesh(config.mesh), config.training)
+    check_sinks(config)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [check_training(method), check_attention(method)]
     abstract, source = abstract_state(method, optimizer), open_source(config.data)
@@ -124,7 +125,7 @@ def run(
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
         _record_config(config, folder, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
-        metrics = stack.enter_context(MetricsLog(folder, start.step, config.logging.tensorboard, lock))
+        metrics = stack.enter_context(MetricsLog(folder, start.step, config, lock))
         evaluate = HeldOut.of(method, source, tokenizer)
         notes += [source.note, start.note, metrics.note, *_held_out_notes(evaluate, data, start)]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))

@@ -230,8 +230,16 @@ class Trainer:
 
 def _shown(scores: Mapping[str, float | None]) -> str:
     """What is known of held-out text, as a line; and of held-out prompts, as another."""
-    scored = {name.removeprefix("eval/"): value for name, value in scores.items() if name.startswith("eval/")}
-    text = "  ".join(f"{name} {value:.3f}" for name, value in scored.items() if value is not None)
+
+    def of_heads(name: str, factor: float, digits: int, unit: str = "") -> str:
+        found = [value for key, value in scores.items() if key.startswith("eval/head_") and key.endswith(f"/{name}")]
+        shown = " ".join("–" if value is None else f"{factor * value:.{digits}f}" for value in found)
+        return shown and f"  {name} {shown}{unit}"
+
+    # One figure of the main head, and one row of figures for all others.
+    ce, bits = (scores.get(f"eval/main/{name}") for name in ("ce", "bits_per_byte"))
+    text = f"main ce {ce or 0:.3f}" + ("" if bits is None else f"  {bits:.3f} bits per byte")
+    text += of_heads("ce", 1, 2) + of_heads("kl", 1, 2) + of_heads("agreement", 100, 0, " %")
     if "decoded/tokens_per_pass" not in scores:
         return text
     passes, alone = (scores[f"decoded/tokens_per_pass{end}"] or 0 for end in ("", "_without_bonus"))

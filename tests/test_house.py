@@ -93,8 +93,9 @@ def test_the_root_holds_what_it_should():
         pytest.skip("not a checkout")
     tops = {line.split("/")[0] for line in found.stdout.splitlines()}
     assert tops <= {
-        ".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "configs", "docs", "experiments", "mtpd_jax",
-        "notebooks", "pyproject.toml", "requirements.txt", "scripts", "tests",
+        ".ci", ".github", ".gitignore", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile",
+        "README.md", "configs", "docs", "experiments", "mkdocs.yml", "mtpd_jax", "notebooks", "pyproject.toml",
+        "requirements.txt", "scripts", "tests",
     }  # fmt: skip
 
 

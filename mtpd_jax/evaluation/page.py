@@ -96,7 +96,7 @@ def page(
         )  # fmt: skip
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
-        "bounded": bounded, "number": number, "percent": percent, "colour": _colour, "proposer": _proposer,
+        "bounded": bounded, "number": number, "percent": percent, "colour": colour_of, "proposer": _proposer,
         "named": lambda way: "plain decoding" if way == "0" else f"{way} drafts per round" if way.isdigit() else way,
         "shares": lambda rates: " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates),
     }  # fmt: skip
@@ -104,7 +104,8 @@ def page(
     return environment.from_string(template).render(title=title, text=text, parts=parts)
 
 
-def _colour(proposer: int) -> str:
+def colour_of(proposer: int) -> str:
+    """What stands behind a token of a proposer; nothing for the main head's."""
     return "" if proposer == 0 else _COPIED if proposer == COPIED else _COLOURS[(proposer - 1) % len(_COLOURS)]
 
 

@@ -71,7 +71,9 @@ def decoding_table(
     )
     second = "x K=1" if padded_plain is None else "x padded"
     for column in ("heads", "accepted %", "cumulative", "tokens/pass", "tok/s", "x plain", second, "same"):
-        table.add_column(column, justify="right", no_wrap=True)
+        # Rates of many heads take several lines; nothing is ever cut off.
+        rates = column in ("accepted %", "cumulative")
+        table.add_column(column, justify="right", no_wrap=not rates, overflow="fold")
     # Plain decoding first, then heads, then who else drafts.
     rows = list(by_heads.items())
     if padded_plain is not None:

@@ -1,6 +1,8 @@
 """What a run reports while it trains: metrics.jsonl, TensorBoard, and model FLOP utilisation."""
 
 import contextlib
+import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +19,8 @@ import tensorboardX.summary
 from etils import epath
 from tensorboardX.proto import event_pb2
 
+from mtpd_jax.config import Config
+from mtpd_jax.fields import require
 from mtpd_jax.methods.method import Method
 from mtpd_jax.runs.lock import Lock
 from mtpd_jax.runs.workdir import Workdir, write_atomically
@@ -59,8 +63,49 @@ class _TensorBoard:
         self._file.close()
 
 
+def check_sinks(config: Config) -> None:
+    """Checks that what the metrics are to be sent to is there.
+
+    Raises:
+      ValueError: Weights & Biases is asked for, and not installed.
+    """
+    project = config.logging.wandb
+    there = not project or importlib.util.find_spec("wandb") is not None
+    require(there, "logging.wandb", project, "nothing, for wandb is not installed (pip install wandb)")
+
+
+class _WeightsAndBiases:
+    """A run of Weights & Biases with the workdir's name, with which a run that is resumed goes on.
+
+    Raises:
+      ValueError: it does not begin.
+    """
+
+    def __init__(self, project: str, workdir: Workdir, config: Mapping[str, Any]):
+        import wandb  # pyright: ignore[reportMissingImports]  # here, for who does not ask for it need not have it
+
+        # The same folder is the same run.
+        name = workdir.path.name
+        identity = hashlib.sha256(str(workdir.path).encode()).hexdigest()[:16]
+        try:
+            self._run = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(config))
+        except Exception as error:  # a library of many kinds of errors
+            raise ValueError(f"config.logging.wandb = {project!r}: {error}") from error
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        self._run.log({name: value for name, value in values.items() if value is not None}, step=step)
+
+    def flush(self) -> None:
+        """It sends by itself."""
+
+    def close(self) -> None:
+        self._run.finish()
+
+
 class MetricsLog:
-    """Appends to metrics.jsonl and to TensorBoard. Lines beyond the step that a run resumes from are dropped.
+    """Appends to metrics.jsonl, to TensorBoard, and to Weights & Biases if that is asked for.
+
+    Lines beyond the step that a run resumes from are dropped.
 
     A line that is no metrics of a step is put aside with those like it, and the others are kept.
 
@@ -68,7 +113,12 @@ class MetricsLog:
     process writes. A context manager.
     """
 
-    def __init__(self, workdir: Workdir, resumed_step: int, tensorboard: bool, lock: Lock):
+    def __init__(self, workdir: Workdir, resumed_step: int, config: Config, lock: Lock):
+        """Begins with what a run that resumes from a step has written before.
+
+        Raises:
+          ValueError: Weights & Biases is asked for, and does not begin.
+        """
         self._lock = lock
         # A bucket cannot be appended to: a local copy is written, and uploaded.
         self._remote = workdir.path if workdir.remote else None
@@ -78,7 +128,7 @@ class MetricsLog:
         self._lines: list[dict[str, Any]] = []
         self._writing = jax.process_index() == 0
         self._note = ""
-        self._writer = None
+        self._sinks: list[_TensorBoard | _WeightsAndBiases] = []
         if not self._writing:
             return
         # Lines of steps that will be done again are dropped, and what is no line is kept elsewhere.
@@ -90,8 +140,10 @@ class MetricsLog:
                 copy = workdir.copy_aside(stored)
                 self._note = f"{stored}: {broken} lines that are no metrics were left out; all of it is kept in {copy}"
         self._rewrite()
-        if tensorboard:
-            self._writer = _TensorBoard(self._folder / "tb", resumed_step)
+        if config.logging.tensorboard:
+            self._sinks.append(_TensorBoard(self._folder / "tb", resumed_step))
+        if config.logging.wandb:
+            self._sinks.append(_WeightsAndBiases(config.logging.wandb, workdir, config.to_dict()))
         self.publish()
 
     @property
@@ -107,8 +159,8 @@ class MetricsLog:
         with contextlib.suppress(*([OSError, ValueError] if kind else [])):
             if self._writing:
                 self.publish()
-                if self._writer is not None:
-                    self._writer.close()
+                for sink in self._sinks:
+                    sink.close()
         if self._scratch:
             self._scratch.cleanup()
 
@@ -135,8 +187,8 @@ class MetricsLog:
         else:
             with self._local.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self._lines[-1]) + "\n")
-        if self._writer is not None:
-            self._writer.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def _rewrite(self) -> None:
         write_atomically(epath.Path(self._local), "".join(json.dumps(line) + "\n" for line in self._lines))
@@ -155,8 +207,8 @@ class MetricsLog:
             return
         if self._remote is not None:
             self._lock.check()
-        if self._writer is not None:
-            self._writer.flush()
+        for sink in self._sinks:
+            sink.flush()
         if self._remote is not None:
             # All files whole, for a bucket keeps no part of one.
             for file in (path for path in self._folder.rglob("*") if path.is_file()):

@@ -1,5 +1,6 @@
 """What tables show: figures, their intervals, and dashes where there is none."""
 
+import collections
 import dataclasses
 import io
 import json
@@ -8,19 +9,24 @@ import os
 import pytest
 import rich.console
 
-from mtpd_jax.evaluation.acceptance import Acceptance, Interval
+from experiments.quickstart import summarise, summary_table
+from mtpd_jax.evaluation.acceptance import Acceptance, Interval, PlaceScore
 from mtpd_jax.evaluation.comparison import Divergence
 from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.evaluation.quality import Quality, SpanScore
 from mtpd_jax.evaluation.report import (
     acceptance_table,
     bounded,
     decoding_table,
     number,
     percent,
+    place_table,
     text_table,
     write_json,
 )
 from mtpd_jax.evaluation.scoring import HeadScore, MainScore, TextScore
+from mtpd_jax.evaluation.slots import SlotReport, SlotScore
+from mtpd_jax.evaluation.span_report import slot_table, span_table
 
 NOTHING = Interval(None, None, None)
 PARTED = Divergence(3, 0.5, 0.5, 0.0, False)
@@ -117,3 +123,51 @@ def test_json_has_no_nan_and_is_whole(tmp_path, monkeypatch):
     os.close(reader)
     with pytest.raises(ValueError, match="No space left on device"):
         write_json("/dev/full", {})
+
+
+def sixteen_heads():
+    rates = tuple(Interval(0.8 - 0.01 * k, 0.7, 0.9) for k in range(16))
+    return score(acceptance=Acceptance(rates, rates), agreement=rates, by_place=places(rates))
+
+
+def places(rates):
+    return tuple(PlaceScore(begin, end, 1234, Interval(1.5, 1.4, 1.6), rates) for begin, end in ((0, 64), (64, 128)))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", ["text", "decoding", "padded", "acceptance", "places", "spans", "slots", "quickstart"])
+def test_no_figure_is_cut_off(name, width):
+    """On a narrow terminal a table takes more lines; every letter of it is there, and no line is longer."""
+    long, wide = "/home/somebody/projects/stories/prompts_of_tinystories_validation.jsonl", sixteen_heads()
+    plain = score(acceptance=Acceptance((), ()), agreement=())
+    head, text = HeadScore(4.5431, 0.1441, 0.7181), TextScore(MainScore(4.389, 1.853), (), 123_456_789, 1)
+    quality = Quality(*[Interval(0.5, 0.4, 0.6)] * 4)
+    ways = {
+        name: SpanScore("static", 16, 0.95, decoding, Interval(1.5, 1.4, 1.6), (3, 4), 31.0, quality)
+        for name, decoding in (("plain", plain), ("confident 16 at 0.95", dataclasses.replace(wide, lossless=False)))
+    }
+    slots = SlotReport(tuple(SlotScore(0.9, 0.8, 0.7, 123_456) for _ in range(8)), ())
+    part = summarise({"0": plain, "4": wide, "16": wide})
+    summary = {
+        "parameters": 123_456_789, "train_seconds": 1234.5, "main": {"ce": 4.389, "bits_per_byte": 1.853},
+        "heads": [dataclasses.asdict(head)] * 16, "decoding": {**part, "sampled": part},
+    }  # fmt: skip
+    table = {
+        "text": lambda: text_table({long: dataclasses.replace(text, heads=(head,) * 16)}),
+        "decoding": lambda: decoding_table(long, {"0": plain, "16": wide}, None, {"lookup": {"16": wide}}),
+        "padded": lambda: decoding_table(long, {"0": plain, "16": wide}, plain),
+        "acceptance": lambda: acceptance_table(long, {"16": wide}),
+        "places": lambda: place_table(long, {"16": wide}),
+        "spans": lambda: span_table(long, ways),
+        "slots": lambda: slot_table(long, slots, text, text),
+        "quickstart": lambda: summary_table(summary),
+    }[name]()  # fmt: skip
+
+    def letters(columns):
+        console = rich.console.Console(width=columns, record=True, file=io.StringIO())
+        console.print(table)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= columns
+        return collections.Counter(letter for line in lines for letter in line if letter not in " ─")
+
+    assert letters(width) == letters(400)

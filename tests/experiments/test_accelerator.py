@@ -96,9 +96,9 @@ def test_the_page_that_is_here_is_that_of_the_results_that_are_here(tmp_path):
     write_page(Place(ROOT / "experiments" / "results" / "accelerator", tmp_path, tiny=False), tmp_path / "page.md")
     page = (ROOT / "docs" / "accelerators.md").read_text()
     assert (tmp_path / "page.md").read_text() == page
-    # And the README says of which machine they are.
-    lines = (ROOT / "README.md").read_text().splitlines()
-    row = next(line for line in lines if line.startswith("| [docs/accelerators"))
+    # And the manual says of which machine they are.
+    lines = (ROOT / "docs" / "experiments.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| [accelerators"))
     assert ("no machine yet" in row) == ("Nothing has been measured" in page)
 
 

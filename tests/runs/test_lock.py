@@ -137,12 +137,12 @@ def test_where_files_cannot_be_locked_a_lease_is_taken(tmp_path, monkeypatch):
 def test_metrics_of_a_run_that_was_taken_over_are_the_others(tmp_path, monkeypatch, remote):
     """Whoever lost the lock leaves the winner's lines as they are."""
     monkeypatch.setattr(Workdir, "remote", remote)
-    place = open_workdir(str(tmp_path))
+    place, config = open_workdir(str(tmp_path)), tiny_config(logging__tensorboard=False)
     with pytest.raises(ValueError, match="took this run over"):
-        with take_lock(place) as old, MetricsLog(place, 0, False, old) as losing:
+        with take_lock(place) as old, MetricsLog(place, 0, config, old) as losing:
             losing.write(1, {"loss": 1.0})
             with take_lock(place, break_lock=True) as new:
-                with MetricsLog(place, 0, False, new) as winning:
+                with MetricsLog(place, 0, config, new) as winning:
                     winning.write(1, {"loss": 2.0})
                 losing.write(1, {"eval": 3.0}) if not remote else losing.publish()
     assert [json.loads(line) for line in place.metrics_file.read_text().splitlines()] == [{"step": 1, "loss": 2.0}]

@@ -1,7 +1,9 @@
 """What a run writes while it trains: names, and figures that are what their names say."""
 
+import importlib.util
 import json
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -84,7 +86,7 @@ def test_utilisation_is_of_the_devices_in_use(monkeypatch):
 def test_what_is_not_finite_is_null(tmp_path):
     """JSON has no word for it, and TensorBoard no place."""
     place = open_workdir(str(tmp_path))
-    with take_lock(place) as lock, MetricsLog(place, 0, True, lock) as metrics:
+    with take_lock(place) as lock, MetricsLog(place, 0, tiny_config(), lock) as metrics:
         metrics.write(3, {"a": float("nan"), "b": 1.5, "c": float("-inf"), "d": None})
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line == {"step": 3, "a": None, "b": 1.5, "c": None, "d": None}
@@ -143,3 +145,47 @@ def test_tokens_per_second_leave_out_what_is_no_training(monkeypatch):
     assert meter.read() == 200
     work(2, 100)
     assert meter.read() == 50  # counted anew
+
+
+class FakeWandb:
+    """Weights & Biases, as far as it is used: what it was told."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.begun.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_is_told_what_the_file_is(run_config, tmp_path, monkeypatch):
+    """Once for every step, nothing that is null; a run that goes on is the same one there."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
+    train.run(replace(run_config, logging__wandb="project", training__steps=10), str(tmp_path / "run"))
+    train.run(replace(run_config, logging__wandb="project"), str(tmp_path / "run"))
+    first, second = fake.begun
+    assert first["project"] == "project" and first["name"] == "run" and first["config"]["training"]["steps"] == 10
+    assert first["id"] == second["id"] and first["resume"] == "allow" and fake.finished == 2
+    told = {}
+    for step, values in fake.logged:
+        assert None not in values.values()
+        told.setdefault(step, {}).update(values)
+    for line in lines(tmp_path / "run"):
+        kept = {name: value for name, value in line.items() if value is not None and name != "step"}
+        assert told[line["step"]] == kept
+
+
+def test_weights_and_biases_that_is_not_there_is_said_before_anything_is_created(run_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="logging.wandb.*pip install wandb"):
+        train.run(replace(run_config, logging__wandb="project"), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
