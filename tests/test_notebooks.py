@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 
 import pytest
@@ -82,3 +83,71 @@ def test_one_model_three_ways_to_write_faster(model, text_file, tmp_path, monkey
     printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
     assert "LOSSY confident 3 at 0.01" in printed and "the same text as plain: True" in printed
     assert printed.count("image/png") == 3
+
+
+TINY = {"STEPS": 4, "BATCH": 4, "LENGTH": 32, "WIDTH": 32, "LAYERS": 1}
+
+
+def pictures(notebook):
+    return json.dumps([cell.get("outputs", []) for cell in notebook.cells]).count("image/png")
+
+
+def printed_by(notebook):
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+def test_where_the_time_goes(tmp_path, monkeypatch):
+    parameters = {"MODELS": {"32 x 1": (64, 1)}, "HEADS": 2, "NEW_TOKENS": 8, "TURNS": 1, "ROWS": (1, 2)}
+    parameters["ACCEPTANCE"] = (0.8, 0.6)
+    assert pictures(executed(ROOT / "notebooks" / "where_the_time_goes.ipynb", parameters, tmp_path, monkeypatch)) == 4
+
+
+@pytest.mark.slow
+def test_first_steps(tmp_path, monkeypatch):
+    parameters = {**TINY, "WORK": "work", "HEADS": 2, "PROMPTS": 2, "NEW_TOKENS": 6}
+    notebook = executed(ROOT / "notebooks" / "first_steps.ipynb", parameters, tmp_path, monkeypatch)
+    assert pictures(notebook) == 2 and "identical to plain decoding: True" in printed_by(notebook)
+    shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
+    assert shown.count("no colour: main head") == 4  # two texts, each as HTML and in its representation
+
+
+@pytest.mark.slow
+def test_what_heads_learn(tmp_path, monkeypatch):
+    parameters = {**TINY, "WORK": "work", "HEADS": 2, "TEXTS": 2, "POSITIONS": 2}
+    notebook = executed(ROOT / "notebooks" / "what_heads_learn.ipynb", parameters, tmp_path, monkeypatch)
+    assert pictures(notebook) == 4 and "of the mass" in printed_by(notebook)
+
+
+@pytest.mark.slow
+def test_extension(tmp_path, monkeypatch):
+    parameters = {**TINY, "WORK": "work", "HEADS": 1, "LONGER": (2, 4), "EXTENSION_STEPS": 3, "PROMPTS": 2}
+    parameters |= {"NEW_TOKENS": 4, "LENGTH": 128}
+    notebook = executed(ROOT / "notebooks" / "extension.ipynb", parameters, tmp_path, monkeypatch)
+    assert pictures(notebook) == 2 and "the backbone is unchanged: True" in printed_by(notebook)
+    assert "texts equal plain decoding's: True" in printed_by(notebook)
+
+
+@pytest.mark.slow
+def test_the_objective(tmp_path, monkeypatch):
+    parameters = {**TINY, "WORK": "work", "HEADS": 2, "SEEDS": (0,), "BETAS": (0.0, 1.0), "TOP_NS": (8,)}
+    parameters["DIVERGENCES"] = ("forward", "tv")
+    notebook = executed(ROOT / "notebooks" / "objective.ipynb", parameters, tmp_path, monkeypatch)
+    assert pictures(notebook) == 2 and "7 rows" in printed_by(notebook)
+
+
+@pytest.mark.slow
+def test_sharding(tmp_path, monkeypatch):
+    meshes = {"one device": (1, 1, 1), "fsdp 4 x tensor 2": (1, 4, 2), "data 8": (8, 1, 1)}
+    parameters = {**TINY, "WORK": "work", "HEADS": 1, "BATCH": 8, "MESHES": meshes}
+    notebook = executed(ROOT / "notebooks" / "sharding.ipynb", parameters, tmp_path, monkeypatch)
+    assert pictures(notebook) == 3
+    (difference,) = re.findall(r"largest relative difference: (\S+)", printed_by(notebook))
+    assert 0 < float(difference) < 1e-3
+    assert "8 True" in printed_by(notebook)
+
+
+def test_every_notebook_is_run():
+    """By a test of its own, above."""
+    text = pathlib.Path(__file__).read_text()
+    assert all(f'"{path.name}"' in text for path in NOTEBOOKS) and len(NOTEBOOKS) >= 8
