@@ -62,11 +62,26 @@ def summarise(scores: dict[str, DecodingScore]) -> dict[str, Any]:
 
 
 def summary_table(summary: dict[str, Any]) -> rich.table.Table:
-    """The whole of the quickstart on one screen."""
-    greedy, sampled = summary["decoding"], summary["decoding"]["sampled"]
+    """The whole of the quickstart on one screen: what drafting brings with the best number of heads comes first."""
+    parts = summary["decoding"], summary["decoding"]["sampled"]
+    best = [part["by_heads"][str(part["best_heads"])] for part in parts]
     table = rich.table.Table(title="quickstart: summary", box=rich.box.SIMPLE_HEAD)
     for column in ("", "greedy", "sampled, temperature 1"):
         table.add_column(column, justify="left" if not column else "right")
+    table.add_row("best number of heads", *(str(part["best_heads"]) for part in parts), style="bold")
+    table.add_row("times plain decoding", *(number(part["best_speedup"]) for part in parts), style="bold")
+    table.add_row("tokens per pass", *(number(one["tokens_per_pass"]) for one in best))
+    speeds = zip(parts, best, strict=True)
+    table.add_row(
+        "tokens/s, from plain",
+        *(
+            f"{number(part['plain_tokens_per_second'], 0)} to {number(one['tokens_per_second'], 0)}"
+            for part, one in speeds
+        ),
+    )
+    table.add_row("identical to plain decoding", "yes" if parts[0]["identical"] else "no", "(by distribution)")
+    table.add_section()
+    # What was trained, and what it makes of held-out text.
     table.add_row("trained", f"{summary['parameters']:,} parameters", f"{summary['train_seconds']:,.0f} s")
     main = summary["main"]
     table.add_row("held-out text, main head", f"CE {main['ce']:.3f} nats", f"{main['bits_per_byte']:.3f} bits per byte")
@@ -75,25 +90,13 @@ def summary_table(summary: dict[str, Any]) -> rich.table.Table:
             f"held-out text, head {k}", f"CE {head['ce']:.3f} nats", f"agreement {percent(head['agreement'])}"
         )
     table.add_section()
+    # Every head, and all together.
     for k, _ in enumerate(summary["heads"]):
-        cells = [
-            f"{percent(part['acceptance']['conditional'][k])}, {percent(part['acceptance']['cumulative'][k])}"
-            for part in (greedy, sampled)
-        ]
-        table.add_row(f"head {k + 1}: accepted, cumulative", *cells)
-    rows = {
-        "tokens per pass": "tokens_per_pass",
-        "tokens/s, plain": "plain_tokens_per_second",
-        "tokens/s, all heads": "speculative_tokens_per_second",
-        "speed-up, all heads": "speedup",
-        "distinct 4-grams": "distinct_4grams",
-        "best number of heads": "best_heads",
-        "speed-up with that many": "best_speedup",
-    }
-    for label, name in rows.items():
-        digits = 0 if name.endswith(("second", "heads")) else 2
-        table.add_row(label, number(greedy[name], digits), number(sampled[name], digits))
-    table.add_row("identical to plain decoding", "yes" if greedy["identical"] else "no", "(by distribution)")
+        rates = [[part["acceptance"][name][k] for name in ("conditional", "cumulative")] for part in parts]
+        table.add_row(f"head {k + 1}: accepted, cumulative", *(", ".join(map(percent, pair)) for pair in rates))
+    for label, name in (("tokens per pass", "tokens_per_pass"), ("times plain decoding", "speedup")):
+        table.add_row(f"all heads: {label}", *(number(part[name]) for part in parts))
+    table.add_row("distinct 4-grams", *(number(part["distinct_4grams"]) for part in parts))
     return table
 
 

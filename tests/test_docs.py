@@ -185,6 +185,12 @@ def test_the_project_lives_at_one_address():
         assert set(re.findall(r"https://[^/\s]+/[\w-]+/mtpd_jax", page.read_text())) <= {REPOSITORY}, page
 
 
+def test_every_notebook_opens_in_colab():
+    page, owner = (ROOT / "docs" / "notebooks.md").read_text(), REPOSITORY.removeprefix("https://github.com/")
+    found = set(re.findall(r"\(https://colab\.research\.google\.com/github/(\S+)\)", page))
+    assert found == {f"{owner}/blob/main/notebooks/{one.name}" for one in (ROOT / "notebooks").glob("*.ipynb")}
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 

@@ -171,3 +171,22 @@ def test_no_figure_is_cut_off(name, width):
         return collections.Counter(letter for line in lines for letter in line if letter not in " ─")
 
     assert letters(width) == letters(400)
+
+
+def test_the_quickstart_leads_with_the_best_number_of_heads():
+    """Its own figures, and not those of all heads, which stand below."""
+    plain = score(acceptance=Acceptance((), ()), agreement=(), tokens_per_second=Interval(100.0, 90, 110))
+    one = score(speedup_over_plain=Interval(1.4, 1.3, 1.5), tokens_per_second=Interval(140.0, 130, 150))
+    two = score(speedup_over_plain=Interval(1.1, 1.0, 1.2), tokens_per_pass=Interval(2.4, 2.3, 2.5))
+    greedy, sampled = summarise({"0": plain, "1": one, "2": two}), summarise({"0": plain, "1": two, "2": one})
+    head = {"ce": 4.5, "kl": 0.1, "agreement": 0.7}
+    summary = {
+        "parameters": 1, "train_seconds": 1.0, "main": {"ce": 4.4, "bits_per_byte": 1.9}, "heads": [head, head],
+        "decoding": {**greedy, "sampled": sampled},
+    }  # fmt: skip
+    lines = [" ".join(line) for line in shown(summary_table(summary)) if line]
+    first = lines.index("best number of heads 1 2")
+    assert lines[first + 1 : first + 4] == [
+        "times plain decoding 1.40 1.40", "tokens per pass 1.82 1.82", "tokens/s, plain and so 100, 140 100, 140",
+    ]  # fmt: skip
+    assert "all heads: tokens per pass 2.40 1.82" in lines
