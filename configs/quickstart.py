@@ -1,13 +1,14 @@
 """A small MTP-D model on the standard library's source: six and a half minutes on two CPU cores, and drafting pays.
 
-What was tried, on two cores, 512 tokens per step: bits per byte of all held-out files, seconds of training, and the best
-speed-up, greedy and at temperature 1 (one process each: the same run differs by a tenth from one to the next).
+What was tried, on two cores, 512 tokens per step: bits per byte of all held-out files, seconds of training, and the
+best speed-up, greedy and at temperature 1 (one process each: the same run differs by a tenth from one to the next).
 
     width x layers, steps                                    bits per byte   seconds   x plain
     256 x 6, 930                                             1.904           305       1.29, 1.45
     256 x 7, 1,080                                           1.894           366       1.29, 1.19
     256 x 8, 900                                             1.930           342       1.36, 1.40
-    256 x 8, 1,000, beta 0.3 (in place of 0.5)               1.905           358       1.51, 1.20; 1.43, 1.36
+    256 x 8, 1,080, beta 0.3 (in place of 0.5)               1.880           399       1.56, 1.32
+    256 x 8, 1,000, beta 0.3                                 1.905           358       1.51, 1.20; 1.43, 1.36
     256 x 8, 700, a rate of 3e-3                             1.954
     the same, one row of 512 tokens in place of two of 256   2.042
     256 x 8, 1,500 steps of one row of 256, 2e-3             1.980           350
