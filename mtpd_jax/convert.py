@@ -5,11 +5,14 @@ writes a run, which generate, evaluate and training methods open. ``to_hf --work
 a folder that transformers opens, and what else reads its formats. --dry_run writes nothing, and says the same.
 """
 
+import dataclasses
+
 import jax
 import rich.console
 
 from mtpd_jax import frontdoor
 from mtpd_jax.conversion import from_hf, to_hf
+from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.interop.formats import FORMATS
 
 
@@ -32,7 +35,9 @@ def main() -> int:
     )  # fmt: skip
     for direction in (reading, writing):
         direction.add_argument("--dry_run", action="store_true", help="say what would be done, and write nothing")
+        direction.add_argument("--json", help="write what was done to this file")
     flags = parser.parse_args()
+    frontdoor.check_output_path(flags.json)
     # What is converted passes through the host's memory; an accelerator is not needed, and may be somebody's.
     jax.config.update("jax_platforms", "cpu")
     if flags.direction == "from_hf":
@@ -43,6 +48,8 @@ def main() -> int:
             **frontdoor.opening_of(flags),
         )  # fmt: skip
     rich.console.Console(highlight=False).print("\n".join(done.lines), markup=False, soft_wrap=True)
+    if flags.json:
+        write_json(flags.json, dataclasses.asdict(done))
     return 0
 
 

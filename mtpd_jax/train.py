@@ -107,7 +107,6 @@ def run(
     folder.check(config, begun=latest_step(folder) is not None)
     candidates(folder, chosen)  # which says what is there, if it is not
     check_batch(mesh := make_mesh(config.mesh), config.training)
-    check_sinks(config)
     method, optimizer = method_of(config, mesh), make_optimizer(config)
     notes = [check_training(method), check_attention(method)]
     abstract, source = abstract_state(method, optimizer), open_source(config.data)
@@ -266,6 +265,7 @@ def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | N
 
     The first process does both, and all read the tokenizer that it wrote: one that made its own could differ.
     """
+    check_sinks(config)
     if jax.process_count() > 1:  # none writes before all have looked at what was there
         multihost_utils.sync_global_devices("workdir looked at")
     lock = error = None

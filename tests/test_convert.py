@@ -129,6 +129,13 @@ def test_dry_runs_say_the_same_and_write_nothing(call, workdir, exported, tmp_pa
         shutil.rmtree(target)
 
 
+def test_what_was_done_is_json_too(call, workdir, tmp_path):
+    status, output, _ = call("to_hf", tmp_path / "m", f"--workdir={workdir}", f"--json={tmp_path / 'done.json'}")
+    found = json.loads((tmp_path / "done.json").read_text())
+    assert status == 0 and "\n".join(found["lines"]) in output
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(open_run(str(workdir)).parameters))
+
+
 @pytest.mark.slow
 def test_what_is_imported_is_evaluated_and_extended(call, exported, text_file, tmp_path):
     run = tmp_path / "run"

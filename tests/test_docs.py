@@ -154,6 +154,17 @@ def test_all_others_run_too(world, monkeypatch):
         assert in_process(list(words), monkeypatch) == 0, " ".join(words)
 
 
+@pytest.mark.slow
+def test_the_lines_of_python_in_the_readme_run(world, monkeypatch, capsys):
+    """With the quickstart's config made small."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    small = runpy.run_path(str(world / "configs" / "quickstart.py"))["get_config"]()
+    monkeypatch.setattr("configs.quickstart.get_config", lambda: small)
+    monkeypatch.chdir(world)
+    exec(block, {})
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("ScoredText(")
+
+
 def headings(page):
     """The anchors of a page: its headings as they are linked to, and those that it names itself."""
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
