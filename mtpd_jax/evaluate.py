@@ -292,7 +292,7 @@ class _Decoding:
         with Progress("decoding", len(self.prompts) * len(self.ways)) as progress:
             for note in {opened.note_of(self.prompts, options) for options in self.ways.values()} - {""}:
                 progress.say(note)
-            opened.decoder.on_compile = lambda options: progress.say(f"compiling {options.words} …")
+            opened.decoder.on_compile = lambda options: progress.show(f"compiling {options.words} …")
             decoded = decode_prompts(
                 opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed,
                 transitions=self.transitions, on_call=progress.advance,

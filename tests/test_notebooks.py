@@ -97,6 +97,7 @@ def printed_by(notebook):
     return "".join(output["text"] for output in outputs if output.output_type == "stream" and output.name == "stdout")
 
 
+@pytest.mark.slow
 def test_where_the_time_goes(tmp_path, monkeypatch):
     parameters = {"MODELS": {"32 x 1": (64, 1)}, "HEADS": 2, "NEW_TOKENS": 8, "TURNS": 1, "ROWS": (1, 2)}
     parameters["ACCEPTANCE"] = (0.8, 0.6)

@@ -28,6 +28,7 @@ class Progress:
 
     def __init__(self, label: str, total: int, done: int = 0):
         self._console = _console()
+        self._label = label
         self._total, self._done = total, done
         # What is done first takes longer, for it is compiled: time is counted from its end.
         self._first: tuple[int, float] | None = None
@@ -56,7 +57,11 @@ class Progress:
         self._done += steps
         if self._first is None:
             self._first = self._done, time.monotonic()
-        self._bar.update(self._task, completed=self._done)
+        self._bar.update(self._task, completed=self._done, description=self._label)
+
+    def show(self, what: str) -> None:
+        """Shows what is being done, in place of the bar's label, until the job moves on."""
+        self._bar.update(self._task, description=what)
 
     def say(self, text: str) -> None:
         """Writes a line (above the bar, if there is one)."""

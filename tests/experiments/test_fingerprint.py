@@ -38,11 +38,15 @@ def test_rounding_is_no_new_version_and_anything_else_is():
 
 
 @pytest.mark.optimised
+# In every run of the tests; the others take half a minute each.
+_QUICK = ("extension",)
+
+
 @pytest.mark.parametrize(
     "part",
     [
         pytest.param(
-            part, marks=pytest.mark.slow if part in ("joint", "posthoc", "shared", "online", "soft", "offline") else ()
+            part, marks=pytest.mark.slow if part not in _QUICK else ()
         )
         for part in fingerprint.PARTS
     ],

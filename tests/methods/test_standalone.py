@@ -217,7 +217,8 @@ def test_a_student_that_is_its_teacher_diverges_at_masks_only():
         assert bool(difference.max() < 1e-5) is alike
 
 
-@pytest.mark.parametrize("labels", ["distribution", pytest.param("teacher", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["distribution", "teacher"])
 def test_neither_micro_batches_nor_meshes_change_a_step(labels):
     """The same lengths and offsets are drawn for the same rows, however the batch is cut and whoever computes it."""
     config = student_config(objective__labels=labels, objective__k_min=2)

@@ -69,8 +69,18 @@ class Bar:
     def add_task(self, *_, completed, **__):
         self.completed = completed
 
-    def update(self, _, completed):
-        self.completed = completed
+    def update(self, _, completed=None, description=None):
+        self.completed = self.completed if completed is None else completed
+        self.description = description
+
+
+def test_what_is_being_done_is_shown_until_the_job_moves_on(monkeypatch):
+    monkeypatch.setattr(progress_module.rich.progress, "Progress", Bar)
+    progress = Progress("decoding", 10)
+    progress.show("compiling")
+    assert (progress._bar.description, progress._bar.completed) == ("compiling", 0)
+    progress.advance(3)
+    assert (progress._bar.description, progress._bar.completed) == ("decoding", 3)
 
 
 def test_lines_are_shown_as_they_are(monkeypatch):
