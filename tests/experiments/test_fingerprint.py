@@ -37,19 +37,14 @@ def test_rounding_is_no_new_version_and_anything_else_is():
     assert fingerprint.known_as(more) != version
 
 
-@pytest.mark.optimised
 # In every run of the tests; the others take half a minute each.
 _QUICK = ("extension",)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     "part",
-    [
-        pytest.param(
-            part, marks=pytest.mark.slow if part not in _QUICK else ()
-        )
-        for part in fingerprint.PARTS
-    ],
+    [pytest.param(part, marks=pytest.mark.slow if part not in _QUICK else ()) for part in fingerprint.PARTS],
 )
 def test_this_code_does_what_is_recorded(part, tmp_path):
     """With the tests' eight devices and without optimisation, where the record was made with one and with it."""
