@@ -106,7 +106,7 @@ def test_where_the_time_goes(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_first_steps(tmp_path, monkeypatch):
-    parameters = {**TINY, "WORK": "work", "HEADS": 2, "PROMPTS": 2, "NEW_TOKENS": 6}
+    parameters = {**TINY, "WORK": "work", "HEADS": 2, "PROMPTS": 2, "NEW_TOKENS": 6, "LENGTH": 64}
     notebook = executed(ROOT / "notebooks" / "first_steps.ipynb", parameters, tmp_path, monkeypatch)
     assert pictures(notebook) == 2 and "identical to plain decoding: True" in printed_by(notebook)
     shown = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
