@@ -208,11 +208,8 @@ class Run:
         options = self.options(
             heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy, past_trained_length, slots
         )
-        encoded = [self.encode(prompt) for prompt in prompts]
-        if note := self.note_of(encoded, options):
-            say(note)
         return generate(
-            self.decoder, self.tokenizer, encoded, options,
+            self.decoder, self.tokenizer, self._encoded(prompts, options), options,
             stop=stop, batch_size=batch_size, seed=seed, compare=compare,
         )  # fmt: skip
 
@@ -241,10 +238,15 @@ class Run:
         options = self.options(
             heads, max_new_tokens, sampling, min_confidence, bit_exact, drafter, strategy, past_trained_length, slots
         )
-        encoded = self.encode(prompt)
-        if note := self.note_of([encoded], options):
-            say(note)
+        (encoded,) = self._encoded([prompt], options)
         return stream(self.decoder, self.tokenizer, encoded, options, stop=stop, seed=seed)
+
+    def _encoded(self, prompts: Sequence[Prompt], options: Options) -> list[np.ndarray]:
+        """Prompts as token ids; what has to be said of them is said on standard error."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        if note := self.note_of(encoded, options):
+            say(note)
+        return encoded
 
     def score(self, texts: Sequence[str], batch_size: int = 1) -> list[ScoredText]:
         """Scores texts, teacher-forced, token by token: each is a document, with an end token after it.
