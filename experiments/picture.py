@@ -114,7 +114,7 @@ def drawn(opened: Run, prompt: str, found: Generation) -> str:
     )
     legend = [Piece("proposed by: main head  ")]
     for proposer in range(1, 1 + max(found.proposers)):
-        legend += [Piece(proposer_name(found, proposer), behind=colour_of(proposer)), Piece("  ")]
+        legend += [Piece(proposer_name(found.strategy, proposer), behind=colour_of(proposer)), Piece("  ")]
     return svg(list(zip(headings, (text, plain), strict=True)), legend)
 
 

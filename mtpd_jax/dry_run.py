@@ -15,22 +15,17 @@ import rich.text
 
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
-from mtpd_jax.data.sources import open_source
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.report import number
-from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import latest_step
-from mtpd_jax.runs.metrics import check_sinks
-from mtpd_jax.runs.origin import completed
+from mtpd_jax.runs.plan import Plan, planned
 from mtpd_jax.runs.progress import say
-from mtpd_jax.runs.tokenizers import fitting, given_tokenizer, train_tokenizer
-from mtpd_jax.runs.workdir import open_workdir
-from mtpd_jax.sharding import batch_sharding, check_batch, describe_mesh, make_mesh
-from mtpd_jax.training.feasibility import check_attention, check_training, device_memory
-from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.state import TrainState, abstract_state, state_shardings
+from mtpd_jax.runs.tokenizers import fitting, train_tokenizer
+from mtpd_jax.sharding import batch_sharding, describe_mesh
+from mtpd_jax.training.feasibility import device_memory
+from mtpd_jax.training.state import TrainState, state_shardings
 from mtpd_jax.training.step import make_step
 
 # Rows, and characters of a segment, that a terminal shows; JSON has all of them. Our choice.
@@ -98,17 +93,11 @@ def dry_run(config: Config | ml_collections.ConfigDict | Mapping[str, Any], work
     Raises:
       ValueError: what ``train.run`` would refuse.
     """
-    config, folder = Config.of(config), open_workdir(workdir)
-    config = completed(config, folder)
+    plan = planned(config, workdir)
+    config, folder, method, source = plan.config, plan.folder, plan.method, plan.source
     step = latest_step(folder)
-    folder.check(config, begun=step is not None)
-    check_batch(mesh := make_mesh(config.mesh), config.training)
-    check_sinks(config)
-    method, optimizer = method_of(config, mesh), make_optimizer(config)
-    notes = [method.describe(), check_training(method), check_attention(method)]
-    abstract, source = abstract_state(method, optimizer), open_source(config.data)
     # The tokenizer that there is or would be, and the batch that would be next.
-    tokenizer = given_tokenizer(config, folder, source)
+    tokenizer = plan.tokenizer
     if tokenizer is None:
         there = folder.tokenizer_file.exists()
         tokenizer = fitting(folder.read_tokenizer(config), config) if there else train_tokenizer(config, source)
@@ -118,8 +107,9 @@ def dry_run(config: Config | ml_collections.ConfigDict | Mapping[str, Any], work
         batch = next(data)
     # What it costs.
     costs, tokens = method.costs(), int(np.prod(batch.tokens.shape))
-    state, temporary = _memory(method, abstract, optimizer, batch)
-    device = mesh.devices.flat[0]
+    state, temporary = _memory(plan, batch)
+    mesh, abstract = method.mesh, plan.abstract
+    device, notes = mesh.devices.flat[0], (method.describe(), *plan.notes)
     return DryRun(
         workdir=str(folder.path), step=step or 0, steps=config.training.steps, trains="\n".join(filter(None, notes)),
         devices=describe_mesh(mesh), parameters=_by_part(abstract),
@@ -139,14 +129,15 @@ def _by_part(abstract: TrainState) -> dict[str, int]:
     return found
 
 
-def _memory(method: Method, abstract: TrainState, optimizer: Any, batch: Batch) -> tuple[int, int | None]:
+def _memory(plan: Plan, batch: Batch) -> tuple[int, int | None]:
     """Bytes per device: of the state, and of what the compiled step needs beside it, if the compiler says so."""
     say("compiling the training step …")
-    step = make_step(method, optimizer, state_shardings(abstract))
-    on_devices = put_on_devices(batch, batch_sharding(method.mesh))
-    found = step.lower(abstract, on_devices).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+    step = make_step(plan.method, plan.optimizer, state_shardings(plan.abstract))
+    on_devices = put_on_devices(batch, batch_sharding(plan.method.mesh))
+    found = step.lower(plan.abstract, on_devices).compile().memory_analysis()  # pyright: ignore[reportFunctionMemberAccess]
     state = sum(
-        leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(abstract)
+        leaf.dtype.itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+        for leaf in jax.tree.leaves(plan.abstract)
     )
     return state, None if found is None else int(found.temp_size_in_bytes)
 

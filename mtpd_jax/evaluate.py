@@ -301,7 +301,7 @@ class _Decoding:
         if self.spans:
             *_, longest = self.spans
         samples = tuple(
-            Sample.of(prompt, str(longest), written, opened.tokenizer.decode)
+            Sample.of(prompt, str(longest), self.ways[longest].strategy, written, opened.tokenizer.decode)
             for prompt, written in zip(self.prompts[:_SAMPLES], decoded[longest], strict=False)
         )
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import optax
 import rich.console
 from etils import epath
 from jax.experimental import multihost_utils
@@ -22,33 +21,30 @@ from jax.experimental import multihost_utils
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import TrainingData
-from mtpd_jax.data.sources import Source, open_source
-from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.dry_run import dry_run, show
 from mtpd_jax.evaluation.held_out import HeldOut
 from mtpd_jax.evaluation.proof import prove_parity
 from mtpd_jax.evaluation.report import write_json
 from mtpd_jax.interop.reading import BESIDE_TOKENIZER
-from mtpd_jax.methods.method import Method, method_of
+from mtpd_jax.methods.method import Method
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.runs.checkpoint import Checkpointer, read_record, restore_state
-from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step, parse_choice, steps_of
+from mtpd_jax.runs.choice import NEWEST, Choice, latest_step, parse_choice, steps_of
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.lock import Lock, take_lock
-from mtpd_jax.runs.metrics import MetricsLog, check_sinks
+from mtpd_jax.runs.metrics import MetricsLog
 from mtpd_jax.runs.models import all_sources, read_backbone
-from mtpd_jax.runs.origin import Origin, beginning, completed, held_out_note, source_of
+from mtpd_jax.runs.origin import Origin, beginning, held_out_note, source_of
+from mtpd_jax.runs.plan import Plan, planned
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.teacher import keep_teacher, read_teacher
-from mtpd_jax.runs.tokenizers import fitting, given_tokenizer, train_tokenizer
-from mtpd_jax.runs.workdir import Workdir, open_workdir, write_atomically
+from mtpd_jax.runs.tokenizers import fitting, train_tokenizer
+from mtpd_jax.runs.workdir import Workdir, write_atomically
 from mtpd_jax.shapes import Parameters
-from mtpd_jax.sharding import check_batch, describe_mesh, make_mesh
+from mtpd_jax.sharding import describe_mesh
 from mtpd_jax.trainer import Trainer
-from mtpd_jax.training.feasibility import check_attention, check_training
-from mtpd_jax.training.optimizer import make_optimizer
-from mtpd_jax.training.state import TrainState, abstract_state, initial_state, state_shardings
+from mtpd_jax.training.state import TrainState, initial_state, state_shardings
 from mtpd_jax.training.step import make_step
 
 _CUT_SHORT = "; its evaluation was cut short: the same command does it again"
@@ -102,42 +98,36 @@ def run(
       OSError: something cannot be read or written.
     """
     # Everything that can be wrong is looked at before anything is created.
-    config, folder, chosen = Config.of(config), open_workdir(workdir), parse_choice(checkpoint)
-    named, config = config.objective.source_run, completed(config, folder)
-    folder.check(config, begun=latest_step(folder) is not None)
-    candidates(folder, chosen)  # which says what is there, if it is not
-    check_batch(mesh := make_mesh(config.mesh), config.training)
-    method, optimizer = method_of(config, mesh), make_optimizer(config)
-    notes = [check_training(method), check_attention(method)]
-    abstract, source = abstract_state(method, optimizer), open_source(config.data)
-    origin = beginning(config, folder, mesh, backbone)
-    given = given_tokenizer(config, folder, source)
+    config, chosen = Config.of(config), parse_choice(checkpoint)
+    plan = planned(config, workdir, chosen)
+    named, config, folder, method = config.objective.source_run, plan.config, plan.folder, plan.method
+    origin = beginning(config, folder, method.mesh, backbone)
     with contextlib.ExitStack() as stack:
         # From here on the run exists.
-        lock = stack.enter_context(_begin(config, folder, source, given, break_lock))
+        lock = stack.enter_context(_begin(plan, break_lock))
         tokenizer = fitting(folder.read_tokenizer(config), config)
-        data = stack.enter_context(TrainingData(config, source, tokenizer))
+        data = stack.enter_context(TrainingData(config, plan.source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(method, folder, abstract, chosen, data, backbone or _moved(named, folder))
-        start = start or _fresh(method, folder, optimizer, abstract, origin, lock)
+        start = _restored(method, folder, plan.abstract, chosen, data, backbone or _moved(named, folder))
+        start = start or _fresh(plan, origin, lock)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
         _record_config(config, folder, start.step)
         progress = stack.enter_context(Progress("training", config.training.steps, start.step))
         metrics = stack.enter_context(MetricsLog(folder, start.step, config, lock))
-        evaluate = HeldOut.of(method, source, tokenizer)
-        notes += [source.note, start.note, metrics.note, *_held_out_notes(evaluate, data, start)]
+        evaluate = HeldOut.of(method, plan.source, tokenizer)
+        notes = [*plan.notes, plan.source.note, start.note, metrics.note, *_held_out_notes(evaluate, data, start)]
         progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
         if method.rehearses_decoding and not start.step:
-            progress.say(prove_parity(method, start.parameters(method), source, tokenizer))
-        step = make_step(method, optimizer, state_shardings(abstract))
+            progress.say(prove_parity(method, start.parameters(method), plan.source, tokenizer))
+        step = make_step(method, plan.optimizer, state_shardings(plan.abstract))
         about = {"tokenizer": folder.tokenizer_digest(), "origin": start.origin}
         trainer = Trainer(method, step, evaluate, data, checkpointer, metrics, stop, progress, about)
         done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
         finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
             progress.say(f"{folder.path}: asked to stop; saved step {done}{'' if trainer.evaluated else _CUT_SHORT}")
-    parameters = count_parameters(abstract.parameters) + count_parameters(abstract.frozen)
+    parameters = count_parameters(plan.abstract.parameters) + count_parameters(plan.abstract.frozen)
     return TrainResult(str(folder.path), done, finished, stop.signal, trainer.tokens, parameters, trainer.seconds)
 
 
@@ -172,19 +162,13 @@ class _Start:
         return state
 
 
-def _fresh(
-    method: Method,
-    folder: Workdir,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    origin: Origin | None,
-    lock: Lock,
-) -> _Start:
+def _fresh(plan: Plan, origin: Origin | None, lock: Lock) -> _Start:
     """A run that begins; what is left of the metrics of one that lost its checkpoints is put aside."""
+    method, folder = plan.method, plan.folder
     if origin is not None and method.keeps_teacher:
         keep_teacher(folder, lock, origin.record, origin.parameters)
-    state = initial_state(method, optimizer, origin and origin.parameters)
-    steps, trained = method.config.training.steps, count_parameters(abstract.parameters)
+    state = initial_state(method, plan.optimizer, origin and origin.parameters)
+    steps, trained = method.config.training.steps, count_parameters(plan.abstract.parameters)
     message = f"training {trained:,} parameters for {steps} steps on {describe_mesh(method.mesh)}"
     if origin is not None:
         message += f": {method.describe()}, step {origin.record['step']}"
@@ -260,12 +244,12 @@ def _record_config(config: Config, folder: Workdir, done: int) -> None:
         folder.write_config(dataclasses.replace(folder.read_config(), data=config.data) if finished else config)
 
 
-def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | None, break_lock: bool) -> Lock:
+def _begin(plan: Plan, break_lock: bool) -> Lock:
     """Takes the workdir's lock and creates what is not there, once nothing can be wrong with the config any more.
 
     The first process does both, and all read the tokenizer that it wrote: one that made its own could differ.
     """
-    check_sinks(config)
+    config, folder = plan.config, plan.folder
     if jax.process_count() > 1:  # none writes before all have looked at what was there
         multihost_utils.sync_global_devices("workdir looked at")
     lock = error = None
@@ -273,7 +257,7 @@ def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | N
         lock = take_lock(folder, break_lock)
         folder.check(config, begun=latest_step(folder) is not None)  # again: another process may have begun meanwhile
         if jax.process_index() == 0 and not folder.tokenizer_file.exists():
-            _create(config, folder, source, given)
+            _create(plan)
     except (ValueError, OSError) as caught:
         error = caught
     except BaseException:  # the process may go on, as in a notebook, and must not keep itself out
@@ -289,9 +273,10 @@ def _begin(config: Config, folder: Workdir, source: Source, given: Tokenizer | N
     raise error or ValueError(f"{folder.path}: the first process could not begin; its own message says why")
 
 
-def _create(config: Config, folder: Workdir, source: Source, given: Tokenizer | None) -> None:
+def _create(plan: Plan) -> None:
     """Writes config and tokenizer; one that is not given is trained."""
-    tokenizer = given or train_tokenizer(config, source)
+    config, folder = plan.config, plan.folder
+    tokenizer = plan.tokenizer or train_tokenizer(config, plan.source)
     folder.write_config(config)
     # What says how a pretrained model's tokenizer is used: it goes with the model.
     if config.objective.source_run is not None:

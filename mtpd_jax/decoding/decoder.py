@@ -166,13 +166,8 @@ class Decoder:
         # What the program is given, where its devices have it.
         network, parameters = self.network(options)
         mesh = of_copies(self._mesh, copies)
-        split = NamedSharding(mesh, RULES.spec("batch"))
-        stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
-        arguments = (
-            parameters if mesh is self._mesh else on_mesh(mesh, parameters),
-            *jax.device_put((shares.prompts, shares.lengths, keys, shares.counts), split),
-            jax.device_put(stops, NamedSharding(mesh, PartitionSpec())),
-        )
+        by_row = shares.prompts, shares.lengths, keys, shares.counts
+        arguments = self._placed(mesh, parameters, by_row, transitions)
         # Compiled before the clock starts.
         decode = self._program(network, arguments, options, rows_per_copy, mesh)
         start = time.perf_counter()
@@ -207,21 +202,28 @@ class Decoder:
         padded[0, : len(prompt)] = prompt
         # Everything on one copy of the model.
         network, parameters = self.network(options)
-        mesh = of_copies(self._mesh, 1)
-        whole = NamedSharding(mesh, PartitionSpec())
-        keys = jax.random.fold_in(jax.random.key(seed), 0)[None]
-        stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
-        text = jax.device_put((padded, np.array([len(prompt)], np.int32), keys, stops), whole)
-        arguments = (parameters if mesh is self._mesh else on_mesh(mesh, parameters), *text)
+        by_row = padded, np.array([len(prompt)], np.int32), jax.random.fold_in(jax.random.key(seed), 0)[None]
+        arguments = self._placed(of_copies(self._mesh, 1), parameters, by_row, transitions)
         begin, go_on = self._stream_programs(network, arguments, options)
         # The clock stands still while somebody reads.
         seconds, batch = 0.0, None
         while batch is None or not bool(batch.rows.finished[0]):
             start = time.perf_counter()
-            batch = begin(*arguments) if batch is None else go_on(arguments[0], batch, text[-1], rounds)
+            batch = begin(*arguments) if batch is None else go_on(arguments[0], batch, arguments[-1], rounds)
             written: Rows = jax.device_get(jax.block_until_ready(batch.rows))
             seconds += time.perf_counter() - start
             yield _continuation(written, 0, len(prompt), seconds)
+
+    def _placed(
+        self, mesh: Mesh, parameters: DecodingParameters, by_row: tuple[Any, ...], transitions: np.ndarray | None
+    ) -> tuple[Any, ...]:
+        """Parameters, what there is row by row, and stops, where the devices of these copies of the model have them."""
+        stops = Stops(self._end_ids, None if transitions is None else jnp.asarray(transitions))
+        return (
+            parameters if mesh is self._mesh else on_mesh(mesh, parameters),
+            *jax.device_put(by_row, NamedSharding(mesh, RULES.spec("batch"))),
+            jax.device_put(stops, NamedSharding(mesh, PartitionSpec())),
+        )
 
     def padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""

@@ -19,7 +19,7 @@ from mtpd_jax.evaluation.report import bounded, number, percent
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.speed import RoundCosts
 from mtpd_jax.evaluation.statistics import Interval
-from mtpd_jax.evaluation.transcript import Decode, pieces
+from mtpd_jax.evaluation.transcript import Decode, pieces, proposer_name
 
 # Okabe and Ito's palette, which people who see colours differently tell apart; the main head is not coloured.
 _COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
@@ -32,23 +32,24 @@ class Sample:
 
     Attributes:
       prompt: its text.
-      way: of decoding.
+      way, strategy: of decoding.
       pieces: of the continuation: text, and who proposed it (see ``Continuation``).
       tokens, passes: what it took.
     """
 
     prompt: str
     way: str
+    strategy: str
     pieces: tuple[tuple[str, int], ...]
     tokens: int
     passes: int
 
     @classmethod
-    def of(cls, prompt: np.ndarray, way: str, written: Continuation, decode: Decode) -> "Sample":
+    def of(cls, prompt: np.ndarray, way: str, strategy: str, written: Continuation, decode: Decode) -> "Sample":
         """From token ids."""
         cut = pieces(written.tokens, written.proposers, decode)
         found = tuple((text, proposer) for text, proposer, _ in cut)
-        return cls(decode(prompt.tolist()), way, found, len(written.tokens), written.passes)
+        return cls(decode(prompt.tolist()), way, strategy, found, len(written.tokens), written.passes)
 
 
 def model_of(by_heads: Mapping[str, DecodingScore]) -> list[tuple[int, float]]:
@@ -96,7 +97,7 @@ def page(
         )  # fmt: skip
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
-        "bounded": bounded, "number": number, "percent": percent, "colour": colour_of, "proposer": _proposer,
+        "bounded": bounded, "number": number, "percent": percent, "colour": colour_of, "proposer": proposer_name,
         "named": lambda way: "plain decoding" if way == "0" else f"{way} drafts per round" if way.isdigit() else way,
         "shares": lambda rates: " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates),
     }  # fmt: skip
@@ -107,10 +108,6 @@ def page(
 def colour_of(proposer: int) -> str:
     """What stands behind a token of a proposer; nothing for the main head's."""
     return "" if proposer == 0 else _COPIED if proposer == COPIED else _COLOURS[(proposer - 1) % len(_COLOURS)]
-
-
-def _proposer(proposer: int) -> str:
-    return "main head" if proposer == 0 else "copied from the text" if proposer == COPIED else f"draft {proposer}"
 
 
 def _svg(figure: matplotlib.figure.Figure) -> str:

@@ -88,9 +88,9 @@ def show_figures(console: rich.console.Console, generation: Generation) -> None:
     if generation.acceptance.conditional:
         legend = rich.text.Text("main head", style=_COLOURS[0])
         for k in range(1, 1 + max(0, *generation.proposers)):
-            legend.append("  ").append(proposer_name(generation, k), style=_colour(k))
+            legend.append("  ").append(proposer_name(generation.strategy, k), style=_colour(k))
         if COPIED in generation.proposers:
-            legend.append("  ").append("copied", style=_COPIED_COLOUR)
+            legend.append("  ").append(proposer_name(generation.strategy, COPIED), style=_COPIED_COLOUR)
         console.print(rich.text.Text("proposed by: ").append(legend))
     console.print(_table(generation))
 
@@ -107,11 +107,11 @@ def figures_line(generation: Generation) -> str:
     )
 
 
-def proposer_name(generation: Generation, proposer: int) -> str:
-    """Who proposed a token."""
+def proposer_name(strategy: str, proposer: int) -> str:
+    """Who proposed a token of what a strategy wrote."""
     if proposer <= 0:
         return "main head" if proposer != COPIED else "copied"
-    masks = STRATEGIES[generation.strategy].drafter_name == MASKS
+    masks = STRATEGIES[strategy].drafter_name == MASKS
     return f"slot {proposer + 1}" if masks else f"head {proposer}"
 
 

@@ -16,7 +16,7 @@ PLAIN = score(
     tokens_per_second=Interval(100.0, 90, 110), speedup_over_plain=Interval(1.0, 1.0, 1.0),
 )  # fmt: skip
 TWO = score(tokens_per_pass=Interval(2.1, 2.0, 2.2), tokens_per_second=Interval(150.0, 140, 160))
-SAMPLE = Sample("if a < b:", "2", ((" return", 0), (" <b>", 1), ("\n", 2), ("again", -1)), 5, 2)
+SAMPLE = Sample("if a < b:", "2", "speculative", ((" return", 0), (" <b>", 1), ("\n", 2), ("again", -1)), 5, 2)
 
 
 class Reader(html.parser.HTMLParser):
@@ -59,7 +59,7 @@ def test_texts_stand_there_as_they_are_and_drafts_are_marked():
     written = page("a run", {}, {"prompts": {"0": PLAIN, "2": TWO}}, {"prompts": [SAMPLE]})
     reader = read(written)
     assert "if a < b: return <b>\nagain" in "".join(reader.text)
-    assert reader.marked[:3] == [(" <b>", "draft 1"), ("\n", "draft 2"), ("again", "copied from the text")]
+    assert reader.marked[:3] == [(" <b>", "head 1"), ("\n", "head 2"), ("again", "copied")]
     assert "5 tokens in 2 passes" in "".join(reader.text)
 
 

@@ -126,7 +126,7 @@ def test_what_is_right_is_proved_whatever_it_begins_as(kind, shape, config, caps
 
 
 def test_the_parameters_that_are_trained_are_not_those_of_the_proof(config, workdir):
-    method = method_on(train.completed(config, open_workdir("/nowhere")), make_mesh(config.mesh))
+    method = method_on(completed(config, open_workdir("/nowhere")), make_mesh(config.mesh))
     run = open_run(str(workdir))
     whole = method.initial_parameters(jax.random.key(0), run.parameters)
     before = jax.tree.map(np.array, whole)

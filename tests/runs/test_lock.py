@@ -10,6 +10,7 @@ import textwrap
 import pytest
 
 from mtpd_jax import train
+from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.runs import lock as lock_module
 from mtpd_jax.runs.lock import take_lock
 from mtpd_jax.runs.metrics import MetricsLog
@@ -111,7 +112,7 @@ def test_a_run_where_another_trains_changes_nothing(run_config, tmp_path):
 def test_a_process_does_not_keep_itself_out(run_config, tmp_path, monkeypatch):
     """Interrupted while it begins, or without room to write its name, it may try again."""
     with monkeypatch.context() as patch:
-        patch.setattr(train.Tokenizer, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Tokenizer, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train.run(run_config, str(tmp_path / "run"))
     with monkeypatch.context() as patch:

@@ -28,8 +28,9 @@ PROCESS = """
     jax.distributed.initialize(sys.argv[1], num_processes=int(sys.argv[2]), process_id=int(sys.argv[3]))
     from mtpd_jax import train
     from mtpd_jax.config import Config
+    from mtpd_jax.data.tokenizer import Tokenizer
     if jax.process_index():  # all others read what the first one wrote
-        train.Tokenizer.train = lambda *_: sys.exit("a process made a tokenizer of its own")
+        Tokenizer.train = lambda *_: sys.exit("a process made a tokenizer of its own")
     result = train.run(Config.build(json.load(open(sys.argv[4]))), sys.argv[5])
     assert result.finished or result.signal
 """
