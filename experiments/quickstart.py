@@ -8,7 +8,6 @@ import dataclasses
 import json
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.table
 
@@ -18,7 +17,7 @@ from mtpd_jax import evaluate, frontdoor, train
 from mtpd_jax.config import Config
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore
-from mtpd_jax.evaluation.report import decoding_table, number, percent, text_table, write_json
+from mtpd_jax.evaluation.report import decoding_table, new_table, number, percent, text_table, write_json
 from mtpd_jax.evaluation.transcript import show
 from mtpd_jax.run import open_run
 from mtpd_jax.runs.workdir import open_workdir
@@ -65,9 +64,7 @@ def summary_table(summary: dict[str, Any]) -> rich.table.Table:
     """The whole of the quickstart on one screen: what drafting brings with the best number of heads comes first."""
     parts = summary["decoding"], summary["decoding"]["sampled"]
     best = [part["by_heads"][str(part["best_heads"])] for part in parts]
-    table = rich.table.Table(title="quickstart: summary", box=rich.box.SIMPLE_HEAD)
-    for column in ("", "greedy", "sampled, temperature 1"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = new_table("quickstart: summary", ("", "greedy", "sampled, temperature 1"), left=("",))
     table.add_row("best number of heads", *(str(part["best_heads"]) for part in parts), style="bold")
     table.add_row("times plain decoding", *(number(part["best_speedup"]) for part in parts), style="bold")
     table.add_row("tokens per pass", *(number(one["tokens_per_pass"]) for one in best))

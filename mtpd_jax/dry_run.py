@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-import rich.box
 import rich.console
 import rich.table
 import rich.text
@@ -16,7 +15,7 @@ import rich.text
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.evaluation.report import number
+from mtpd_jax.evaluation.report import new_table, number
 from mtpd_jax.model.backbone import count_parameters
 from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import latest_step
@@ -158,9 +157,7 @@ def _segments(batch: Batch, tokenizer: Tokenizer) -> list[list[Segment]]:
 
 def show(console: rich.console.Console, found: DryRun) -> None:
     """Prints a table, and the first rows as text."""
-    table = rich.table.Table(title=f"dry run: {found.workdir}", box=rich.box.SIMPLE_HEAD, show_header=False)
-    table.add_column()
-    table.add_column(justify="right", overflow="fold")
+    table = new_table(f"dry run: {found.workdir}", ("what", "figure"), left=("what",), show_header=False)
     would = f"go on from step {found.step:,}" if found.step else "begin"
     table.add_row("would", f"{would}, to {found.steps:,}" if found.step < found.steps else "find it finished")
     if found.trains:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import rich.box
 import rich.console
 import rich.table
 
@@ -29,6 +28,7 @@ from experiments.accelerator.piece import FAILED, PIECES
 from experiments.lines import read_lines
 from experiments.sweep.runs import SEEDS
 from mtpd_jax import frontdoor
+from mtpd_jax.evaluation.report import new_table
 
 # A process gets as much of an accelerator's memory as leaves room for what others hold of it.
 _MEMORY = "0.92"
@@ -133,9 +133,7 @@ def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
 def table_of(place: Place) -> rich.table.Table:
     """Every case, and what came of it."""
     rows = Results(place.out, place.tiny).rows()
-    table = rich.table.Table(title=f"results in {place.out}", box=rich.box.SIMPLE_HEAD)
-    for column in ("piece", "case", "s", ""):
-        table.add_column(column, justify="right" if column == "s" else "left", overflow="fold")
+    table = new_table(f"results in {place.out}", ("piece", "case", "s", ""), left=("piece", "case", ""))
     for piece in PIECES.values():
         for number, case in enumerate(piece.cases(place)):
             row = rows.get((piece.name, case.name), {})

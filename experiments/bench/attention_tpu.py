@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.box
 import rich.console
 import rich.table
 
@@ -24,7 +23,7 @@ from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch
 from mtpd_jax.editing import change
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.losses.fused import choose_tiling
 from mtpd_jax.losses.objective import HeadsObjectiveConfig
 from mtpd_jax.methods.method import Method, method_of
@@ -112,12 +111,9 @@ def main(arguments: list[str]) -> int:
         measure(method_for(attention, flags.topology, flags.fsdp, flags.rows, flags.heads))
         for attention in ("dense", "splash")
     ]
-    table = rich.table.Table(
-        title=f"2B training step, {flags.heads} heads, {flags.topology}, {flags.rows} rows per chip",
-        box=rich.box.SIMPLE_HEAD,
-    )
-    for column in ("attention", "temp GiB", "state GiB", "estimate s", "of it kernels s", "needed s", "compile s"):
-        table.add_column(column, justify="left" if column == "attention" else "right")
+    columns = ("attention", "temp GiB", "state GiB", "estimate s", "of it kernels s", "needed s", "compile s")
+    title = f"2B training step, {flags.heads} heads, {flags.topology}, {flags.rows} rows per chip"
+    table = new_table(title, columns, left=("attention",))
     for row in rows:
         table.add_row(
             row["attention"], number(row["temp_bytes"] / 2**30), number(row["state_bytes"] / 2**30),

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.table
 
@@ -18,7 +17,7 @@ from experiments.figures import curves
 from mtpd_jax import evaluate, frontdoor
 from mtpd_jax.decoding.sampling import Sampling
 from mtpd_jax.evaluation.decoding import DecodingScore
-from mtpd_jax.evaluation.report import bounded, write_json
+from mtpd_jax.evaluation.report import bounded, new_table, write_json
 from mtpd_jax.runs.choice import steps_of
 from mtpd_jax.runs.workdir import open_workdir
 
@@ -63,9 +62,8 @@ def _figures(score: DecodingScore) -> Mapping[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> rich.table.Table:
     """The rows, for people."""
-    made = rich.table.Table(title=f"{rows[0]['prompts']} prompts, all heads, ± 95 %", box=rich.box.SIMPLE_HEAD)
-    for column in ("step", "tokens", "decoding", "tokens/pass", "x plain", "same"):
-        made.add_column(column, justify="right")
+    columns = ("step", "tokens", "decoding", "tokens/pass", "x plain", "same")
+    made = new_table(f"{rows[0]['prompts']} prompts, all heads, ± 95 %", columns)
     for row in rows:
         same = {None: "–", True: "yes", False: "NO"}[row["identical"]]
         figures = bounded(row["tokens_per_pass"]), bounded(row["speedup_over_plain"])

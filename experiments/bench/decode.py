@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import rich.box
 import rich.console
 import rich.table
 
@@ -31,7 +30,7 @@ from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.acceptance import acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.decoding import decode_prompts, prompts_per_call, ways_of
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, best_heads, rounds_of_queue, unprofitable_batch
 from mtpd_jax.run import Run
 from mtpd_jax.runs.opening import load_run
@@ -40,9 +39,8 @@ from mtpd_jax.sharding import data_mesh
 
 def rounds_table(name: str, rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """Whole rounds beside their parts, in microseconds."""
-    table = rich.table.Table(title=f"{name}: microseconds per round", box=rich.box.SIMPLE_HEAD)
-    for column in ("batch", "heads", "round", "x plain", "verify", "draft", "loop etc.", "floor", "x floor"):
-        table.add_column(column, justify="right")
+    columns = ("batch", "heads", "round", "x plain", "verify", "draft", "loop etc.", "floor", "x floor")
+    table = new_table(f"{name}: microseconds per round", columns)
     cost = {(row["batch"], row["part"], row.get("heads", row.get("width"))): row["seconds"] for row in rows}
     for row in rows:
         if row["part"] != "round":
@@ -60,9 +58,7 @@ def rounds_table(name: str, rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 
 def verify_table(name: str, rows: Sequence[dict[str, Any]], widths: Sequence[int]) -> rich.table.Table:
     """Passes of the backbone by width and batch, in microseconds."""
-    table = rich.table.Table(title=f"{name}: microseconds per verify pass, by width", box=rich.box.SIMPLE_HEAD)
-    for column in ("batch", *map(str, widths)):
-        table.add_column(column, justify="right")
+    table = new_table(f"{name}: microseconds per verify pass, by width", ("batch", *map(str, widths)))
     verify = {(row["batch"], row["width"]): row["seconds"] for row in rows if row["part"] == "verify"}
     for batch in sorted({batch for batch, _ in verify}):
         table.add_row(str(batch), *(number(1e6 * verify[batch, width], 0) for width in widths))
@@ -127,10 +123,8 @@ def kind_of(temperature: float) -> str:
 def prediction_table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """Predicted beside measured tokens per second."""
     kind = kind_of(rows[0]["temperature"])
-    table = rich.table.Table(title=f"tokens per second, {kind}, prefill left out", box=rich.box.SIMPLE_HEAD)
     columns = "batch", "drafts", "tokens/pass", "predicted", "measured", "x plain, predicted", "x plain, measured"
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = new_table(f"tokens per second, {kind}, prefill left out", columns)
     plain = {row["batch"]: row for row in rows if row["heads"] == 0}
     for row in rows:
         beside = plain[row["batch"]]

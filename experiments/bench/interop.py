@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -29,7 +28,7 @@ from mtpd_jax.conversion import to_hf
 from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.acceptance import acceptance_of
-from mtpd_jax.evaluation.report import number, percent, write_json
+from mtpd_jax.evaluation.report import new_table, number, percent, write_json
 from mtpd_jax.run import Run
 from mtpd_jax.validation import check_count
 
@@ -106,9 +105,8 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """The ways beside each other."""
     first = rows[0]
     title = f"{first['prompts']} prompts, one at a time, greedy, {os.cpu_count()} cores"
-    made = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    for column in ("program", "heads", "tokens/s", "x own plain", "x other", "accepted, by head", "same text"):
-        made.add_column(column, justify="right")
+    columns = ("program", "heads", "tokens/s", "x own plain", "x other", "accepted, by head", "same text")
+    made = new_table(title, columns)
     rate: Callable[[str, int], float] = lambda program, heads: next(  # noqa: E731
         row["tokens_per_second"] for row in rows if row["program"] == program and row["heads"] == heads
     )

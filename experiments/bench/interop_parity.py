@@ -14,7 +14,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import rich.box
 import rich.console
 import rich.table
 import tokenizers
@@ -25,7 +24,7 @@ from experiments.environment import environment
 from mtpd_jax import frontdoor
 from mtpd_jax.conversion import from_hf, to_hf
 from mtpd_jax.data.prompts import prompts_of
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.model.backbone import unembedding_of
 from mtpd_jax.model.layers import apply
 from mtpd_jax.run import Run
@@ -100,9 +99,8 @@ def imported(prompts: Sequence[str], flags: argparse.Namespace) -> list[dict[str
 
 def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """What was compared, and whether it was the same."""
-    made = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for column in ("model", "format", "heads", "logits apart", "same text or ids", "rounds", "drafts", "same"):
-        made.add_column(column, justify="right")
+    columns = ("model", "format", "heads", "logits apart", "same text or ids", "rounds", "drafts", "same")
+    made = new_table("", columns, left=("model", "format"))
     for row in rows:
         texts = row.get("same_text", row.get("same_ids"))
         made.add_row(

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import rich.box
 import rich.console
 import rich.table
 
@@ -33,7 +32,7 @@ from experiments.bench.timing import interleaved, median_ratio
 from experiments.environment import environment
 from experiments.figures import curves
 from mtpd_jax import frontdoor
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.training.feasibility import device_memory
 
 # Chunk sizes from which the chunked form with rematerialisation takes its fastest: of a CPU, and of accelerators.
@@ -167,13 +166,11 @@ def short(count: int) -> str:
 def table_of(rows: list[dict[str, Any]]) -> rich.table.Table:
     """One line per measured program."""
     first = rows[0]
-    table = rich.table.Table(
-        title=f"loss and gradients, {first['rows']} rows, width {first['width']}, {first['dtype']}",
-        box=rich.box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for column in ("form", "loss", "K", "V", "N", "seconds (range)", "x mtp", "x floor", "MB", "TF"):
-        table.add_column(column, justify="left" if column in ("form", "loss") else "right", no_wrap=True)
+    figures = ("K", "V", "N", "seconds (range)", "x mtp", "x floor", "MB", "TF")
+    table = new_table(
+        f"loss and gradients, {first['rows']} rows, width {first['width']}, {first['dtype']}",
+        ("form", "loss", *figures), left=("form", "loss"), whole=figures, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for row in rows:
         ran = row["seconds"] is not None
         table.add_row(

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import rich.box
 import rich.console
 import rich.table
 from jax.sharding import Mesh, NamedSharding
@@ -19,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from experiments.bench.loss_forms import compile_form, distillation_of, inputs
 from experiments.bench.tpu import estimated_seconds, largest_collective, shapes_of, topology_mesh
 from mtpd_jax import frontdoor
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.losses.fused import choose_tiling
 from mtpd_jax.losses.select import search
 from mtpd_jax.sharding import RULES, LastAxis, parts_of
@@ -102,12 +101,10 @@ def main(arguments: list[str]) -> int:
     frontdoor.check_output_path(flags.json)
     found = report(flags.topology, flags.rows, flags.heads, flags.width, flags.vocabulary, flags.top_n)
     plain = next(entry["estimated_seconds"] for entry in found if entry["objective"] == "mtp")
-    table = rich.table.Table(
-        title=f"{flags.topology}, {flags.rows} rows per chip, bfloat16, {found[0]['passes']} passes of the search",
-        box=rich.box.SIMPLE_HEAD,
+    table = new_table(
+        f"{flags.topology}, {flags.rows} rows per chip, bfloat16, {found[0]['passes']} passes of the search",
+        ("program", "loss", "temp GiB", "FLOPs / share", "largest collective", "estimate ms", "x mtp"),
     )
-    for column in ("program", "loss", "temp GiB", "FLOPs / share", "largest collective", "estimate ms", "x mtp"):
-        table.add_column(column, justify="right")
     for entry in found:
         if "refused" in entry:
             table.add_row(f"{entry['program']}, {entry['form']}", entry["objective"], "refused", "", "", "", "")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import rich.box
 import rich.console
 import rich.progress
 import rich.table
@@ -26,7 +25,7 @@ from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.evaluation.speed import RoundCosts, rounds_of_batches, rounds_of_queue
 from mtpd_jax.run import Run
 
@@ -106,10 +105,8 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """Both ways beside each other."""
     first = rows[0]
     title = f"{first['prompts']} prompts, {first['batch']} at a time, temperature {first['temperature']:g}"
-    made = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
     columns = ("heads", "way", "rounds", "s", "predicted s", "tokens/s", "x batches", "predicted", "x plain")
-    for column in columns:
-        made.add_column(column, justify="right")
+    made = new_table(title, columns)
     by_case = {(row["heads"], row["way"]): row for row in rows}
     for row in rows:
         beside, plain = by_case[row["heads"], "batches"], by_case[0, row["way"]]

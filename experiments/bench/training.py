@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.box
 import rich.console
 import rich.table
 
@@ -22,7 +21,7 @@ from experiments.sweep.scale import SCALES, Scale
 from mtpd_jax import frontdoor
 from mtpd_jax.config import Config
 from mtpd_jax.data.pipeline import Batch, put_on_devices
-from mtpd_jax.evaluation.report import number, write_json
+from mtpd_jax.evaluation.report import new_table, number, write_json
 from mtpd_jax.methods.method import method_of
 from mtpd_jax.sharding import batch_sharding, make_mesh
 from mtpd_jax.training.optimizer import make_optimizer
@@ -134,9 +133,8 @@ def measure(scale: Scale, heads: list[int], repeats: int) -> list[dict[str, Any]
 def table_of(rows: list[dict[str, Any]]) -> rich.table.Table:
     """One line per case."""
     title = f"a training step of {rows[0]['tokens']:,} tokens; time and FLOPs in those of {rows[0]['case']}"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    for column in ("case", "ms", "tokens/s", "time", "FLOPs", "temp MB", "state MB"):
-        table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
+    figures = ("ms", "tokens/s", "time", "FLOPs", "temp MB", "state MB")
+    table = new_table(title, ("case", *figures), left=("case",), whole=figures)
     for row in rows:
         table.add_row(
             row["case"], number(1e3 * row["seconds"], 0), number(row["tokens"] / row["seconds"], 0),

@@ -3,7 +3,7 @@
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -35,11 +35,31 @@ def bounded(interval: Interval, factor: float = 1.0, digits: int = 2) -> str:
     return f"{mean} ±{number(factor * (interval.high - interval.low) / 2, digits)}"
 
 
+def new_table(
+    title: str, columns: Iterable[str], *, left: Collection[str] = (), whole: Collection[str] = (), **options: Any
+) -> rich.table.Table:
+    """A table without rows, for terminals of 80 columns and of more: what has no room takes several lines.
+
+    Nothing is ever cut off, for a figure that has lost its last digits reads as another one.
+
+    Args:
+      title: above it.
+      columns: their names.
+      left: those that hold words, and begin at the left; figures end at the right.
+      whole: those whose cells stay on one line, while others can give way.
+      options: what ``rich.table.Table`` takes.
+    """
+    made = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, **options)
+    for column in columns:
+        side = "left" if column in left else "right"
+        made.add_column(column, justify=side, no_wrap=column in whole, overflow="fold")
+    return made
+
+
 def text_table(scores: dict[str, TextScore]) -> rich.table.Table:
     """One row per head of each text: cross entropy, KL and agreement, teacher-forced."""
-    table = rich.table.Table(title="text, teacher-forced", box=rich.box.SIMPLE_HEAD)
-    for column in ("text", "head", "CE, nats", "bits/byte", "KL, nats", "agreement"):
-        table.add_column(column, justify="left" if column == "text" else "right", overflow="fold")
+    columns = ("text", "head", "CE, nats", "bits/byte", "KL, nats", "agreement")
+    table = new_table("text, teacher-forced", columns, left=("text",))
     for name, score in scores.items():
         table.add_row(
             f"{name}\n{score.tokens:,} tokens", "main", number(score.main.ce, 3), number(score.main.bits_per_byte, 3),
@@ -65,15 +85,13 @@ def decoding_table(
     Who else drafts has a row per length of a draft, below.
     """
     prompts = next(iter(by_heads.values())).prompts
-    # Narrow enough for a terminal of 80 columns at four heads.
-    table = rich.table.Table(
-        title=f"decoding: {name} ({prompts} prompts, ± 95 % interval)", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    # Narrow enough for a terminal of 80 columns at four heads; rates of more take several lines there.
     second = "x K=1" if padded_plain is None else "x padded"
-    for column in ("heads", "accepted %", "cumulative", "tokens/pass", "tok/s", "x plain", second, "same"):
-        # Rates of many heads take several lines; nothing is ever cut off.
-        rates = column in ("accepted %", "cumulative")
-        table.add_column(column, justify="right", no_wrap=not rates, overflow="fold")
+    whole = ("tokens/pass", "tok/s", "x plain", second, "same")
+    table = new_table(
+        f"decoding: {name} ({prompts} prompts, ± 95 % interval)", ("heads", "accepted %", "cumulative", *whole),
+        whole=("heads", *whole), padding=(0, 1, 0, 0),
+    )  # fmt: skip
     # Plain decoding first, then heads, then who else drafts.
     rows = list(by_heads.items())
     if padded_plain is not None:
@@ -103,9 +121,7 @@ def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.tabl
     # Of all drafts; what fewer of them did is a part of it.
     score = by_heads[max(by_heads, key=int)]
     title = f"heads, %: {name} ({score.prompts} prompts, ± 95 % interval)"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    for column in ("head", "accepted", "cumulative", "teacher-forced agreement", "accepted - agreement"):
-        table.add_column(column, justify="right")
+    table = new_table(title, ("head", "accepted", "cumulative", "teacher-forced agreement", "accepted - agreement"))
     columns = zip(score.acceptance.conditional, score.acceptance.cumulative, score.agreement, strict=True)
     for k, (conditional, cumulative, agreement) in enumerate(columns, 1):
         if conditional.mean is None or agreement.mean is None:
@@ -122,9 +138,7 @@ def place_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Tab
     if len(score.by_place) < 2:
         return None
     title = f"by place in the text: {name} ({score.prompts} prompts, ± 95 % interval)"
-    table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD)
-    for column in ("tokens of text before", "passes", "accepted per pass", "accepted %"):
-        table.add_column(column, justify="right")
+    table = new_table(title, ("tokens of text before", "passes", "accepted per pass", "accepted %"))
     for place in score.by_place:
         rates = " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in place.conditional)
         places = (

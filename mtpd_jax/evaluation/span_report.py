@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-import rich.box
 import rich.table
 
 from mtpd_jax.evaluation.quality import SpanScore
-from mtpd_jax.evaluation.report import bounded, number, percent
+from mtpd_jax.evaluation.report import bounded, new_table, number, percent
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.slots import SlotReport
 
@@ -15,13 +14,12 @@ def span_table(name: str, spans: Mapping[str, SpanScore]) -> rich.table.Table:
     """One row per way: speed, and what was written for it. Ways that may write another text than plain say so."""
     plain = next(iter(spans.values())).decoding
     # Narrow enough for a terminal of 80 columns.
-    table = rich.table.Table(
-        title=f"filling in masks: {name} ({plain.prompts} prompts, ± 95 % interval)", box=rich.box.SIMPLE_HEAD,
+    columns = ("way", "", "tok/pass", "x plain", "same %", "CE +", "4-grams")
+    table = new_table(
+        f"filling in masks: {name} ({plain.prompts} prompts, ± 95 % interval)", columns, left=("way",), whole=columns,
         padding=(0, 1, 0, 0), caption=f"plain: {number(plain.tokens_per_second.mean, 0)} tokens/s; LOSSY: not equal to "
         "plain decoding's text; same: texts that are all the same; CE +: nats per token by the teacher, over its own",
     )  # fmt: skip
-    for column in ("way", "", "tok/pass", "x plain", "same %", "CE +", "4-grams"):
-        table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
     for way, score in spans.items():
         decoding, quality = score.decoding, score.quality
         same = None if quality is None or quality.same_as_own.mean is None else 100 * quality.same_as_own.mean
@@ -39,12 +37,10 @@ def span_table(name: str, spans: Mapping[str, SpanScore]) -> rich.table.Table:
 
 def slot_table(name: str, report: SlotReport, own: TextScore, teacher: TextScore) -> rich.table.Table:
     """Slot by slot: agreement with the teacher, and how sure the student was; what the text is to both."""
-    table = rich.table.Table(
-        title=f"masks, teacher-forced: {name}", box=rich.box.SIMPLE_HEAD,
+    table = new_table(
+        f"masks, teacher-forced: {name}", ("slot", "agrees with the teacher", "and all before it", "sure", "tokens"),
         caption=f"the text: {number(own.main.ce, 3)} nats per token, by the teacher {number(teacher.main.ce, 3)}",
     )  # fmt: skip
-    for column in ("slot", "agrees with the teacher", "and all before it", "sure", "tokens"):
-        table.add_column(column, justify="right")
     for place, slot in enumerate(report.slots, 1):
         shares = map(percent, (slot.agreement, slot.chain, slot.confidence))
         table.add_row(str(place), *shares, f"{slot.tokens:,}")

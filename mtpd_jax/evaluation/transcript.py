@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import rich.box
 import rich.console
 import rich.table
 import rich.text
@@ -11,7 +10,7 @@ from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.decoding.options import MASKS
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.generation import Generation
-from mtpd_jax.evaluation.report import percent
+from mtpd_jax.evaluation.report import new_table, percent
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -120,7 +119,7 @@ def _colour(proposer: int) -> str:
 
 
 def _table(generation: Generation) -> rich.table.Table:
-    table = rich.table.Table("", "", show_header=False, box=rich.box.SIMPLE_HEAD)
+    table = new_table("", ("figure", "value"), left=("figure", "value"), show_header=False)
     table.add_row("tokens / passes", f"{len(generation.tokens)} / {generation.passes}")
     if generation.tokens_per_pass is not None:
         table.add_row("tokens per pass", f"{generation.tokens_per_pass:.2f}")

@@ -18,6 +18,7 @@ from mtpd_jax.evaluation.report import (
     acceptance_table,
     bounded,
     decoding_table,
+    new_table,
     number,
     percent,
     place_table,
@@ -163,14 +164,30 @@ def test_no_figure_is_cut_off(name, width):
         "quickstart": lambda: summary_table(summary),
     }[name]()  # fmt: skip
 
-    def letters(columns):
-        console = rich.console.Console(width=columns, record=True, file=io.StringIO())
-        console.print(table)
-        lines = console.export_text().splitlines()
-        assert max(map(len, lines)) <= columns
-        return collections.Counter(letter for line in lines for letter in line if letter not in " ─")
+    assert letters(table, width) == letters(table, 400)
 
-    assert letters(width) == letters(400)
+
+def lines_of(table, columns):
+    console = rich.console.Console(width=columns, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text().splitlines()
+
+
+def letters(table, columns):
+    lines = lines_of(table, columns)
+    assert max(map(len, lines)) <= columns
+    return collections.Counter(letter for line in lines for letter in line if letter not in " ─")
+
+
+@pytest.mark.parametrize("whole", [(), ("rate", "rates")])
+def test_tables_take_the_room_that_there_is(whole):
+    """Long words and long lists take several lines where they have to, and one where they need not."""
+    table = new_table("of things", ("thing", "rate", "rates"), left=("thing",), whole=whole)
+    rates = " ".join(map(str, range(10, 26)))
+    table.add_row("a_name_that_is_as_long_as_only_names_of_files_can_be", "1,234.56", rates)
+    assert len({frozenset(letters(table, width).items()) for width in (80, 100, 400)}) == 1
+    assert len(lines_of(table, 400)) == len(lines_of(table, 120)) < len(lines_of(table, 80))
+    assert any(rates in line for line in lines_of(table, 120))
 
 
 def test_the_quickstart_leads_with_the_best_number_of_heads():
