@@ -13,9 +13,12 @@ __all__ = ["Config", "Run", "open_run"]
 
 # Imported when they are asked for: who reads a config waits for no decoder.
 _HOME = {"Config": "mtpd_jax.config", "Run": "mtpd_jax.run", "open_run": "mtpd_jax.run"}
+_COMMANDS = ("train", "generate", "evaluate", "convert", "corpus")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _COMMANDS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
