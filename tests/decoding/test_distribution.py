@@ -19,7 +19,7 @@ from mtpd_jax.decoding.batch import make_decode, prefill
 from mtpd_jax.decoding.drafters import chain, heads
 from mtpd_jax.decoding.network import Network
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, probabilities
+from mtpd_jax.decoding.sampling import Sampling, accept_drafts, choose, draw, fold, invert, probabilities
 from mtpd_jax.decoding.stops import Stops
 from mtpd_jax.decoding.strategies import speculative
 from mtpd_jax.decoding.strategies.speculative import Speculative
@@ -62,7 +62,7 @@ def sample_texts(model, parameters, options):
     network = Network(model, platform(), scanned=True)
     loop = make_decode(network, options, len(PROMPT), SAMPLES)
     prompts = jnp.broadcast_to(jnp.asarray(PROMPT), (SAMPLES, len(PROMPT)))
-    keys = jax.random.split(jax.random.key(7), SAMPLES)
+    keys = jax.random.split(jax.random.key(8), SAMPLES)
     lengths = jnp.full(SAMPLES, len(PROMPT), jnp.int32)
     count, stops = jnp.full(1, SAMPLES), Stops((END,))
     rows = jax.device_get(loop(network.parameters(parameters), prompts, lengths, keys, count, stops))
@@ -227,6 +227,43 @@ def test_however_cold_it_is_the_likeliest_token_that_is_drawn(temperature):
         np.testing.assert_array_equal(found, np.eye(4)[[2, 0, 1]])
     drawn = draw(jax.random.split(jax.random.key(0), 3), probabilities(logits, Sampling(temperature)))
     assert drawn.tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 50])
+def test_draws_follow_the_weights(size):
+    """Whatever the number of tokens, and with some that have no weight; the weights need not add up to 1."""
+    weights = np.random.default_rng(size).exponential(size=size) ** 2
+    weights[1::3] = 0
+    keys = jax.random.split(jax.random.key(3), SAMPLES)
+    drawn = draw(keys, jnp.broadcast_to(jnp.asarray(5 * weights, jnp.float32), (SAMPLES, size)))
+    counts = {(token,): count for token, count in enumerate(np.bincount(drawn).tolist()) if count}
+    exact = {(token,): weight for token, weight in enumerate((weights / weights.sum()).tolist())}
+    assert (counts == {(0,): SAMPLES}) if size < 3 else p_value(counts, exact) > LEVEL
+
+
+def test_inversion_against_numpy():
+    rng = np.random.default_rng(0)
+    weights = rng.exponential(size=(500, 40)) * rng.integers(2, size=(500, 40))
+    uniform = rng.uniform(size=500)
+    expected = [
+        np.searchsorted(np.cumsum(row), share * row.sum(), side="right")
+        for row, share in zip(weights, uniform, strict=True)
+    ]
+    found = invert(jnp.asarray(weights, jnp.float32), jnp.asarray(uniform, jnp.float32))
+    assert np.mean(np.asarray(found) == expected) > 0.998  # but for a share that rounds to the other side
+
+
+@pytest.mark.parametrize("share", [0.0, 2.0**-23, 1 - 2.0**-23])
+def test_what_has_no_weight_is_never_drawn(share):
+    """Not at either end, nor where cumulative sums round differently over it."""
+    rng = np.random.default_rng(1)
+    weights = rng.exponential(size=(2000, 60)) * (rng.uniform(size=(2000, 60)) < 0.2)
+    weights[:, -20:] = 0
+    weights[:, 20] = 1
+    found = np.asarray(invert(jnp.asarray(weights, jnp.float32), jnp.full(2000, share)))
+    assert np.all(weights[np.arange(2000), found] > 0)
+    ends = [np.flatnonzero(row)[0 if share < 0.5 else -1] for row in weights]
+    assert np.mean(found == ends) > 0.99
 
 
 def test_probabilities_against_numpy():
