@@ -65,11 +65,12 @@ def show_stream(
       console, prompt, decode: see ``show``.
       generations: what there is, again and again; see ``generation.stream``.
     """
+    parts = iter(generations)
+    newest = next(parts)  # before anything is printed: what is said of compiling stands above
     console.print(rich.text.Text(prompt, style="dim"), end="", soft_wrap=True)
-    shown, newest = 0, None
-    for newest in generations:
+    shown = _show_more(console, newest, decode, 0, final=False)
+    for newest in parts:
         shown = _show_more(console, newest, decode, shown, final=False)
-    assert newest is not None  # there is at least the first token
     _show_more(console, newest, decode, shown, final=True)
     console.print()
     return newest

@@ -60,7 +60,13 @@ def test_a_stream_shows_every_token_once():
     console = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
     whole = generation_of(lossless=True, strategy="speculative")
     parts = [dataclasses.replace(whole, tokens=(1, 2, 3)[:n], proposers=(0, 1, 0)[:n]) for n in (1, 1, 3)]
-    found = show_stream(console, "prompt", iter(parts), lambda ids: "".join("?xyz"[token] for token in ids))
+
+    def decoded():
+        console.print("compiling")
+        yield from parts
+
+    found = show_stream(console, "prompt", decoded(), lambda ids: "".join("?xyz"[token] for token in ids))
     assert found == parts[-1]
-    shown = console.file.getvalue()
+    compiling, shown = console.file.getvalue().split("\n", 1)
+    assert compiling == "compiling" and "prompt" in shown  # and not into the line that is being written
     assert [shown.count(letter) for letter in "xyz"] == [1, 1, 1] and "\x1b[32my\x1b[0m" in shown
