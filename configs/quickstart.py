@@ -13,7 +13,8 @@ last line is the config as it stands, since tokens are drawn by inversion, three
     256 x 8, 700, a rate of 3e-3                             1.954
     the same, one row of 512 tokens in place of two of 256   2.042
     256 x 8, 1,500 steps of one row of 256, 2e-3             1.980           350
-    256 x 8, 1,080, beta 0.3                                 1.880           390       1.53, 1.84; 1.53, 1.24; 1.50, 1.35
+    256 x 8, 1,080, beta 0.3                                 1.880           390       1.53, 1.84; 1.53, 1.24;
+                                                                                1.50, 1.35
 """
 
 import ml_collections
