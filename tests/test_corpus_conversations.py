@@ -79,7 +79,7 @@ def test_a_conversation_that_comes_to_no_end_fails_as_a_whole(talker, tmp_path):
 def test_a_stop_string_is_not_part_of_the_history(talker, tmp_path):
     """As whoever reads an answer sees it: cut before the string."""
     rows = [{"id": k, "messages": [say("user", "the"), say("user", "cat"), say("assistant", ""), say("user", "b")]}
-            for k in range(8)]  # fmt: skip
+            for k in range(32)]  # fmt: skip
     write(talker, file_of(tmp_path / "p.jsonl", rows), tmp_path / "out", max_new_tokens=12, stop=["a"])
     run, stopped = open_run(str(talker)), 0
     found = written(tmp_path / "out")
