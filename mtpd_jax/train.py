@@ -108,8 +108,7 @@ def run(
         tokenizer = fitting(folder.read_tokenizer(config), config)
         data = stack.enter_context(TrainingData(config, plan.source, tokenizer))
         stop = stack.enter_context(StopRequest())
-        start = _restored(method, folder, plan.abstract, chosen, data, backbone or _moved(named, folder))
-        start = start or _fresh(plan, origin, lock)
+        start = _restored(plan, chosen, data, backbone or _moved(named, folder)) or _fresh(plan, origin, lock)
         del origin  # or its parameters would be held, beside their copy, as long as the run lasts
         checkpointer = stack.enter_context(Checkpointer(folder, config.checkpoint.keep, lock))
         _record_config(config, folder, start.step)
@@ -181,17 +180,15 @@ def _fresh(plan: Plan, origin: Origin | None, lock: Lock) -> _Start:
     return _Start(state, 0, 0, 0.0, origin and origin.record, message, notes)
 
 
-def _restored(
-    method: Method, folder: Workdir, abstract: TrainState, checkpoint: Choice, data: TrainingData, backbone: str | None
-) -> _Start | None:
+def _restored(plan: Plan, checkpoint: Choice, data: TrainingData, backbone: str | None) -> _Start | None:
     """A run that goes on, or None without a checkpoint; newer checkpoints than the one that is used are put aside.
 
     ``backbone`` is where that of a run that names it lies now; None: where it lay.
     """
+    config, folder, method = plan.config, plan.folder, plan.method
     if latest_step(folder) is None and checkpoint == NEWEST:
         return None
-    config = method.config
-    restored = restore_state(folder, config, abstract, checkpoint)
+    restored = restore_state(folder, config, plan.abstract, checkpoint)
     state: TrainState = restored.tree
     origin = restored.record["origin"]
     if method.names_backbone:

@@ -86,3 +86,12 @@ def test_the_python_functions_say_nothing_of_their_own(workdir, text_file, tmp_p
         generate.run(str(workdir), ["the cat"], max_new_tokens=4)
         generate.run(str(workdir), ("the cat",), max_new_tokens=4, heads=0)
     assert capsys.readouterr().err == ""
+
+
+def test_the_package_alone_is_enough_to_import():
+    """In a process that has imported nothing else: the commands are modules of it that nobody asked for yet."""
+    program = (
+        "import mtpd_jax; print(mtpd_jax.corpus.run.__name__, mtpd_jax.train.run.__name__, mtpd_jax.open_run.__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert found.stdout.split() == ["run", "run", "open_run"], found.stderr
