@@ -21,7 +21,6 @@ from mtpd_jax.runs.checkpoint import read_record
 from mtpd_jax.runs.choice import latest_step
 from mtpd_jax.runs.plan import Plan, planned
 from mtpd_jax.runs.progress import say
-from mtpd_jax.runs.tokenizers import fitting, train_tokenizer
 from mtpd_jax.sharding import batch_sharding, describe_mesh
 from mtpd_jax.training.feasibility import device_memory
 from mtpd_jax.training.state import TrainState, state_shardings
@@ -95,11 +94,8 @@ def dry_run(config: Config | ml_collections.ConfigDict | Mapping[str, Any], work
     plan = planned(config, workdir)
     config, folder, method, source = plan.config, plan.folder, plan.method, plan.source
     step = latest_step(folder)
-    # The tokenizer that there is or would be, and the batch that would be next.
-    tokenizer = plan.tokenizer
-    if tokenizer is None:
-        there = folder.tokenizer_file.exists()
-        tokenizer = fitting(folder.read_tokenizer(config), config) if there else train_tokenizer(config, source)
+    # The batch that would be next.
+    tokenizer = plan.tokenizer()
     with TrainingData(config, source, tokenizer) as data:
         if step is not None:
             data.set_state(read_record(folder)["data"])

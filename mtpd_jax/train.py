@@ -39,7 +39,6 @@ from mtpd_jax.runs.plan import Plan, planned
 from mtpd_jax.runs.processes import first_decides
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.teacher import keep_teacher, read_teacher
-from mtpd_jax.runs.tokenizers import fitting, train_tokenizer
 from mtpd_jax.runs.workdir import Workdir, write_atomically
 from mtpd_jax.shapes import Parameters
 from mtpd_jax.sharding import describe_mesh
@@ -105,7 +104,7 @@ def run(
     with contextlib.ExitStack() as stack:
         # From here on the run exists.
         lock = stack.enter_context(_begin(plan, break_lock))
-        tokenizer = fitting(folder.read_tokenizer(config), config)
+        tokenizer = plan.tokenizer()
         data = stack.enter_context(TrainingData(config, plan.source, tokenizer))
         stop = stack.enter_context(StopRequest())
         start = _restored(plan, chosen, data, backbone or _moved(named, folder)) or _fresh(plan, origin, lock)
@@ -273,7 +272,7 @@ def _begin(plan: Plan, break_lock: bool) -> Lock:
 def _create(plan: Plan) -> None:
     """Writes config and tokenizer; one that is not given is trained."""
     config, folder = plan.config, plan.folder
-    tokenizer = plan.tokenizer or train_tokenizer(config, plan.source)
+    tokenizer = plan.tokenizer()
     folder.write_config(config)
     # What says how a pretrained model's tokenizer is used: it goes with the model.
     if config.objective.source_run is not None:

@@ -146,7 +146,9 @@ def ways_of(options: Options, numbers: Sequence[int], drafters: Sequence[str] = 
         for number in filter(None, numbers):
             drafting = dataclasses.replace(options.with_drafts(number), drafter=drafter)
             ways[number if drafter == "heads" else f"{drafter} {number}"] = drafting
-    return ways if options.pass_width is None else {**ways, PADDED_PLAIN: options.with_drafts(0)}
+    if options.pass_width is not None:
+        ways[PADDED_PLAIN] = dataclasses.replace(options.fastest_plain, pass_width=options.pass_width)
+    return ways
 
 
 def compare_ways(

@@ -14,7 +14,7 @@ from mtpd_jax.methods.method import Method, method_of
 from mtpd_jax.runs.choice import NEWEST, Choice, candidates, latest_step
 from mtpd_jax.runs.metrics import check_sinks
 from mtpd_jax.runs.origin import completed
-from mtpd_jax.runs.tokenizers import given_tokenizer
+from mtpd_jax.runs.tokenizers import fitting, given_tokenizer, train_tokenizer
 from mtpd_jax.runs.workdir import Workdir, open_workdir
 from mtpd_jax.sharding import check_batch, make_mesh
 from mtpd_jax.training.feasibility import check_attention, check_training
@@ -32,7 +32,7 @@ class Plan:
       method, optimizer: what trains.
       abstract: shapes, types and places of the state.
       source: of documents.
-      tokenizer: the one that the config or the run to start from gives; None: the run's own, or one that is trained.
+      given_tokenizer: of the config or the run to start from; None: the run has its own, or one has to be trained.
       notes: what has to be said of it; empty ones where there is nothing to say.
     """
 
@@ -42,8 +42,18 @@ class Plan:
     optimizer: optax.GradientTransformation
     abstract: TrainState
     source: Source
-    tokenizer: Tokenizer | None
+    given_tokenizer: Tokenizer | None
     notes: tuple[str, ...]
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, which it has once it has begun; before that the given one, or one that is trained now.
+
+        Raises:
+          ValueError: the run's own cannot be read, or does not fit the model.
+        """
+        if self.folder.tokenizer_file.exists():
+            return fitting(self.folder.read_tokenizer(self.config), self.config)
+        return self.given_tokenizer or train_tokenizer(self.config, self.source)
 
 
 def planned(

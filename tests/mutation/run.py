@@ -22,10 +22,10 @@ import sys
 import tempfile
 import tomllib
 
-import rich.box
 import rich.console
 import rich.progress
-import rich.table
+
+from mtpd_jax.evaluation.report import new_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 MUTANTS = pathlib.Path(__file__).with_name("mutants.toml")
@@ -180,9 +180,7 @@ def main() -> int:
 
 def report(console: rich.console.Console, mutants: list[Mutant], outcomes: list[str]) -> None:
     """Counts by folder, then every mutant that was not killed."""
-    table = rich.table.Table(title="mutants", box=rich.box.SIMPLE_HEAD)
-    for column in ("module", "mutants", "killed", "equivalent", "survived"):
-        table.add_column(column, justify="left" if column == "module" else "right")
+    table = new_table("mutants", ("module", "mutants", "killed", "equivalent", "survived"), left=("module",))
     by_module = collections.defaultdict(list)
     for mutant, found in zip(mutants, outcomes, strict=True):
         by_module[mutant.file.removeprefix("mtpd_jax/")].append(found)

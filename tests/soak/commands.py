@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -24,10 +25,10 @@ LIMIT = 120.0
 PHASES = {
     "train": {
         "flags": "mtpd_jax.frontdoor:parse_config_flags",
-        "config": "mtpd_jax.train:completed",
-        "data": "mtpd_jax.train:open_source",
+        "config": "mtpd_jax.runs.plan:completed",
+        "data": "mtpd_jax.runs.plan:open_source",
         "lock": "mtpd_jax.train:take_lock",
-        "tokenizer": "mtpd_jax.train:Tokenizer.train",
+        "tokenizer": "mtpd_jax.data.tokenizer:Tokenizer.train",
         "creation": "mtpd_jax.train:Workdir.write_config",
         "digest": "mtpd_jax.data.pipeline:identity",
         "initial state": "mtpd_jax.train:initial_state",
@@ -58,6 +59,13 @@ PHASES = {
 }
 
 
+def place_of(command: str, phase: str) -> tuple[Any, str]:
+    """The module or class of what is called in a phase, and its name there."""
+    module, _, names = PHASES[command][phase].partition(":")
+    *path, name = names.split(".")
+    return functools.reduce(getattr, path, importlib.import_module(module)), name
+
+
 @dataclasses.dataclass(frozen=True)
 class Strike:
     """A fault: what happens ``delay`` seconds after a phase was entered for the ``call``-th time."""
@@ -70,11 +78,7 @@ class Strike:
 
     def arm(self, marker: int) -> None:
         """Puts itself in the way of the phase, in the process that is to be struck, and marks a pipe when it does."""
-        module, _, names = PHASES[self.command][self.phase].partition(":")
-        owner: Any = importlib.import_module(module)
-        *path, name = names.split(".")
-        for part in path:
-            owner = getattr(owner, part)
+        owner, name = place_of(self.command, self.phase)
         real, calls = owner.__dict__[name], []
         function = real.__func__ if isinstance(real, classmethod) else real
 
@@ -123,6 +127,7 @@ class Outcome:
 _KNOWN = re.compile(
     r"error: |interrupted$|step \d+(/\d+)? |/\S+: (training|resuming|already finished|asked to stop|damaged: |without )"
     r"|/\S+: \d+ lines that are no metrics|no checkpoint is there|nothing is held out|held-out text: |[\d,]+ steps take"
+    r"|compiling .* …$"
 )
 
 

@@ -25,11 +25,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import rich.box
 import rich.console
 import rich.progress
 import rich.table
 
+from mtpd_jax.evaluation.report import new_table
 from tests.soak.disks import Disk
 from tests.soak.faults import Bench, Fault, MissedError, all_faults
 from tests.soak.inputs import all_inputs
@@ -212,9 +212,8 @@ def _next(results: Any, workers: list[Any]) -> Result:
 
 def table(found: list[Result]) -> rich.table.Table:
     """What was tried and survived, by kind: faults, and distinct ones."""
-    shown = rich.table.Table(title="soak", box=rich.box.SIMPLE_HEAD)
-    for column in ("kind", "tried", "survived", "distinct faults", "survived", "seconds each"):
-        shown.add_column(column, justify="left" if column == "kind" else "right")
+    columns = ("kind", "tried", "survived", "distinct faults", "survived", "seconds each")
+    shown = new_table("soak", columns, left=("kind",))
     for kind in [*QUOTAS, "all"]:
         rows = [result for result in found if kind in ("all", result.kind)]
         if not rows:

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.soak.commands import Outcome
+from tests.soak.commands import PHASES, Outcome, place_of
 from tests.soak.faults import all_faults
 from tests.soak.inputs import all_inputs
 from tests.soak.run import QUOTAS, Result, plan, table
@@ -49,6 +49,12 @@ def test_a_whole_soak_covers_what_it_promises():
     assert {name for kind, name, _ in planned if kind == "kill"} == {f.name for f in faults if f.kind == "kill"}
     assert planned == first(len(planned)) != first(len(planned), seed=1)
     assert {kind for kind, *_ in first(20, only="bit flipped")} == {"flip"}
+
+
+@pytest.mark.parametrize(("command", "phase"), [(command, phase) for command in PHASES for phase in PHASES[command]])
+def test_phases_are_where_they_are_said_to_be(command, phase):
+    owner, name = place_of(command, phase)
+    assert callable(getattr(owner, name)) and name in vars(owner)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,11 @@
 One pass, with n confirmed tokens of which a have not been read (arXiv 2602.06019 §3.3):
 
     read     the a tokens, and k-1 masks after them
-    take     of the k tokens that come next, as their likeliest ones are there: all (``static``); or those up to the
+    take     of the k tokens that come next, as their likeliest ones are there: all (``static``); or those before the
              first whose probability is below tau, and at least one (``confident``, which the paper calls ConfAdapt)
+
+The first of the k is the model's own next token, whatever is taken after it. Where the model is not sure even of that,
+nothing is taken after it.
 
 Masks leave nothing behind: the next pass reads the tokens that were taken, and writes their keys and values where those
 of the masks were, before anything can attend to them.
@@ -48,7 +51,7 @@ class Spans(Strategy):
 
     @abc.abstractmethod
     def taken(self, sure: Bool[Array, "B K"]) -> Bool[Array, "B K"]:
-        """Which slots after the first are taken, up to the first that is not.
+        """Which slots are taken, up to the first that is not; but the first slot always is.
 
         Args:
           sure: whether their probability is at least ``Options.min_confidence``.
@@ -73,10 +76,13 @@ class Spans(Strategy):
         mask = self.network.config.vocabulary_size
         tokens = jnp.where(jnp.arange(width)[None, :] < unread_B[:, None], tokens, mask)
         hidden, cache = self.network.extend(parameters, tokens, state.unread, state.cache)
-        # Of the k tokens that come next, those that are taken.
-        logits = self.network.logits(parameters, slice_rows(hidden, unread_B - 1, masks + 1))
+        # Of the k tokens that come next, those that are taken. Logits of all that was read where passes share a width.
+        if self.options.pass_width is None:
+            logits = self.network.logits(parameters, slice_rows(hidden, unread_B - 1, masks + 1))
+        else:
+            logits = slice_rows(self.network.logits(parameters, hidden), unread_B - 1, masks + 1)
         choices, sure = likeliest(logits, self.options.min_confidence)
-        count = 1 + count_leading(self.taken(sure[:, 1:]))
+        count = jnp.maximum(1, count_leading(self.taken(sure)))
         if not self.options.sampling.greedy:
             drawn = draw(keys, probabilities(logits[:, 0], self.options.sampling))
             choices = choices.at[:, 0].set(jnp.where(count == 1, drawn, choices[:, 0]))
@@ -104,7 +110,7 @@ class Static(Spans, name="static"):
 
 
 class Confident(Spans, name="confident"):
-    """Those up to the first whose probability, at temperature 1, is below tau, and at least one."""
+    """Those before the first whose probability, at temperature 1, is below tau, and at least one."""
 
     @classmethod
     def check(cls, options: Options) -> None:
