@@ -20,6 +20,7 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
     for axis, panel in zip(axes.flat, panels, strict=False):
+        axis.set_prop_cycle(color=plt.get_cmap("tab10" if len(panel["lines"]) <= 10 else "tab20").colors)
         for label, points in panel["lines"].items():
             x, y, *interval = zip(*sorted(points), strict=True)
             (line,) = axis.plot(x, y, marker="o", markersize=3, label=label)

@@ -36,6 +36,7 @@ class Sizes:
       long: of the main arm's longer run.
       thrice: arms that are run with three seeds; None: all.
       batch: rows per step.
+      turns: times that everything is decoded.
     """
 
     learning_rate: float
@@ -43,10 +44,11 @@ class Sizes:
     long: int
     thrice: tuple[str, ...] | None = None
     batch: int = 4
+    turns: int = 1
 
 
 SIZES = {
-    "stories_656k": Sizes(learning_rate=5e-4, steps=1600, long=6400),
+    "stories_656k": Sizes(learning_rate=5e-4, steps=1600, long=6400, turns=3),
     "stories_19m": Sizes(learning_rate=5e-4, steps=400, long=1600, thrice=("online hard", "ground truth")),
 }
 ARMS: dict[str, dict[str, Any]] = {
@@ -78,7 +80,7 @@ def scale_of(name: str, given: Given) -> Scale:
         "optimizer.learning_rate": sizes.learning_rate, "evaluation.every_steps": sizes.steps // 8,
         "logging.every_steps": 25,
     }  # fmt: skip
-    return pretrained.scale_of(name, given, config_file.get_config, diff)
+    return dataclasses.replace(pretrained.scale_of(name, given, config_file.get_config, diff), turns=sizes.turns)
 
 
 def main() -> int:

@@ -14,15 +14,16 @@ from experiments.sweep.report import Report, Table, line, per_seed, verdict, wit
 from experiments.sweep.rows import SpanCounts, SpanMeasures, read_rows
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.spans import CONFIDENCES, PLAIN
+from experiments.sweep.spans import PLAIN
 from mtpd_jax.data.files import read_json
 from mtpd_jax.evaluation.report import number, percent
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 
 SEEDS = (0, 1, 2)
-# What claims are read at: a strict threshold and a loose one, each arm with its own longest spans, and spans that are
-# believed whole.
-_READ_AT = ("confident at 0.9", "confident at 0.6", "static 2", "static 4")
+_LONGER = "longer online hard"
+# What claims about text are read at: spans that are believed whole, where arms are equally fast, and a loose threshold,
+# each arm with its own longest spans.
+_READ_AT = ("static 2", "static 4", "confident at 0.6")
 # The paper's claims as pairs of arms: what is said to be better, and than what.
 _CLAIMS = (
     ("hard labels in place of soft ones", "online soft", "online hard"),
@@ -63,10 +64,11 @@ def report(
         f"of held-out stories of {scale.prompt_tokens} tokens are continued by {scale.new_tokens}, one at a time. "
         "`static k` believes all k tokens of a span, `confident k at tau` those up to the first whose probability is "
         "below tau: both are lossy, and their text is **not** that of plain decoding. `verified` confirms its guesses "
-        "in the next pass: its text is what the same model writes one token at a time. Teacher CE: nats per token of "
-        "what was written, by the teacher, over those of its own greedy text after the same beginnings; text that "
-        "repeats itself has few, so the share of distinct 4-grams stands beside it. Intervals in brackets: 95 %, "
-        "paired bootstrap over seeds and then held-out texts."
+        "in the next pass: its text is what the same model writes one token at a time; without tau, all of them. "
+        f"{'Times are of one turn' if scale.turns == 1 else f'Of {scale.turns} turns the median time of each text'}. "
+        "Teacher CE: nats per token of what was written, by the teacher, over those of its own greedy text after the "
+        "same beginnings; text that repeats itself has few, so the share of distinct 4-grams stands beside it. "
+        "Intervals in brackets: 95 %, paired bootstrap over seeds and then held-out texts."
     )
     if scale.name in _CAVEATS:
         text += f" {_CAVEATS[scale.name]}"
@@ -76,8 +78,12 @@ def report(
         _drift(arms),
         *(_ways(name, arm) for name, arm in arms.items()),
         *(_claims(arms, way) for way in _READ_AT),
+        _lossless_claims(arms),
+        _verified(arms),
+        _beside(arms, heads_beside(folder, scale.inputs)),
+        _reliability(arms),
     ]
-    return Report("Standalone MTP", text, [*tables, _verified(arms), _reliability(arms)], _panels(arms, scale, folder))
+    return Report("Standalone MTP", text, tables, _panels(arms, heads_beside(folder, scale.inputs)))
 
 
 def spans_of(arm: Arm) -> list[SpanMeasures]:
@@ -117,6 +123,22 @@ def teacher_ce(arm: Arm, way: str) -> Counts:
     return Counts.ratio(by_text, [[1.0] * len(texts) for texts in by_text])
 
 
+def cost_of_believing(arm: Arm, way: str) -> Counts:
+    """Teacher CE of what a way writes, over that of what the same student writes one token at a time."""
+    by_text = [
+        (np.divide(one.nats, one.tokens) - np.divide(plain.nats, plain.tokens)).tolist()
+        for one, plain in zip(ways_of(arm, way), ways_of(arm, PLAIN), strict=True)
+    ]
+    return Counts.ratio(by_text, [[1.0] * len(texts) for texts in by_text])
+
+
+def as_teacher(arm: Arm, way: str) -> Counts:
+    """Share of the teacher's own greedy text before the first token that is another."""
+    return Counts.ratio(
+        [one.as_teacher for one in ways_of(arm, way)], [list(map(float, one.teacher_tokens)) for one in spans_of(arm)]
+    )
+
+
 def kept(arm: Arm, way: str) -> Counts:
     """Share of the text before the first token that plain decoding would not have written."""
     found, plain = ways_of(arm, way), ways_of(arm, PLAIN)
@@ -128,9 +150,10 @@ def _names(arm: Arm) -> list[str]:
 
 
 def _own(arm: Arm, way: str) -> str | None:
-    """The name of a way among those of an arm, at any length of spans if ``way`` has none; None: it is not there."""
-    strategy, _, tau = way.partition(" at ")
-    return next((name for name in _names(arm) if name == way or re.fullmatch(rf"{strategy} \d+ at {tau}", name)), None)
+    """The name of a way among those of an arm, at its longest spans if ``way`` has no length; None: it is not there."""
+    strategy, at, tau = way.partition(" at ")
+    found = [name for name in _names(arm) if name == way or re.fullmatch(rf"{strategy} \d+{at}{tau}", name)]
+    return max(found, key=lambda name: int(name.split()[1]) if name != PLAIN else 0, default=None)
 
 
 def _drift(arms: Mapping[str, Arm]) -> Table:
@@ -144,7 +167,7 @@ def _drift(arms: Mapping[str, Arm]) -> Table:
             [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(own, theirs, strict=True)], weight
         )
         slots = [[one.slots["slots"][place]["agreement"] for one in spans] for place in range(4)]
-        shares = [percent(float(np.mean([share for share in by_seed if share is not None]))) for by_seed in slots]
+        shares = [_over_seeds([share for share in by_seed if share is not None]) for by_seed in slots]
         rows.append([
             name, with_interval(mean_of(moved), digits=3, signed=True),
             with_interval(mean_of(teacher_ce(arm, PLAIN)), digits=3, signed=True), *shares,
@@ -155,8 +178,16 @@ def _drift(arms: Mapping[str, Arm]) -> Table:
         "teacher CE of plain text",
         *(f"slot {j}" for j in range(1, 5)),
     ]
-    note = "Slots: agreement with the teacher on held-out text, each after the student's own tokens before it."
+    note = (
+        "Slots: agreement with the teacher on held-out text, each after the student's own tokens before it, in per "
+        "cent; in brackets the range of seeds."
+    )
     return Table("Drift, and what is guessed", columns, rows, note)
+
+
+def _over_seeds(shares: Sequence[float]) -> str:
+    mean = percent(float(np.mean(shares)))
+    return mean if len(shares) == 1 else f"{mean} ({percent(min(shares))} to {percent(max(shares))})"
 
 
 def _ways(name: str, arm: Arm) -> Table:
@@ -167,11 +198,12 @@ def _ways(name: str, arm: Arm) -> Table:
         rows.append([
             way, "no" if found[0].lossless else "**yes**", with_interval(mean_of(tokens_per_pass(arm, way))),
             with_interval(mean_of(speed(arm, way))), with_interval(mean_of(teacher_ce(arm, way)), signed=True),
-            with_interval(mean_of(kept(arm, way)), 100, 0), number(float(np.mean(shares))),
+            with_interval(mean_of(kept(arm, way)), 100, 0), with_interval(mean_of(as_teacher(arm, way)), 100, 0),
+            number(float(np.mean(shares))),
         ])  # fmt: skip
     columns = [
         "way", "lossy", "tokens per pass", "wall clock over plain", "teacher CE", "kept of plain text, %",
-        "distinct 4-grams",
+        "kept of the teacher's, %", "distinct 4-grams",
     ]  # fmt: skip
     return Table(f"{name}, greedy", columns, rows)
 
@@ -184,35 +216,90 @@ def _claims(arms: Mapping[str, Arm], way: str) -> Table:
             continue
         tokens, _ = gain(*pair, lambda arm: tokens_per_pass(arm, way))
         ce, seeds = gain(*pair, lambda arm: teacher_ce(arm, way))
-        lower = Interval(*(None if end is None else -end for end in (ce.mean, ce.high, ce.low)))
+        believing, _ = gain(*pair, lambda arm: cost_of_believing(arm, way))
         rows.append([
             what, f"{after} over {before}", with_interval(tokens, signed=True), with_interval(ce, signed=True),
-            per_seed(seeds, 1, 2), verdict(lower, len(seeds)),
+            per_seed(seeds, 1, 2), verdict(_less(ce), len(seeds)), with_interval(believing, signed=True),
+            verdict(_less(believing), len(seeds)),
         ])  # fmt: skip
-    columns = ["change", "arms", "gain in tokens per pass", "gain in teacher CE", "per seed", "better text"]
-    return Table(f"The paper's claims, at {way}", columns, rows, "A gain in teacher CE is worse text.")
+    columns = [
+        "change", "arms", "gain in tokens per pass", "gain in teacher CE", "per seed", "better text",
+        "of it, what believing costs", "better guesses",
+    ]  # fmt: skip
+    note = (
+        "A gain in teacher CE is worse text. It has two parts: how far the student's own text, written one token at a "
+        "time, has moved from the teacher's, and what believing adds to that."
+    )
+    return Table(f"The paper's claims, at {way}", columns, rows, note)
+
+
+def _less(gained: Interval) -> Interval:
+    """The same with its sign turned."""
+    return Interval(*(None if end is None else -end for end in (gained.mean, gained.high, gained.low)))
+
+
+def _lossless_claims(arms: Mapping[str, Arm]) -> Table:
+    """What a change is worth where nothing is lost: every guess risked, and verified."""
+    rows = []
+    for what, before, after in _CLAIMS:
+        if pair := paired(arms, after, before):
+            gained, seeds = gain(*pair, lambda arm: tokens_per_pass(arm, "verified"))
+            both = [with_interval(mean_of(tokens_per_pass(arm, "verified"))) for arm in pair]
+            rows.append([
+                what, f"{after} over {before}", *both, with_interval(gained, signed=True), per_seed(seeds, 1, 2),
+                verdict(gained, len(seeds)),
+            ])  # fmt: skip
+    columns = ["change", "arms", "tokens per pass", "before", "gain", "per seed", "more tokens per pass"]
+    note = "Each arm with its own longest spans. The text is the student's own, one token at a time: see drift."
+    return Table("The paper's claims, when all guesses are verified", columns, rows, note)
 
 
 def _verified(arms: Mapping[str, Arm]) -> Table:
     """How much of the speed is left when nothing is lost."""
     rows = []
     for name, arm in arms.items():
-        names = _names(arm)
-        longest = next(way.split()[1] for way in names if way.startswith("verified"))
-        for tau in CONFIDENCES:
-            lossy, safe = f"confident {longest} at {tau:g}", f"verified {longest} at {tau:g}"
-            figures = [tokens_per_pass(arm, way) for way in (lossy, safe)]
+        for safe in (way for way in _names(arm) if way.startswith("verified")):
+            lossy, sampled = safe.replace("verified", "confident"), safe in spans_of(arm)[0].ways["sampled"]
+            figures = [tokens_per_pass(arm, way) for way in (safe, lossy) if way in _names(arm)]
+            share = [figures[0] * one.inverse() for one in figures[1:]]
             rows.append([
-                name, f"{tau:g}", *(with_interval(mean_of(one)) for one in figures),
-                with_interval(mean_of(figures[1] * figures[0].inverse()), 100, 0),
-                with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))),
-                *(with_interval(mean_of(speed(arm, way))) for way in (lossy, safe)),
+                name, safe, with_interval(mean_of(figures[0])),
+                with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))) if sampled else "",
+                with_interval(mean_of(speed(arm, safe))),
+                *(_or_nothing(found, *rest) for found, *rest in ((figures[1:], 1.0, 2), (share, 100, 0))),
+                _or_nothing([speed(arm, lossy)] if share else []),
             ])  # fmt: skip
     columns = [
-        "arm", "tau", "confident (lossy)", "verified", "verified / confident, %", "verified, temperature 1",
-        "wall clock, confident", "wall clock, verified",
+        "arm", "verified", "tokens per pass", "temperature 1", "wall clock", "confident at that tau (lossy)",
+        "verified / confident, %", "wall clock, confident",
     ]  # fmt: skip
-    return Table("Verified beside believed, tokens per pass", columns, rows)
+    return Table("Verified beside believed", columns, rows)
+
+
+def _or_nothing(found: Sequence[Counts], factor: float = 1.0, digits: int = 2) -> str:
+    return with_interval(mean_of(found[0]), factor, digits) if found else ""
+
+
+def _beside(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> Table:
+    """The main arms where nothing is lost, and heads on the same backbone, which lose nothing either."""
+    rows = []
+    for name in (name for name in ("online hard", _LONGER) if name in arms and heads):
+        arm = arms[name]
+        rows += [
+            [name, safe, f"{arm.mean('tokens'):,.0f}", with_interval(mean_of(tokens_per_pass(arm, safe))),
+             with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))), with_interval(mean_of(speed(arm, safe)))]
+            for safe in spans_of(arm)[0].ways["sampled"] if safe != PLAIN
+        ]  # fmt: skip
+    for title, arm in heads.items():
+        tokens = [with_interval(mean_of(arm.tokens_per_pass(mode, 3))) for mode in ("greedy", "sampled")]
+        clock = with_interval(mean_of(arm.speed_over("greedy", 3, 0)))
+        rows.append([title, "3 drafts", f"{arm.mean('tokens'):,.0f}", *tokens, clock])
+    columns = ["arm", "way", "tokens trained on", "tokens per pass", "temperature 1", "wall clock over plain"]
+    note = (
+        "Heads write the backbone's own text, a student its own, which has moved. Wall clocks of heads are of another "
+        "sweep on the same kind of core."
+    )
+    return Table("Beside heads on the same backbone, lossless", columns, rows, note)
 
 
 def _reliability(arms: Mapping[str, Arm]) -> Table:
@@ -232,26 +319,34 @@ def _reliability(arms: Mapping[str, Arm]) -> Table:
     return Table("Is confidence worth its name?", ["arm", *edges], rows, note)
 
 
-def _panels(arms: Mapping[str, Arm], scale: Scale, folder: pathlib.Path) -> list[dict[str, Any]]:
+def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str, Any]]:
     """The frontier by passes and by wall clock, heads on the same backbone in it; and what training came to."""
-    by_pass: dict[str, list[Any]] = {}
-    by_clock: dict[str, list[Any]] = {}
+    found: dict[str, dict[str, Interval]] = {}
+    named: dict[str, Arm] = {}
+    main = next((name for name in (_LONGER, "online hard") if name in arms), None)
     for name, arm in arms.items():
-        ways = [way for way in _names(arm) if way.startswith(("plain", "confident"))]
-        quality = {way: mean_of(teacher_ce(arm, way)) for way in ways}
-        by_pass[name] = line({mean_of(tokens_per_pass(arm, way)).mean: quality[way] for way in ways})
-        by_clock[name] = line({mean_of(speed(arm, way)).mean: quality[way] for way in ways})
-    lossless = [name for name in ("longer online hard", "online hard") if name in arms][:1]
-    for name in lossless:
-        arm = arms[name]
-        safe = [way for way in _names(arm) if way.startswith("verified")]
-        zero = mean_of(teacher_ce(arm, PLAIN))
-        by_pass[f"{name}, verified"] = line({mean_of(tokens_per_pass(arm, way)).mean: zero for way in safe})
-        by_clock[f"{name}, verified"] = line({mean_of(speed(arm, way)).mean: zero for way in safe})
-    for name, arm in heads_beside(folder, scale.inputs).items():
-        nothing = Interval(0.0, 0.0, 0.0)
-        by_pass[name] = line({mean_of(arm.tokens_per_pass("greedy", 3)).mean: nothing})
-        by_clock[name] = line({mean_of(arm.speed_over("greedy", 3, 0)).mean: nothing})
+        named[name] = arm
+        found[name] = {way: mean_of(teacher_ce(arm, way)) for way in _names(arm) if way.startswith("confident")}
+    if main is not None:
+        own = mean_of(teacher_ce(arms[main], PLAIN))
+        for way in ("static", "verified"):
+            named[f"{main}, {way}"] = arms[main]
+            found[f"{main}, {way}"] = {
+                each: own if way == "verified" else mean_of(teacher_ce(arms[main], each))
+                for each in _names(arms[main])
+                if each.startswith(way)
+            }
+    by_pass, by_clock = (
+        {
+            name: line({mean_of(figure(named[name], way)).mean: quality for way, quality in points.items()})
+            for name, points in found.items()
+        }
+        for figure in (tokens_per_pass, speed)
+    )
+    for title, arm in heads.items():
+        label, nothing = f"{title}, {arm.mean('tokens'):,.0f} tokens", Interval(0.0, 0.0, 0.0)
+        by_pass[label] = line({mean_of(arm.tokens_per_pass("greedy", 3)).mean: nothing})
+        by_clock[label] = line({mean_of(arm.speed_over("greedy", 3, 0)).mean: nothing})
     y = "teacher CE over its own text, nats per token"
     return [
         {"title": "confident, tau 0.99 to 0.6; lossless", "x": "tokens per pass", "y": y, "lines": by_pass},
@@ -261,10 +356,14 @@ def _panels(arms: Mapping[str, Arm], scale: Scale, folder: pathlib.Path) -> list
 
 
 def _curves(arms: Mapping[str, Arm]) -> dict[str, Any]:
-    """How often the second token of a span is what the student itself writes after the first, as it is trained."""
+    """How often the second token of a span is what the student itself writes after the first, as it is trained: a mean
+    over seeds."""
     figure, lines = "decoded/slot_2/conditional", {}
     for name, arm in arms.items():
-        points = [(point["step"], point[figure]) for point in arm.rows[0].curve if point.get(figure) is not None]
+        by_step: dict[int, list[float]] = {}
+        for point in (point for row in arm.rows for point in row.curve if point.get(figure) is not None):
+            by_step.setdefault(point["step"], []).append(point[figure])
+        points = [(step, float(np.mean(shares))) for step, shares in by_step.items() if len(shares) == len(arm.rows)]
         lines |= {name: points} if points else {}
     return lines
 

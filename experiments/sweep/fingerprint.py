@@ -10,6 +10,7 @@ recorded one.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -31,6 +32,7 @@ from experiments.sweep.scale import MODES, Scale
 from mtpd_jax import frontdoor, train
 from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.evaluation.quality import span_ways
+from mtpd_jax.evaluation.slots import score_slots
 from mtpd_jax.losses.divergences import DIVERGENCES
 from mtpd_jax.losses.terms import Distillation, chunk_loss
 from mtpd_jax.run import Run as OpenedRun
@@ -86,6 +88,7 @@ _STANDALONE = {
     "heads.num_heads": 0, "objective.mode": "standalone", "objective.k_max": 4, "objective.regions": 8,
     "training.steps": 6,
 }  # fmt: skip
+_GROUND_TRUTH = {"objective.written": "data", "objective.labels": "data", "objective.k_ramp": 0.5}
 _SHARED = {"heads.kind": "recurrent", "heads.cache": "shared", "objective.alpha": 0.1}
 # Every way of training, and whether its decoding is looked at, too.
 TRAINED = {
@@ -99,12 +102,13 @@ TRAINED = {
     "online": (Variant("online", {**_STANDALONE, "objective.prefix_weight": 0.5}, start=_NEXT_TOKEN), False),
     "soft": (Variant("soft", {**_STANDALONE, "objective.labels": "distribution"}, start=_NEXT_TOKEN), False),
     "offline": (Variant("offline", {**_STANDALONE, "objective.written": "data"}, start=_NEXT_TOKEN), False),
+    "ground_truth": (Variant("ground_truth", {**_STANDALONE, **_GROUND_TRUTH}, start=_NEXT_TOKEN), False),
 }
 # The parts that rows of an experiment are known by.
 FAMILIES = {
     "heads": ("joint", "plain", "next_token", "recurrent", "extension", "divergences"),
     "posthoc": ("posthoc", "shared", "divergences"),
-    "standalone": ("online", "soft", "offline", "divergences"),
+    "standalone": ("online", "soft", "offline", "ground_truth", "divergences"),
 }
 
 
@@ -140,7 +144,7 @@ def trained(name: str, folder: pathlib.Path) -> Numbers:
         found["measured"] = measure(str(workdir), run.heads(), run.scale).to_json()
         found["decoded"] = _decoded(opened, run)
     if name == "online":
-        found["spans"] = _spans(opened, run)
+        found |= {"spans": _spans(opened, run), "slots": _slots(opened, run)}
     return dict(_flat(found))
 
 
@@ -164,15 +168,33 @@ def _decoded(opened: OpenedRun, run: Run) -> dict[str, list[list[int]]]:
 
 
 def _spans(opened: OpenedRun, run: Run) -> dict[str, list[list[int]]]:
-    """What is written in a way of each kind that fills in masks, and how many passes it takes."""
+    """What is written in a way of each kind that fills in masks, and how many passes it takes.
+
+    By the student with noise added to its parameters: after so few steps it writes one token again and again, and is
+    as sure of all of them.
+    """
+    rng = np.random.RandomState(0)
+    noisy = jax.tree.map(
+        lambda leaf: leaf + 0.4 * rng.standard_normal(leaf.shape).astype(leaf.dtype), opened.parameters
+    )
+    opened = OpenedRun(dataclasses.replace(opened.trained, parameters=noisy))
     texts = held_out_texts(opened, run.scale.texts, run.scale.prompt_tokens + run.scale.new_tokens)
     prompts = [text[: run.scale.prompt_tokens] for text in texts]
     options = Options(0, run.scale.new_tokens, drafter=MASKS)
-    ways = {**span_ways(options, ["confident", "verified"], [4], [0.2]), **span_ways(options, ["static"], [2], [])}
+    ways = {**span_ways(options, ["confident", "verified"], [4], [0.2, 0.4]), **span_ways(options, ["static"], [2], [])}
     return {
         str(way): [[one.passes, *one.tokens] for one in opened.decoder.run(prompts, options)]
         for way, options in ways.items()
     }
+
+
+def _slots(opened: OpenedRun, run: Run) -> dict[str, Any]:
+    """What the student guesses in held-out texts, beside its teacher."""
+    assert opened.teacher is not None  # it was trained by one
+    texts = held_out_texts(opened, run.scale.texts, run.scale.prompt_tokens + run.scale.new_tokens)
+    rows, parameters = ((text, None) for text in texts), (opened.parameters, opened.teacher.parameters)
+    report = dataclasses.asdict(score_slots(opened.config, opened.mesh, *parameters, rows, batch_size=2))
+    return {part: list(scores) for part, scores in report.items()}
 
 
 def divergences(_: pathlib.Path) -> Numbers:

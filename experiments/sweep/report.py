@@ -11,6 +11,8 @@ import rich.markdown
 
 from experiments.figures import curves
 from experiments.sweep.arms import Arm
+from experiments.sweep.rows import Row
+from experiments.sweep.spans import PLAIN
 from mtpd_jax.evaluation.report import number
 from mtpd_jax.evaluation.statistics import Interval
 
@@ -135,15 +137,25 @@ def _provenance(arms: Mapping[str, Arm], version: str) -> Table:
     ]  # fmt: skip
     found = [row for arm in arms.values() for row in arm.rows]
     machines = sorted({machine(row.environment) for row in found})
-    greedy = [way for row in found for way in row.decoding["greedy"].by_heads.values()]
-    different, ties = sum(way.different or 0 for way in greedy), sum(way.ties or 0 for way in greedy)
-    decoded = sum(len(way.tokens) for way in greedy)
-    note = (
-        f"Greedy texts that differ from plain decoding's: {different + ties} of {decoded}, {ties} of them by a tie. "
-        f"The code version now is {version}. {'; '.join(machines)}."
-    )
+    note = f"{_differences(found)} The code version now is {version}. {'; '.join(machines)}."
     columns = ["variant", "seeds", "steps", "tokens", "parameters", "minutes per run", "texts", "code version"]
     return Table("Runs", columns, rows, note)
+
+
+def _differences(rows: Sequence[Row]) -> str:
+    """How many greedy texts are not plain decoding's, of those that have to be: with heads, and what was verified."""
+    drafted = [way for row in rows for heads, way in row.decoding["greedy"].by_heads.items() if heads]
+    different, ties = sum(way.different or 0 for way in drafted), sum(way.ties or 0 for way in drafted)
+    decoded = sum(len(way.tokens) for way in drafted)
+    for spans in (row.spans.ways["greedy"] for row in rows if row.spans is not None):
+        verified = [way for name, way in spans.items() if way.lossless and name != PLAIN]
+        decoded += sum(len(way.tokens) for way in verified)
+        different += sum(
+            kept != tokens or tokens != of_plain
+            for way in verified
+            for kept, tokens, of_plain in zip(way.kept, way.tokens, spans[PLAIN].tokens, strict=True)
+        )
+    return f"Greedy texts that differ from plain decoding's: {different + ties} of {decoded}, {ties} of them by a tie."
 
 
 def machine(environment: Mapping[str, Any]) -> str:

@@ -91,6 +91,7 @@ class SpanCounts:
       accepted: by draft, the slots after a span's first, and text.
       nats: of what was written, by the teacher, by text.
       kept: tokens before the first that plain decoding of the same model does not write, by text.
+      as_teacher: tokens before the first that is not of the teacher's own greedy text, by text.
       distinct_4grams: of all texts together.
       lossless: whether its text is plain decoding's, or distributed as it.
     """
@@ -101,6 +102,7 @@ class SpanCounts:
     accepted: list[list[int]]
     nats: PerText
     kept: list[int]
+    as_teacher: list[int]
     distinct_4grams: float | None
     lossless: bool
 

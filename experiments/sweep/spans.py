@@ -20,6 +20,8 @@ from mtpd_jax.run import Run
 
 # tau, and k of spans that are believed whole. Our choice: the frontier of each from slow to fast.
 CONFIDENCES, LENGTHS = (0.6, 0.8, 0.9, 0.95, 0.99), (2, 3, 4, 5)
+# k of spans that are verified, beside the longest: a pass over fewer places costs less.
+SHORT = (2, 3)
 # Plain decoding among the ways.
 PLAIN = "plain"
 
@@ -27,11 +29,10 @@ PLAIN = "plain"
 def ways(mode: str, longest: int, new_tokens: int) -> dict[int | str, Options]:
     """All that is decoded in a mode. What is believed is greedy: only what is verified can be sampled."""
     options = Options(0, new_tokens, MODES[mode], drafter=MASKS)
-    found: dict[int | str, Options] = {
-        PLAIN: options.fastest_plain,
-        **span_ways(options, ["verified"], [longest], CONFIDENCES),
-    }
+    verified = [*(length for length in SHORT if length < longest), longest]
+    found: dict[int | str, Options] = {PLAIN: options.fastest_plain, **span_ways(options, ["verified"], verified, [])}
     if mode == "greedy":
+        found |= span_ways(options, ["verified"], [longest], CONFIDENCES)
         found |= span_ways(options, ["static"], [length for length in LENGTHS if length <= longest], [])
         found |= span_ways(options, ["confident"], [longest], CONFIDENCES)
     return found
@@ -57,14 +58,14 @@ def measure_spans(opened: Run, texts: Sequence[np.ndarray], scale: Scale) -> Spa
     assert teacher is not None  # see above
     longest, length = opened.config.objective.longest_span, scale.prompt_tokens + scale.new_tokens
     reader = teacher.scorer(1, length)
+    own = teacher.decoder.run(prompts, Options(0, scale.new_tokens), rows=1)
     found: dict[str, dict[str, SpanCounts]] = {}
     for mode in MODES:
         wanted = ways(mode, longest, scale.new_tokens)
         turns = [decode_prompts(opened.decoder, prompts, wanted, batch_size=1, seed=0) for _ in range(scale.turns)]
         written = {str(name): usual([turn[name] for turn in turns]) for name in wanted}
         options = {str(name): one for name, one in wanted.items()}
-        found[mode] = _counts(written, options, prompts, reader, teacher)
-    own = teacher.decoder.run(prompts, Options(0, scale.new_tokens), rows=1)
+        found[mode] = _counts(written, options, prompts, own, reader, teacher)
     read = reader.score(teacher.parameters, ((text, np.zeros_like(text)) for text in texts))
     whole = ((text, None) for text in texts)
     slots = score_slots(opened.config, opened.mesh, opened.parameters, teacher.parameters, whole, batch_size=8)
@@ -81,6 +82,7 @@ def _counts(
     written: Mapping[str, Sequence[Continuation]],
     options: Mapping[str, Options],
     prompts: Sequence[np.ndarray],
+    own: Sequence[Continuation],
     reader: Scorer,
     teacher: Run,
 ) -> dict[str, SpanCounts]:
@@ -92,6 +94,7 @@ def _counts(
             accepted=[[one.accepted[k] for one in texts] for k in range(options[name].num_drafts)],
             nats=_rounded(nats_of(reader, teacher.parameters, prompts, texts)),
             kept=[common(one.tokens, other.tokens) for one, other in zip(texts, written[PLAIN], strict=True)],
+            as_teacher=[common(one.tokens, other.tokens) for one, other in zip(texts, own, strict=True)],
             distinct_4grams=distinct_ngrams([one.tokens for one in texts]),
             lossless=STRATEGIES[options[name].strategy].lossless,
         )

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from experiments.standalone import ARMS
+from experiments.standalone import SIZES, variants_of
 from experiments.sweep import fingerprint
 from experiments.sweep.rows import Row
 from experiments.sweep.runner import RESULTS
@@ -68,7 +68,8 @@ def test_the_committed_rows_are_of_the_recorded_version(family):
     lines = [line for path in RESULTS.glob("*/*.jsonl") for line in path.read_text().splitlines()]
     rows = [(Row.of(row), row) for row in map(json.loads, lines)]
     # Heads on a frozen backbone are named by their kind or, where joint ones are beside them, as frozen.
-    names = {"posthoc": ("recurrent ", "shared ", "cascade ", "frozen_"), "standalone": (*ARMS,)}
+    students = {variant.name for sizes in SIZES.values() for variant in variants_of(sizes)}
+    names = {"posthoc": ("recurrent ", "shared ", "cascade ", "frozen_"), "standalone": tuple(students)}
     own = [(row, plain) for row, plain in rows if _family(row.variant, names) == family]
     assert {row.code for row, _ in own} <= {version} and own
     assert [row.to_json() for row, _ in own] == [plain for _, plain in own]  # nothing is left out

@@ -8,7 +8,15 @@ import pytest
 
 from experiments import standalone
 from experiments.pretrained import Given
-from experiments.standalone_report import heads_beside, kept, speed, teacher_ce, tokens_per_pass
+from experiments.standalone_report import (
+    as_teacher,
+    cost_of_believing,
+    heads_beside,
+    kept,
+    speed,
+    teacher_ce,
+    tokens_per_pass,
+)
 from experiments.sweep.arms import Arm
 from experiments.sweep.rows import Row, SpanCounts, SpanMeasures
 from experiments.sweep.runner import Code
@@ -49,6 +57,7 @@ def made_up_spans(longest, confident_nats):
         return SpanCounts(
             tokens=[97] * TEXTS, passes=[passes] * TEXTS, seconds=[passes / 1000] * TEXTS,
             accepted=[[passes // 4] * TEXTS] * options.num_drafts, kept=[20 if lossy else 97] * TEXTS,
+            as_teacher=[10 if lossy else 30] * TEXTS,
             nats=[97 * (1 + confident_nats * lossy)] * TEXTS, distinct_4grams=0.7, lossless=not lossy,
         )  # fmt: skip
 
@@ -82,11 +91,23 @@ def test_figures_are_what_they_are_counted_from():
         return counts.of_seeds().tolist()
 
     assert of(tokens_per_pass(arm, "confident 8 at 0.9")) == [2.0, 2.0]
-    assert of(tokens_per_pass(arm, "verified 8 at 0.9", "sampled")) == [1.5, 1.5]
+    assert of(tokens_per_pass(arm, "verified", "sampled")) == [1.5, 1.5]
     assert of(speed(arm, "confident 8 at 0.9")) == pytest.approx([2.0, 2.0])
     assert of(teacher_ce(arm, "confident 8 at 0.9")) == pytest.approx([1.5, 1.5])  # 2 nats a token, less half a nat
     assert of(teacher_ce(arm, PLAIN)) == pytest.approx([0.5, 0.5])
+    assert of(cost_of_believing(arm, "static 2")) == pytest.approx([1.0, 1.0])
     assert of(kept(arm, "static 2")) == pytest.approx([20 / 97] * 2)
+    assert of(as_teacher(arm, "static 2")) == pytest.approx([10 / 97] * 2)
+
+
+def test_a_way_without_a_length_is_at_the_longest_spans():
+    arm = Arm("x", [made_up(runs_of("stories_19m")["online hard"])])
+    passes = {"verified 2": 50, "verified 3": 60, "verified 8": 70, "verified 8 at 0.9": 80}
+    for name, number in passes.items():
+        way = arm.rows[0].spans.ways["greedy"][name]
+        arm.rows[0].spans.ways["greedy"][name] = dataclasses.replace(way, passes=[number] * TEXTS)
+    for name, number in (("verified", 70), ("verified 2", 50), ("verified at 0.9", 80)):
+        assert tokens_per_pass(arm, name).of_seeds().tolist() == [96 / number]
 
 
 @pytest.mark.slow
@@ -108,13 +129,15 @@ def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch,
     assert "Left out" not in text and "nan" not in text and "**not** that of plain decoding" in text
     (claim,) = [
         line.split(" | ")
-        for line in text[text.index("at confident at 0.9") :].split("##")[0].splitlines()
+        for line in text[text.index("at static 2") :].split("##")[0].splitlines()
         if line.startswith("| a teacher in place of the text")
     ]
     assert claim[3].startswith("-1.00 (") and claim[5].startswith("yes")
+    assert claim[6].startswith("-1.00 (") and claim[7].startswith("yes")
     believed = [line for line in text.splitlines() if line.startswith("| confident 8 at 0.9 |")]
     assert believed and all("**yes**" in line and ("+1.50" in line or "+2.50" in line) for line in believed)
-    assert "| online hard | 0.9 | 2.00" in text and "75 (75 to 75)" in text
+    (beside,) = [line for line in text.splitlines() if line.startswith("| online hard | verified 8 at 0.9 |")]
+    assert "1.50 (1.50 to 1.50)" in beside and "2.00 (2.00 to 2.00)" in beside and "75 (75 to 75)" in beside
     assert (folder / "standalone.png").stat().st_size > 10_000
 
 
