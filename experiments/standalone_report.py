@@ -266,8 +266,7 @@ def _verified(arms: Mapping[str, Arm]) -> Table:
                 name, safe, with_interval(mean_of(figures[0])),
                 with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))) if sampled else "",
                 with_interval(mean_of(speed(arm, safe))),
-                *(_or_nothing(found, *rest) for found, *rest in ((figures[1:], 1.0, 2), (share, 100, 0))),
-                _or_nothing([speed(arm, lossy)] if share else []),
+                _or_nothing(figures[1:]), _or_nothing(share, 100, 0), _or_nothing([speed(arm, lossy)] if share else []),
             ])  # fmt: skip
     columns = [
         "arm", "verified", "tokens per pass", "temperature 1", "wall clock", "confident at that tau (lossy)",

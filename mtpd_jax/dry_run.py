@@ -17,8 +17,8 @@ from mtpd_jax.data.pipeline import Batch, TrainingData, put_on_devices
 from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.evaluation.report import new_table, number
 from mtpd_jax.model.backbone import count_parameters
-from mtpd_jax.runs.checkpoint import read_record
-from mtpd_jax.runs.choice import latest_step
+from mtpd_jax.runs.checkpoint import chosen_record
+from mtpd_jax.runs.choice import NEWEST, latest_step, parse_choice
 from mtpd_jax.runs.plan import Plan, planned
 from mtpd_jax.runs.progress import say
 from mtpd_jax.sharding import batch_sharding, describe_mesh
@@ -80,25 +80,29 @@ class DryRun:
     rows: list[list[Segment]]
 
 
-def dry_run(config: Config | ml_collections.ConfigDict | Mapping[str, Any], workdir: str) -> DryRun:
+def dry_run(
+    config: Config | ml_collections.ConfigDict | Mapping[str, Any], workdir: str, checkpoint: int | str = NEWEST
+) -> DryRun:
     """Looks at all that training would look at before its first step, and compiles that; creates nothing.
 
     The parameters of a run to start from are not read.
 
     Args:
-      config, workdir: see ``train.run``.
+      config, workdir, checkpoint: see ``train.run``.
 
     Raises:
       ValueError: what ``train.run`` would refuse.
     """
-    plan = planned(config, workdir)
+    chosen = parse_choice(checkpoint)
+    plan = planned(config, workdir, chosen)
     config, folder, method, source = plan.config, plan.folder, plan.method, plan.source
-    step = latest_step(folder)
+    # The checkpoint that the run would go on from.
+    record, step = chosen_record(folder, chosen) if latest_step(folder) is not None else ({}, None)
     # The batch that would be next.
     tokenizer = plan.tokenizer()
     with TrainingData(config, source, tokenizer) as data:
         if step is not None:
-            data.set_state(read_record(folder)["data"])
+            data.set_state(record["data"])
         batch = next(data)
     # What it costs.
     costs, tokens = method.costs(), int(np.prod(batch.tokens.shape))

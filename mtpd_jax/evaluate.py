@@ -259,7 +259,7 @@ class _Decoding:
       prompts: token ids.
       ways: see ``ways_of``; ``spans`` are those of them that fill in masks.
       batch_size, seed: as given.
-      transitions: of the stop strings.
+      stop, transitions: strings that end a text, and what is looked for of them while decoding.
     """
 
     prompts: list[np.ndarray]
@@ -267,6 +267,7 @@ class _Decoding:
     spans: Ways
     batch_size: int
     seed: int
+    stop: Sequence[str]
     transitions: np.ndarray | None
 
     @classmethod
@@ -285,7 +286,7 @@ class _Decoding:
         for options in ways.values():
             opened.decoder.check(ids, options, batch_size)
         transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
-        return cls(ids, ways, spans, batch_size, seed, transitions)
+        return cls(ids, ways, spans, batch_size, seed, stop, transitions)
 
     def run(self, opened: Run) -> PromptReport:
         """Decodes and scores."""
@@ -301,7 +302,7 @@ class _Decoding:
         if self.spans:
             *_, longest = self.spans
         samples = tuple(
-            Sample.of(prompt, str(longest), self.ways[longest].strategy, written, opened.tokenizer.decode)
+            Sample.of(prompt, str(longest), self.ways[longest].strategy, written, opened.tokenizer.decode, self.stop)
             for prompt, written in zip(self.prompts[:_SAMPLES], decoded[longest], strict=False)
         )
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
@@ -380,7 +381,8 @@ def main() -> int:
     if flags.html:
         by_way = {name: one.by_way for name, one in report.decoding.items()}
         samples = {name: one.samples for name, one in report.decoding.items()}
-        write_file(flags.html, page(flags.workdir, report.text, by_way, samples), "--html")
+        spans = {name: one.spans for name, one in report.decoding.items()}
+        write_file(flags.html, page(flags.workdir, report.text, by_way, samples, spans), "--html")
     return int(any(mode_report.failed for mode_report in report.decoding.values()))
 
 

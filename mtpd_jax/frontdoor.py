@@ -267,6 +267,9 @@ def parse_config_flags(arguments: list[str], description: str) -> TrainFlags:
     check_output_path(values["json"].value)
     if values["json"].value and not values["dry_run"].value:
         raise ValueError("--json is written with --dry_run: what a run measures is in its metrics.jsonl")
+    if values["dry_run"].value and (values["backbone"].value or values["break_lock"].value):
+        left_out = "backbone" if values["backbone"].value else "break_lock"
+        raise ValueError(f"--{left_out}: expected none with --dry_run, which reads no parameters and takes no lock")
     given_flags: dict[str, Any] = {name: values[name].value for name in _TRAIN_FLAGS}
     return TrainFlags(config, **given_flags)
 

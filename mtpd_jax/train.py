@@ -287,7 +287,7 @@ def main() -> int:
     """Parses the flags, trains, reports."""
     flags = frontdoor.parse_config_flags(sys.argv[1:], __doc__ or "")
     if flags.dry_run:
-        found = dry_run(flags.config, flags.workdir)
+        found = dry_run(flags.config, flags.workdir, flags.checkpoint)
         show(rich.console.Console(highlight=False), found)
         if flags.json:
             write_json(flags.json, dataclasses.asdict(found))

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -22,6 +22,9 @@ from mtpd_jax.sharding import batch_sharding
 from mtpd_jax.training.optimizer import learning_rate_schedule
 from mtpd_jax.training.state import DivergedError, TrainState
 from mtpd_jax.training.step import StepResult
+
+# Figures of heads beside each other in a log: three times as many fit on 80 columns. Our choice.
+_SHOWN = 3
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepResult]]
 
@@ -194,9 +197,8 @@ class Trainer:
             "mfu": None if rate is None else utilisation(self._method, rate),
         }
         self._metrics.write(done, values)
-        heads = " ".join(
-            f"{means[name]:.2f}" for name in means if name.endswith("/agreement") and means[name] is not None
-        )
+        agreement = [mean for name, mean in means.items() if name.endswith("/agreement") and mean is not None]
+        heads = _in_line(agreement, 1, 2)
         self._progress.say(
             f"step {done}/{self._config.training.steps}  loss {values['loss']:.3f}  main ce {means['main/ce'] or 0:.3f}"
             + (f"  agreement {heads}" if heads else "")
@@ -229,20 +231,26 @@ class Trainer:
 
 
 def _shown(scores: Mapping[str, float | None]) -> str:
-    """What is known of held-out text, as a line; and of held-out prompts, as another."""
+    """What is known of held-out text, as a line; and of heads, and of held-out prompts, as others."""
 
     def of_heads(name: str, factor: float, digits: int, unit: str = "") -> str:
         found = [value for key, value in scores.items() if key.startswith("eval/head_") and key.endswith(f"/{name}")]
-        shown = " ".join("–" if value is None else f"{factor * value:.{digits}f}" for value in found)
+        shown = _in_line(found, factor, digits)
         return shown and f"  {name} {shown}{unit}"
 
-    # One figure of the main head, and one row of figures for all others.
     ce, bits = (scores.get(f"eval/main/{name}") for name in ("ce", "bits_per_byte"))
     text = f"main ce {ce or 0:.3f}" + ("" if bits is None else f"  {bits:.3f} bits per byte")
-    text += of_heads("ce", 1, 2) + of_heads("kl", 1, 2) + of_heads("agreement", 100, 0, " %")
+    if heads := of_heads("ce", 1, 2) + of_heads("kl", 1, 2) + of_heads("agreement", 100, 0, " %"):
+        text += f"\n  heads:{heads}"
     if "decoded/tokens_per_pass" not in scores:
         return text
     passes, alone = (scores[f"decoded/tokens_per_pass{end}"] or 0 for end in ("", "_without_bonus"))
     rates = [value for name, value in scores.items() if name.startswith("decoded/") and "conditional" in name]
-    accepted = " ".join("–" if rate is None else f"{100 * rate:.0f}" for rate in rates)
+    accepted = _in_line(rates, 100, 0)
     return f"{text}\n  decoded:  {passes:.2f} tokens per pass ({alone:.2f} without bonus), accepted {accepted} %"
+
+
+def _in_line(figures: Sequence[float | None], factor: float, digits: int) -> str:
+    """Figures of heads; of many the first ones and the last, for a line has to stay one. All are in the metrics."""
+    shown = ["–" if one is None else f"{factor * one:.{digits}f}" for one in figures]
+    return " ".join(shown if len(shown) <= _SHOWN else [*shown[: _SHOWN - 1], "…", shown[-1]])

@@ -12,7 +12,7 @@ import pytest
 from mtpd_jax import frontdoor, train
 from mtpd_jax.conversion import to_hf
 from tests.builders import tiny_config
-from tests.commands import ALL, PAGES, ROOT, commands_of
+from tests.commands import ALL, OUTLINES, PAGES, ROOT, commands_of
 
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 # What is not run here, by the beginning of its words: it takes longer than twenty seconds, or needs what is not here.
@@ -37,6 +37,11 @@ def in_process(words, monkeypatch):
     monkeypatch.setattr("sys.argv", words[2:])
     module = module_of(words)
     return frontdoor.status_of(module.main)
+
+
+def test_what_is_no_command_is_known():
+    """An outline, of which blocks have one; all else that looks like a command is held to the parsers."""
+    assert [line.split()[-2:] for line in OUTLINES] == [["[--config.section.field=value", "…]"]]
 
 
 @pytest.mark.parametrize("command", ALL, ids=" ".join)

@@ -51,20 +51,24 @@ def test_a_new_run(small, text_file, tmp_path):
     assert any(len(row) > 1 for row in found.rows)
 
 
-def test_a_run_that_goes_on_is_given_its_next_batch(small, tmp_path):
+@pytest.mark.parametrize(("checkpoint", "step"), [("newest", 3), (1, 1)])
+def test_a_run_that_goes_on_is_given_its_next_batch(small, tmp_path, checkpoint, step):
+    small = dataclasses.replace(small, checkpoint=dataclasses.replace(small.checkpoint, every_steps=1, keep=3))
     train.run(small, str(tmp_path / "run"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     longer = dataclasses.replace(small, training=dataclasses.replace(small.training, steps=6))
-    found = dry_run(longer, str(tmp_path / "run"))
+    found = dry_run(longer, str(tmp_path / "run"), checkpoint)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert (found.step, found.steps) == (3, 6)
+    assert (found.step, found.steps) == (step, 6)
+    with pytest.raises(ValueError, match="checkpoint = 4: .* has 1, 2, 3"):
+        dry_run(longer, str(tmp_path / "run"), 4)
     # The stream from its beginning, with the tokenizer of the run.
     folder = open_workdir(str(tmp_path / "run"))
     tokenizer = folder.read_tokenizer(longer)
     with TrainingData(longer, open_source(longer.data), tokenizer) as data:
-        fourth = [next(data) for _ in range(4)][-1]
+        following = [next(data) for _ in range(step + 1)][-1]
     texts = ["".join(segment.text for segment in row) for row in found.rows]
-    rows = fourth.tokens.reshape(-1, longer.training.sequence_length)
+    rows = following.tokens.reshape(-1, longer.training.sequence_length)
     assert texts == [tokenizer.decode(row, special=True) for row in rows]
 
 
@@ -99,3 +103,6 @@ def test_the_command(monkeypatch, capsys, config_file, tmp_path):
     assert not (tmp_path / "run").exists()
     status, _, errors = call(f"--json={file}")
     assert status == 2 and "--dry_run" in errors and not (tmp_path / "run").exists()
+    for flag in ("--break_lock", "--backbone=somewhere"):
+        status, _, errors = call("--dry_run", flag)
+        assert status == 2 and f"{flag.partition('=')[0]}: expected none with --dry_run" in errors

@@ -127,12 +127,17 @@ def stream(
 ) -> Iterator[Generation]:
     """Continues a prompt, and yields what there is of it every few rounds; for arguments and errors see ``generate``.
 
-    The last one is the whole, with the text that ``generate`` writes.
+    The last one is the whole, with the text that ``generate`` writes. Texts before it end where a stop string may have
+    begun.
     """
     check_seed(seed)
     transitions = transitions_of(tokenizer.token_bytes(), stop) if stop else None
+    whole: Generation | None = None
     for written in decoder.stream(prompt, options, transitions=transitions, seed=seed):
-        yield _generation(decoder, tokenizer, options, stop, prompt, written, None, None)
+        whole = _generation(decoder, tokenizer, options, stop, prompt, written, None, None)
+        yield dataclasses.replace(whole, text=_before_a_beginning(whole.text, stop))
+    if whole is not None and stop:
+        yield whole
 
 
 def _generation(
@@ -177,6 +182,12 @@ def _generation(
 def cut_before(text: str, stop: Sequence[str]) -> str:
     """The text up to the first of the stop strings in it."""
     return text[: min([place for string in stop if (place := text.find(string)) >= 0], default=len(text))]
+
+
+def _before_a_beginning(text: str, stop: Sequence[str]) -> str:
+    """The text without what at its end may become a stop string."""
+    begun = [size for string in stop for size in range(1, len(string)) if text.endswith(string[:size])]
+    return text[: len(text) - max(begun, default=0)]
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import io
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -15,6 +16,8 @@ import numpy as np
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.evaluation.generation import cut_before
+from mtpd_jax.evaluation.quality import SpanScore
 from mtpd_jax.evaluation.report import bounded, number, percent
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.speed import RoundCosts
@@ -45,11 +48,21 @@ class Sample:
     passes: int
 
     @classmethod
-    def of(cls, prompt: np.ndarray, way: str, strategy: str, written: Continuation, decode: Decode) -> "Sample":
-        """From token ids."""
-        cut = pieces(written.tokens, written.proposers, decode)
-        found = tuple((text, proposer) for text, proposer, _ in cut)
-        return cls(decode(prompt.tolist()), way, strategy, found, len(written.tokens), written.passes)
+    def of(
+        cls,
+        prompt: np.ndarray,
+        way: str,
+        strategy: str,
+        written: Continuation,
+        decode: Decode,
+        stop: Sequence[str] = (),
+    ) -> "Sample":
+        """From token ids, without the stop string among them."""
+        left, found = len(cut_before(decode(written.tokens), stop)), []
+        for text, proposer, _ in pieces(written.tokens, written.proposers, decode):
+            found += [(text[:left], proposer)] if left else []
+            left -= len(text[:left])
+        return cls(decode(prompt.tolist()), way, strategy, tuple(found), len(written.tokens), written.passes)
 
 
 def model_of(by_heads: Mapping[str, DecodingScore]) -> list[tuple[int, float]]:
@@ -74,6 +87,7 @@ def page(
     text: Mapping[str, TextScore],
     decoding: Mapping[str, Mapping[str, DecodingScore]],
     samples: Mapping[str, Sequence[Sample]],
+    spans: Mapping[str, Mapping[str, SpanScore]] = MappingProxyType({}),
 ) -> str:
     """The page.
 
@@ -82,17 +96,19 @@ def page(
       text: as in the report.
       decoding: by prompt file, by way: numbers of heads as text, and what else decoded.
       samples: by prompt file.
+      spans: by prompt file, by way: of a model that fills in masks, what its texts are worth.
     """
     parts = []
     for name, ways in decoding.items():
         by_heads = {way: score for way, score in ways.items() if way.isdigit()}
         drafted = max(map(int, by_heads), default=0) > 0
         charts = [_acceptance_chart(by_heads), _speed_chart(by_heads)] if drafted else []
-        best = max(ways, key=lambda way: ways[way].speedup_over_plain.mean or 0.0)
+        lossless, lossy = (_fastest(ways, lossless=kind) for kind in (True, False))
         parts.append(
             {
-                "name": name, "prompts": ways[best].prompts, "best": best, "best_score": ways[best],
+                "name": name, "prompts": next(iter(ways.values())).prompts, "best": lossless, "lossy": lossy,
                 "charts": list(map(_svg, charts)), "ways": ways, "samples": samples.get(name, ()),
+                "quality": {way: one.quality for way, one in spans.get(name, {}).items() if one.quality is not None},
             }
         )  # fmt: skip
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -103,6 +119,13 @@ def page(
     }  # fmt: skip
     template = importlib.resources.files("mtpd_jax.evaluation").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(title=title, text=text, parts=parts)
+
+
+def _fastest(ways: Mapping[str, DecodingScore], lossless: bool) -> str | None:
+    """The way that is fastest of those that lose nothing, or of those that may write another text; None: there is
+    none."""
+    own = [way for way, score in ways.items() if score.lossless is lossless]
+    return max(own, key=lambda way: ways[way].speedup_over_plain.mean or 0.0, default=None)
 
 
 def colour_of(proposer: int) -> str:

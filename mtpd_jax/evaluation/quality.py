@@ -64,8 +64,9 @@ class Quality:
     Attributes:
       teacher_ce: nats per token by the teacher, less those of its own greedy text. Text that repeats itself has few:
         read it beside the share of distinct 4-grams.
-      same_as_own: share of texts that are what the same model writes one token at a time, whole.
-      kept: share of its tokens before the first that is not.
+      same_as_own: share of texts that are what the same model writes one token at a time, whole; no figure under
+        sampling, where that is another draw.
+      kept: share of its tokens before the first that is not; likewise.
       same_as_teacher: share of texts that are the teacher's greedy ones, whole.
     """
 
@@ -158,22 +159,22 @@ def _span_score(
         "plain" if not options.num_drafts else options.strategy, options.num_drafts + 1, options.min_confidence, score,
         mean_of(Counts.of_prompts([means], [[1.0] * len(means)])), lengths,
         passes * options.width / max(1, sum(len(one.tokens) - 1 for one in written)),
-        None if reader is None else _quality(written, own, reader),
+        None if reader is None else _quality(written, own if options.sampling.greedy else None, reader),
     )  # fmt: skip
 
 
-def _quality(written: Sequence[Continuation], own: Sequence[Continuation], reader: Reader) -> Quality:
+def _quality(written: Sequence[Continuation], own: Sequence[Continuation] | None, reader: Reader) -> Quality:
     ones = [1.0] * len(written)
     nats = nats_of(reader.scorer, reader.parameters, reader.prompts, written)
     sizes, theirs = ([len(one.tokens) for one in texts] for texts in (written, reader.texts))
     by_prompt = nats / sizes - reader.nats / theirs
-    kept = [common(one.tokens, other.tokens) for one, other in zip(written, own, strict=True)]
 
     def same(texts: Sequence[Continuation]) -> Interval:
         equal = [float(one.tokens == other.tokens) for one, other in zip(written, texts, strict=True)]
         return mean_of(Counts.of_prompts([equal], [ones]))
 
-    return Quality(
-        mean_of(Counts.of_prompts([by_prompt.tolist()], [ones])), same(own),
-        mean_of(Counts.of_prompts([kept], [[len(one.tokens) for one in own]])), same(reader.texts),
-    )  # fmt: skip
+    same_as_own = kept = Interval(None, None, None)
+    if own is not None:
+        shared = [common(one.tokens, other.tokens) for one, other in zip(written, own, strict=True)]
+        same_as_own, kept = same(own), mean_of(Counts.of_prompts([shared], [[len(one.tokens) for one in own]]))
+    return Quality(mean_of(Counts.of_prompts([by_prompt.tolist()], [ones])), same_as_own, kept, same(reader.texts))

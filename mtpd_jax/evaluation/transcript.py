@@ -52,7 +52,8 @@ def show(console: rich.console.Console, prompt: str, generation: Generation, dec
     text = rich.text.Text().append(prompt, style="dim")
     for piece, proposer, _ in pieces(generation.tokens, generation.proposers, decode):
         text.append(piece, style=_colour(proposer))
-    console.print(text, soft_wrap=True)
+    # Without the stop string, which is among the tokens.
+    console.print(text[: len(prompt) + len(generation.text)], soft_wrap=True)
     show_figures(console, generation)
 
 
@@ -68,19 +69,31 @@ def show_stream(
     parts = iter(generations)
     newest = next(parts)  # before anything is printed: what is said of compiling stands above
     console.print(rich.text.Text(prompt, style="dim"), end="", soft_wrap=True)
-    shown = _show_more(console, newest, decode, 0, final=False)
+    printed = _Printed(console, decode)
+    printed.show(newest, final=False)
     for newest in parts:
-        shown = _show_more(console, newest, decode, shown, final=False)
-    _show_more(console, newest, decode, shown, final=True)
+        printed.show(newest, final=False)
+    printed.show(newest, final=True)
     console.print()
     return newest
 
 
-def _show_more(console: rich.console.Console, newest: Generation, decode: Decode, shown: int, final: bool) -> int:
-    for piece, proposer, end in pieces(newest.tokens, newest.proposers, decode, shown, final):
-        console.print(rich.text.Text(piece, style=_colour(proposer)), end="", soft_wrap=True)
-        shown = end
-    return shown
+class _Printed:
+    """What was printed of a continuation, and what waits, for it may be of a stop string."""
+
+    def __init__(self, console: rich.console.Console, decode: Decode):
+        self._console, self._decode = console, decode
+        self._cut, self._characters, self._waiting = 0, 0, rich.text.Text()
+
+    def show(self, newest: Generation, final: bool) -> None:
+        """Prints what is new of its text; ``final`` as in ``pieces``."""
+        for piece, proposer, end in pieces(newest.tokens, newest.proposers, self._decode, self._cut, final):
+            self._waiting.append(piece, style=_colour(proposer))
+            self._cut = end
+        ready = self._waiting[: max(0, len(newest.text) - self._characters)]
+        self._console.print(ready, end="", soft_wrap=True)
+        self._waiting = self._waiting[len(ready) :]
+        self._characters += len(ready)
 
 
 def show_figures(console: rich.console.Console, generation: Generation) -> None:

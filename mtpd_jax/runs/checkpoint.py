@@ -227,7 +227,17 @@ def read_record(workdir: Workdir) -> dict[str, Any]:
     Raises:
       ValueError: there is none.
     """
-    return _first_whole(workdir, NEWEST, lambda step: _record(workdir, step))[0]
+    return chosen_record(workdir, NEWEST)[0]
+
+
+def chosen_record(workdir: Workdir, choice: Choice) -> tuple[dict[str, Any], int]:
+    """The record of the first checkpoint for a choice that has one, and its step.
+
+    Raises:
+      ValueError: there is none.
+    """
+    record, step, _ = _first_whole(workdir, choice, lambda step: _record(workdir, step))
+    return record, step
 
 
 def _read_fields(workdir: Workdir, config: Config, wanted: dict[str, Any], choice: Choice) -> Restored:

@@ -4,11 +4,14 @@ import dataclasses
 import html.parser
 import re
 
+import numpy as np
 import pytest
 
 from mtpd_jax import evaluate, frontdoor
+from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.evaluation.acceptance import Acceptance, Interval
 from mtpd_jax.evaluation.page import Sample, model_of, page
+from mtpd_jax.evaluation.quality import Quality, SpanScore
 from tests.evaluation.test_report import score
 
 PLAIN = score(
@@ -71,12 +74,41 @@ def test_it_needs_nothing_else():
 
 
 def test_the_fastest_way_leads_and_lossy_ways_say_so():
+    """What loses nothing leads, however much faster another text would be."""
     lossy = score(speedup_over_plain=Interval(1.5, 1.4, 1.6), lossless=False, identical=False)
-    text = "".join(read(page("", {}, {"p": {"0": PLAIN, "2": TWO, "confident 8 at 0.9": lossy}}, {})).text)
-    assert "Fastest with confident 8 at 0.9: 1.50 ±0.10 times" in " ".join(text.split())
+    two = dataclasses.replace(TWO, speedup_over_plain=Interval(1.2, 1.1, 1.3))
+
+    def text_of(ways, *more):
+        return " ".join("".join(read(page("", {}, {"p": ways}, *more)).text).split())
+
+    sample = dataclasses.replace(SAMPLE, way="confident 8 at 0.9", strategy="confident")
+    text = text_of({"0": PLAIN, "2": two, "confident 8 at 0.9": lossy}, {"p": [sample, SAMPLE]})
+    assert "Of what loses nothing: Fastest with 2 drafts per round: 1.20 ±0.10 times plain" in text
+    assert "LOSSY, and so another text than plain decoding's: confident 8 at 0.9, 1.50 ±0.10 times" in text
+    assert "passes, confident 8 at 0.9, LOSSY. Without" in text and "passes, 2 drafts per round. Without" in text
     assert "confident 8 at 0.9 (LOSSY)" in text
-    slower = dataclasses.replace(TWO, speedup_over_plain=Interval(0.8, 0.7, 0.9))
-    assert "Plain decoding is fastest" in page("", {}, {"p": {"0": PLAIN, "2": slower}}, {})
+    slower = dataclasses.replace(two, speedup_over_plain=Interval(0.8, 0.7, 0.9))
+    text = text_of({"0": PLAIN, "2": slower}, {})
+    assert "Plain decoding is fastest; 10 prompts" in text and "LOSSY" not in text and "loses nothing" not in text
+
+
+def test_speed_and_quality_stand_together():
+    quality = Quality(Interval(0.25, 0.2, 0.3), Interval(0.5, 0.4, 0.6), Interval(0.7, 0.6, 0.8), Interval(0.1, 0, 0.2))
+    spans = {way: SpanScore("static", 2, 0.0, PLAIN, None, (), 1.0, quality) for way in ("plain", "static 2")}
+    ways = {"plain": PLAIN, "static 2": dataclasses.replace(TWO, lossless=False)}
+    text = " ".join("".join(read(page("", {}, {"p": ways}, {}, {"p": spans})).text).split())
+    assert "static 2 (LOSSY)0.25 ±0.0550.0 %70.0 %10.0 %" in text and "by the teacher" in text
+
+
+def test_a_stop_string_is_not_part_of_a_text():
+    written = Continuation((1, 2, 3, 4), (0, 1, 2, 0), 2, (), (), 1.0)
+
+    def decode(ids):
+        return "".join("?ab<>"[token] for token in ids)
+
+    found = Sample.of(np.array([1]), "2", "speculative", written, decode, ["<>", "b<"])
+    assert found.pieces == (("a", 0),) and found.tokens == 4
+    assert "".join(text for text, _ in Sample.of(np.array([1]), "2", "speculative", written, decode).pieces) == "ab<>"
 
 
 def test_the_curve_is_cost_and_acceptance():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import rich.console
 
+from mtpd_jax import trainer
 from mtpd_jax.runs import interruption
 from mtpd_jax.runs import progress as progress_module
 from mtpd_jax.runs.interruption import StopRequest
@@ -72,6 +73,19 @@ class Bar:
     def update(self, _, completed=None, description=None):
         self.completed = self.completed if completed is None else completed
         self.description = description
+
+
+@pytest.mark.parametrize("heads", [0, 1, 3, 16])
+def test_a_line_stays_a_line_however_many_heads_there_are(heads):
+    scores = {"eval/main/ce": 4.7123, "eval/main/bits_per_byte": 1.88}
+    for head in range(1, heads + 1):
+        of_head = {"ce": 10 + head / 100, "kl": None if head == 1 else 0.25, "agreement": head / 100}
+        scores |= {f"eval/head_{head}/{name}": value for name, value in of_head.items()}
+    text = trainer._shown(scores)
+    assert max(map(len, f"step 100,000  held out:  {text}".splitlines())) <= 80
+    assert text.startswith("main ce 4.712  1.880 bits per byte") and ("\n  heads:  ce" in text) is (heads > 0)
+    shown = {0: "", 1: "ce 10.01  kl –  agreement 1 %", 3: "ce 10.01 10.02 10.03  kl", 16: "ce 10.01 10.02 … 10.16  kl"}
+    assert shown[heads] in text and ("agreement 1 2 … 16 %" in text) is (heads == 16)
 
 
 def test_what_is_being_done_is_shown_until_the_job_moves_on(monkeypatch):

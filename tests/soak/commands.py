@@ -127,7 +127,7 @@ class Outcome:
 _KNOWN = re.compile(
     r"error: |interrupted$|step \d+(/\d+)? |/\S+: (training|resuming|already finished|asked to stop|damaged: |without )"
     r"|/\S+: \d+ lines that are no metrics|no checkpoint is there|nothing is held out|held-out text: |[\d,]+ steps take"
-    r"|compiling .* …$"
+    r"|compiling .* …$|  (heads|decoded): "
 )
 
 
