@@ -15,7 +15,7 @@ from mtpd_jax.run import open_run
 from mtpd_jax.runs.exported import export_model, last_evaluation
 from mtpd_jax.runs.imported import import_model
 from mtpd_jax.runs.whole import check_free
-from mtpd_jax.runs.workdir import open_workdir
+from mtpd_jax.runs.workdir import open_workdir, shown
 
 # Room that is asked for beside the weights: for all the small files.
 _MARGIN = 1 << 24
@@ -58,9 +58,9 @@ def from_hf(folder: str, workdir: str, *, tie: bool = False, dry_run: bool = Fal
     model, heads = found.config.model, found.config.heads
     size = f"{found.parameters:,} parameters in {found.tensors} tensors of {model.weights}"
     lines = [
-        f"read: {found.path}: {found.title}, {size}" + (f", {heads.num_heads} heads" if heads.num_heads else ""),
+        f"read: {shown(found.path)}: {found.title}, {size}" + (f", {heads.num_heads} heads" if heads.num_heads else ""),
         *found.notes,
-        f"{'would be written' if dry_run else 'written'}: {target}",
+        f"{'would be written' if dry_run else 'written'}: {shown(target)}",
     ]
     return Conversion(tuple(lines), found.parameters, found.tensors, found.bytes)
 
@@ -99,8 +99,8 @@ def to_hf(
     heads, title = planned.config.heads.num_heads, FORMATS[format].title
     size = f"{planned.bytes:,} bytes in {planned.tensors} tensors, {len(planned.shards)} files, {heads} heads"
     lines = [
-        f"read: {source.path}, step {run.step}",
-        f"{'would be written' if dry_run else 'written'}: {target}: {title}; {size}",
+        f"read: {source.shown}, step {run.step}",
+        f"{'would be written' if dry_run else 'written'}: {shown(target)}: {title}; {size}",
         *planned.notes,
     ]
     return Conversion(tuple(lines), count_parameters(run.parameters), planned.tensors, planned.bytes)

@@ -104,7 +104,7 @@ def main() -> int:
     parser.add_argument("--preview", type=int, default=0, help="show so many answers, and write nothing")
     frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)
-    parser.add_argument("--json", help="write the counts to this file")
+    parser.add_argument("--json", help="write the counts to this file; with --preview, the answers")
     flags = parser.parse_args()
     frontdoor.check_output_path(flags.json)
     console = rich.console.Console(highlight=False)
@@ -123,18 +123,20 @@ def main() -> int:
     if flags.preview:
         check_count("preview", flags.preview)
         corpus = _opened(flags.workdir, flags.prompts, flags.limit, decoding, **common, opening=opening)
-        return _show(console, corpus, flags.preview)
+        return _show(console, corpus, flags.preview, flags.json)
     counts = run(flags.workdir, flags.prompts, flags.output, **decoding, **common, limit=flags.limit, **opening)
     return _report(console, flags.output, counts, flags.json)
 
 
-def _show(console: rich.console.Console, corpus: Corpus, number: int) -> int:
-    """Prints the first answers, and what has none."""
+def _show(console: rich.console.Console, corpus: Corpus, number: int, json_path: str | None) -> int:
+    """Prints the first answers, and what has none; both go into a file, too, if one is named."""
     rows, without = corpus.preview(number)
     for row in rows:
         console.print(_marked(row, corpus.tokenizer), soft_wrap=True)
     for id, reason in without.items():
         console.print(f"{id[:16]}: no answer: {reason}", soft_wrap=True)
+    if json_path:
+        write_json(json_path, {"rows": rows, "without": without})
     return 0
 
 

@@ -33,7 +33,7 @@ def converse(
       system: with ``chat``, what the model is told before.
     """
     said: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    console.print(f"{opened.trained.folder.path}, step {opened.step:,}; {_HELP}", style="dim")
+    console.print(f"{opened.trained.folder.shown}, step {opened.step:,}; {_HELP}", style="dim")
     while text := _ask(console):
         prompt: Prompt = [*said, {"role": "user", "content": text}] if chat else text
         try:

@@ -115,7 +115,7 @@ def run(
         metrics = stack.enter_context(MetricsLog(folder, start.step, config, lock))
         evaluate = HeldOut.of(method, plan.source, tokenizer)
         notes = [*plan.notes, plan.source.note, start.note, metrics.note, *_held_out_notes(evaluate, data, start)]
-        progress.say("\n".join([f"{folder.path}: {start.message}", *filter(None, notes)]))
+        progress.say("\n".join([f"{folder.shown}: {start.message}", *filter(None, notes)]))
         if method.rehearses_decoding and not start.step:
             progress.say(prove_parity(method, start.parameters(method), plan.source, tokenizer))
         step = make_step(method, plan.optimizer, state_shardings(plan.abstract))
@@ -124,7 +124,7 @@ def run(
         done = trainer.run(start.take_state(), start.step, start.tokens, start.seconds)
         finished = done >= config.training.steps and trainer.evaluated
         if stop.signal is not None and not finished:
-            progress.say(f"{folder.path}: asked to stop; saved step {done}{'' if trainer.evaluated else _CUT_SHORT}")
+            progress.say(f"{folder.shown}: asked to stop; saved step {done}{'' if trainer.evaluated else _CUT_SHORT}")
     parameters = count_parameters(plan.abstract.parameters) + count_parameters(plan.abstract.frozen)
     return TrainResult(str(folder.path), done, finished, stop.signal, trainer.tokens, parameters, trainer.seconds)
 

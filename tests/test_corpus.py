@@ -277,7 +277,9 @@ def test_the_command_previews_writes_and_validates(answers, workdir, tmp_path, c
         return corpus.main()
 
     common = [f"--workdir={workdir}", f"--prompts={folder / 'prompts.jsonl'}", "--max_new_tokens=10", "--temperature=1"]
-    assert call(*common, "--preview=2", "--batch_size=4") == 0
+    assert call(*common, "--preview=2", "--batch_size=4", f"--json={tmp_path / 'preview.json'}") == 0
+    previewed = json.loads((tmp_path / "preview.json").read_text())
+    assert len(previewed["rows"]) >= 2 and all(sum(row["loss_mask"]) for row in previewed["rows"])
     shown = capsys.readouterr().out
     assert "p0 turn 0: " in shown and "10 supervised" in shown and "p2 turn" not in shown
     assert "long: no answer: " in shown and "empty: no answer: " in shown

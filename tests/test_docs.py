@@ -97,7 +97,7 @@ def world(tmp_path_factory, text_file):
     for place in ("prompts.jsonl", "runs/quickstart/prompts.jsonl", "runs/posthoc_19m/held_out.jsonl"):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text("".join(json.dumps(one) + "\n" for one in prompts))
-    for place in ("text/stories.txt", "stories.txt"):
+    for place in ("text/stories.txt", "stories/stories.txt", "stories.txt"):
         (folder / place).parent.mkdir(exist_ok=True)
         shutil.copy(text_file, folder / place)
     plain = tiny_config(

@@ -48,6 +48,12 @@ def test_a_notebook_is_small_opens_anywhere_and_was_run(path):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
     assert "._" not in "".join(cell.source for cell in code)
+    # And nothing of the machine that ran it.
+    shown = json.dumps([output for cell in code for output in cell.outputs])
+    assert (
+        not re.search(r"[\s\"'>](/[a-z]+){2}", re.sub(r"image/(png|svg\+xml)\": \"[^\"]*\"", "", shown))
+        and "Warning" not in shown
+    )
 
 
 @pytest.fixture(scope="module")

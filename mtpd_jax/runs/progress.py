@@ -1,6 +1,7 @@
 """Showing how far a long job is: a bar with an ETA on a terminal, plain lines in a log."""
 
 import contextlib
+import importlib.util
 import time
 from typing import Any
 
@@ -23,6 +24,11 @@ def _print(console: rich.console.Console, text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def _widgets(console: rich.console.Console) -> bool:
+    """Whether this is a notebook that can show a bar; without ipywidgets it would show a warning for it."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+
+
 class Progress:
     """A bar where somebody watches; elsewhere the lines that the job writes through ``say``. A context manager."""
 
@@ -40,7 +46,7 @@ class Progress:
             rich.progress.TextColumn("ETA"),
             rich.progress.TimeRemainingColumn(),
             console=self._console,
-            disable=not (self._console.is_terminal or self._console.is_jupyter),
+            disable=not (self._console.is_terminal or _widgets(self._console)),
             transient=True,
         )
         self._task = self._bar.add_task(label, total=total, completed=done)

@@ -41,6 +41,11 @@ class Workdir:
         return self.path / "lock"
 
     @property
+    def shown(self) -> str:
+        """Its name for people: within the current folder what stands after that."""
+        return shown(self.path)
+
+    @property
     def remote(self) -> bool:
         """Whether the folder lies in a bucket, where files cannot be appended to."""
         return "://" in str(self.path)
@@ -148,6 +153,12 @@ class Workdir:
     def _require_tokenizer(self) -> None:
         if not self.tokenizer_file.exists():
             raise ValueError(f"{self.tokenizer_file} is missing, without which the run's tokens cannot be read")
+
+
+def shown(path: os.PathLike[str]) -> str:
+    """A path for people: within the current folder what stands after that."""
+    here = epath.Path.cwd()
+    return str(epath.Path(path).relative_to(here)) if here in epath.Path(path).parents else os.fspath(path)
 
 
 def open_workdir(path: str | os.PathLike[str]) -> Workdir:
