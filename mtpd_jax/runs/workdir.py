@@ -157,8 +157,8 @@ class Workdir:
 
 def shown(path: os.PathLike[str]) -> str:
     """A path for people: within the current folder what stands after that."""
-    here = epath.Path.cwd()
-    return str(epath.Path(path).relative_to(here)) if here in epath.Path(path).parents else os.fspath(path)
+    whole = os.fspath(path)
+    return whole.removeprefix(f"{os.getcwd()}{os.sep}")
 
 
 def open_workdir(path: str | os.PathLike[str]) -> Workdir:

@@ -88,6 +88,14 @@ def test_a_line_stays_a_line_however_many_heads_there_are(heads):
     assert shown[heads] in text and ("agreement 1 2 … 16 %" in text) is (heads == 16)
 
 
+def test_folders_are_named_as_people_name_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_workdir("runs/mine").shown == "runs/mine" and open_workdir(str(tmp_path / "mine")).shown == "mine"
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    assert open_workdir("../runs").shown == str(tmp_path / "runs")
+
+
 def test_what_is_being_done_is_shown_until_the_job_moves_on(monkeypatch):
     monkeypatch.setattr(progress_module.rich.progress, "Progress", Bar)
     progress = Progress("decoding", 10)
