@@ -56,6 +56,16 @@ def test_a_notebook_is_small_opens_anywhere_and_was_run(path):
     )
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_imports_is_in_the_reference(path):
+    """A name itself, or the module that is imported whole by some of its names."""
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    reference = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    for module, names in re.findall(r"^from (mtpd_jax[\w.]*) import (.+)$", code, re.MULTILINE):
+        for name in names.split(", "):
+            assert any(f"{one}.".startswith(f"{module}.{name}.") for one in reference), f"{module}.{name}"
+
+
 @pytest.fixture(scope="module")
 def model(text_file, tmp_path_factory):
     """A small model as a folder of Hugging Face's libraries."""
