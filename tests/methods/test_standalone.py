@@ -97,6 +97,22 @@ def test_text_is_read_as_without_masks():
     is_text = ~np.asarray(laid_out.is_mask)
     np.testing.assert_array_equal(np.asarray(found)[is_text], np.asarray(noisy)[is_text])
     assert np.abs(np.asarray(found - noisy))[~is_text].min(axis=0).max() > 1e-3
+    # Nor does it see what is written in them.
+    _, teacher = student_and_teacher(method)
+    asked = jax.jit(lambda tokens: method._run(method.teacher_model, teacher, tokens, laid_out))
+    tokens = laid_out.tokens(rows.tokens, 0)
+
+    def drawn(seed):
+        return jax.random.randint(jax.random.key(seed), laid_out.slots.shape, 4, 300)
+
+    first, second = (
+        np.asarray(
+            asked(laid_out.written(tokens, jax.random.randint(jax.random.key(seed), laid_out.slots.shape, 4, 300), 4))
+        )
+        for seed in range(2)
+    )
+    np.testing.assert_array_equal(first[is_text], second[is_text])
+    assert not np.array_equal(first, second)
     plain = method.model.apply({"params": student}, rows.tokens, rows.segment_ids, rows.positions).main
     expected = jnp.take_along_axis(plain, laid_out.source[:, :, None], axis=1)
     np.testing.assert_allclose(np.asarray(found)[is_text], np.asarray(expected)[is_text], atol=1e-5)
@@ -234,6 +250,23 @@ def test_neither_micro_batches_nor_meshes_change_a_step(labels):
     spread = jax.jit(lambda *trees: gradients(method_on(config, mesh), trees[0], trees[1], trees[2]))
     found = spread(student, batch, teacher)
     assert_trees_close((found[0], found[3]), (expected[0], expected[3]), 1e-4)
+
+
+@pytest.mark.parametrize("prefix", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("written", "labels"), SETTINGS)
+def test_costs_are_those_of_the_compiled_step(written, labels, prefix):
+    """FLOPs of the compiled gradients, of one layer and spans of one length, in one chunk, against the formula."""
+    config = student_config(
+        model__layers=1, model__width=64, model__mlp_width=256, model__vocabulary_size=512,
+        objective__chunk_rows=8 * 32, objective__written=written, objective__labels=labels, objective__prefix_weight=prefix, objective__k_min=4,
+        objective__top_n=512,
+    )  # fmt: skip
+    method = method_on(config)
+    student, teacher = student_and_teacher(method)
+    batch = packed_batch(config)
+    compute = jax.jit(lambda trained, frozen: gradients(method, trained, batch, frozen)[3])
+    flops = compute.lower(student, teacher).compile().cost_analysis()["flops"] / batch.tokens.size
+    assert 0.9 < flops / method.costs().flops_per_token < 1.2
 
 
 def test_the_mask_embedding_is_a_vector_and_not_decayed():
