@@ -2,7 +2,7 @@
 # Fetches what `python -m experiments.accelerator` imports, and a Python with jax, flax, optax and orbax-checkpoint has
 # not, as wheels for x86-64 Linux: for machines without a network. There,
 #
-#     python -m pip install --no-index --no-deps --target=/tmp/site OUT/*.whl && export PYTHONPATH=/tmp/site
+#     python -m pip install --no-index --no-deps --target=DIR OUT/*.whl && export PYTHONPATH=DIR
 #
 set -euo pipefail
 

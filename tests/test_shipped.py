@@ -5,11 +5,16 @@ import json
 
 from ml_collections import config_dict
 
-from configs import base, cpu, gpu, mtpd_2b, posthoc, quickstart, stories
+from configs import base, cpu, gpu, mtpd_2b, posthoc, quickstart, standalone, stories
 from experiments import quickstart as quickstart_module
 from mtpd_jax import evaluate
-from mtpd_jax.config import Config
+from mtpd_jax.config import Config, MeshConfig
+from mtpd_jax.methods.method import method_of
+from mtpd_jax.model.backbone import count_parameters
+from mtpd_jax.sharding import make_mesh
+from mtpd_jax.training.state import abstract_parameters
 from tests.builders import tiny_config
+from tests.commands import ROOT
 
 
 def test_the_quickstart_writes_its_summary(text_file, tmp_path, monkeypatch):
@@ -34,6 +39,18 @@ def test_the_quickstart_writes_its_summary(text_file, tmp_path, monkeypatch):
 def test_shipped_configs_are_valid():
     for module in (base, cpu, gpu, mtpd_2b, quickstart, stories):
         Config.build(module.get_config().to_dict())
-    named = posthoc.get_config()  # which leaves open whose heads are trained, and on what
-    named.objective.source, named.data.paths = "model", ("text.txt",)
-    Config.build(named.to_dict())
+    for module in (posthoc, standalone):  # which leave open what model they begin with, and on what text
+        named = module.get_config()
+        named.objective.source, named.data.paths = "model", ("text.txt",)
+        Config.build(named.to_dict())
+
+
+def test_models_are_as_large_as_is_said():
+    """In millions of parameters, heads included."""
+    for module, said in ((base, "131M"), (quickstart, "7.8M")):
+        config = Config.build(module.get_config().to_dict())
+        config = dataclasses.replace(config, mesh=MeshConfig())
+        trained, _ = abstract_parameters(method_of(config, make_mesh(config.mesh)))
+        millions = count_parameters(trained) / 1e6
+        assert said in (f"{millions:.0f}M", f"{millions:.1f}M")
+        assert any(said in (ROOT / page).read_text() for page in ("README.md", "configs/base.py"))

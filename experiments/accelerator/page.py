@@ -35,7 +35,7 @@ without a network, with Python and jax, flax, optax and orbax-checkpoint on it, 
 `scripts/offline_bundle.sh OUT 3.12` fetches them elsewhere, and there
 
 ```
-python -m pip install --no-index --no-deps --target=/tmp/site OUT/*.whl && export PYTHONPATH=/tmp/site
+python -m pip install --no-index --no-deps --target=DIR OUT/*.whl && export PYTHONPATH=DIR
 ```
 
 installs them.

@@ -257,9 +257,9 @@ def test_neither_micro_batches_nor_meshes_change_a_step(labels):
 def test_costs_are_those_of_the_compiled_step(written, labels, prefix):
     """FLOPs of the compiled gradients, of one layer and spans of one length, in one chunk, against the formula."""
     config = student_config(
-        model__layers=1, model__width=64, model__mlp_width=256, model__vocabulary_size=512,
-        objective__chunk_rows=8 * 32, objective__written=written, objective__labels=labels, objective__prefix_weight=prefix, objective__k_min=4,
-        objective__top_n=512,
+        model__layers=1, model__width=64, model__mlp_width=256, model__vocabulary_size=512, objective__top_n=512,
+        objective__chunk_rows=8 * 32, objective__written=written, objective__labels=labels, objective__k_min=4,
+        objective__prefix_weight=prefix,
     )  # fmt: skip
     method = method_on(config)
     student, teacher = student_and_teacher(method)
