@@ -130,7 +130,7 @@ def run(
     past_trained_length: bool = False,
     spans: Sequence[str] | None = None,
     slots: Sequence[int] | None = None,
-    confidences: Sequence[float] = (0.9,),
+    confidences: Sequence[float] | None = None,
     stop: Sequence[str] = (),
     **opening: Any,
 ) -> Report:
@@ -148,7 +148,8 @@ def run(
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
-      spans, slots, confidences: strategies that fill in masks, k, and tau, combined; None: all; 2 and k_max.
+      spans, slots, confidences: strategies that fill in masks, k, and tau, combined; None: all; 2 and k_max;
+        0.9.
       opening: what ``open_run`` takes beside the workdir.
 
     Raises:
@@ -357,7 +358,7 @@ def main() -> int:
     parser.add_argument("--spans", type=frontdoor.names, help="strategies that fill in masks (default: all)")
     parser.add_argument("--slots", type=frontdoor.integers, help="tokens of a span, such as 2,4,8")
     parser.add_argument(
-        "--confidences", type=frontdoor.numbers, default=[0.9], help="that stop a span, such as 0.6,0.9 (default: 0.9)"
+        "--confidences", type=frontdoor.numbers, help="that stop a span, such as 0.6,0.9 (default: 0.9)"
     )
     frontdoor.add_opening_flags(parser)
     frontdoor.add_decoding_flags(parser)

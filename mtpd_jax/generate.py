@@ -85,7 +85,7 @@ def _parser() -> frontdoor.Parser:
 def _prompts(flags: argparse.Namespace) -> tuple[Sequence[Prompt], Sequence[str]]:
     """The prompts, and how each is shown before its continuation; none where they are asked for."""
     if flags.interactive:
-        for name, given in (("compare", flags.compare), ("json", flags.json)):
+        for name, given in (("compare", flags.compare), ("json", flags.json), ("batch_size", flags.batch_size != 1)):
             if given:
                 raise ValueError(f"--{name}: expected prompts, and not --interactive, beside it")
         return [], []

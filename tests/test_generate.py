@@ -83,7 +83,7 @@ def test_a_conversation_grows(monkeypatch):
     class Opened:
         class trained:
             class folder:
-                path = "here"
+                shown = "here"
 
         step = 1
         tokenizer = None
@@ -117,6 +117,7 @@ def test_a_conversation_grows(monkeypatch):
     [
         (["--interactive", "--compare"], "--compare"),
         (["--interactive", "--json=a.json"], "--json"),
+        (["--interactive", "--batch_size=2"], "--batch_size"),
         (["--prompt=a", "--interactive"], "not allowed with"),
         ([], "one of the arguments"),
         (["--prompts=nowhere.jsonl"], "nowhere.jsonl"),

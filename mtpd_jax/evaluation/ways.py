@@ -23,7 +23,7 @@ class Asked:
     drafters: Sequence[str]
     spans: Sequence[str] | None
     slots: Sequence[int] | None
-    confidences: Sequence[float]
+    confidences: Sequence[float] | None
     bit_exact: bool
 
     def __post_init__(self) -> None:
@@ -73,22 +73,24 @@ class Asked:
     def _of_spans(self, config: Config, where: str, options: Options) -> Ways:
         named = [name for name, one in STRATEGIES.items() if one.drafter_name == MASKS]
         if not config.model.mask_embedding:
-            if self.spans or self.slots:
-                raise ValueError(f"--spans, --slots: expected neither, for {where} fills in no masks")
+            given = {"spans": self.spans, "slots": self.slots, "confidences": self.confidences}
+            if wrong := [name for name, value in given.items() if value]:
+                raise ValueError(f"--{wrong[0]}: expected none, for {where} fills in no masks")
             return {}
         # A draw needs a pass that writes one token, which ``static`` has none of.
         possible = [name for name in named if options.sampling.greedy or name != "static"]
         chosen = possible if self.spans is None else self.spans
         if unknown := [name for name in chosen if name not in named]:
             raise ValueError(f"--spans={unknown[0]}: expected some of {','.join(named)}")
-        if wrong := [length for length in self.slots or () if length < 2]:
-            raise ValueError(f"--slots={wrong[0]}: expected at least 2: one is plain decoding")
+        if short := [length for length in self.slots or () if length < 2]:
+            raise ValueError(f"--slots={short[0]}: expected at least 2: one is plain decoding")
         lengths = [2, None] if self.slots is None else self.slots
         lengths = sorted({masks_to_read(config, where, "static", length) + 1 for length in lengths})
         own = dataclasses.replace(options, drafter=MASKS, draft_until=None)
         ways = span_ways(
-            own.sharing_width(lengths[-1] - 1) if self.bit_exact else own, chosen, lengths, self.confidences
-        )
+            own.sharing_width(lengths[-1] - 1) if self.bit_exact else own, chosen, lengths,
+            [0.9] if self.confidences is None else self.confidences,
+        )  # fmt: skip
         for way in ways.values():
             way.validate()
         return ways

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import pathlib
 import shutil
 
 from etils import epath
@@ -158,7 +159,7 @@ class Workdir:
 def shown(path: os.PathLike[str]) -> str:
     """A path for people: within the current folder what stands after that."""
     whole = os.fspath(path)
-    return whole.removeprefix(f"{os.getcwd()}{os.sep}")
+    return whole.removeprefix(f"{pathlib.Path.cwd()}{os.sep}")
 
 
 def open_workdir(path: str | os.PathLike[str]) -> Workdir:

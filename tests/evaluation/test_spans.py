@@ -229,5 +229,6 @@ def test_passes_share_one_width_and_others_may_draft_for_a_student(student, prom
 
 
 def test_a_model_without_masks_has_no_spans(workdir, prompts):
-    with pytest.raises(ValueError, match="--spans, --slots: expected neither"):
-        evaluate.run(str(workdir), prompts=str(prompts), max_new_tokens=4, slots=[2])
+    for name, value in (("spans", ["static"]), ("slots", [2]), ("confidences", [0.9])):
+        with pytest.raises(ValueError, match=f"--{name}: expected none"):
+            evaluate.run(str(workdir), prompts=str(prompts), max_new_tokens=4, **{name: value})
