@@ -62,7 +62,7 @@ def report(
         f"A model that learns to fill in masks ({scale.name}; {digests}), taught by what it was, for {sizes['steps']} "
         f"steps of {sizes['batch']} rows, at a learning rate of {sizes['learning_rate']:g}. {scale.texts} beginnings "
         f"of held-out stories of {scale.prompt_tokens} tokens are continued by {scale.new_tokens}, one at a time. "
-        "`static k` believes all k tokens of a span, `confident k at tau` those up to the first whose probability is "
+        "`static k` believes all k tokens of a span, `confident k at tau` those before the first whose probability is "
         "below tau: both are lossy, and their text is **not** that of plain decoding. `verified` confirms its guesses "
         "in the next pass: its text is what the same model writes one token at a time; without tau, all of them. "
         f"{'Times are of one turn' if scale.turns == 1 else f'Of {scale.turns} turns the median time of each text'}. "
@@ -72,7 +72,7 @@ def report(
     )
     if scale.name in _CAVEATS:
         text += f" {_CAVEATS[scale.name]}"
-    missing = left_out(arms, wanted(scale), SEEDS)
+    missing, heads = left_out(arms, wanted(scale), SEEDS), heads_beside(folder, scale.inputs)
     text += f"\n\nLeft out: {missing}." if missing else ""
     tables = [
         _drift(arms),
@@ -80,10 +80,10 @@ def report(
         *(_claims(arms, way) for way in _READ_AT),
         _lossless_claims(arms),
         _verified(arms),
-        _beside(arms, heads_beside(folder, scale.inputs)),
+        _beside(arms, heads),
         _reliability(arms),
     ]
-    return Report("Standalone MTP", text, tables, _panels(arms, heads_beside(folder, scale.inputs)))
+    return Report("Standalone MTP", text, tables, _panels(arms, heads))
 
 
 def spans_of(arm: Arm) -> list[SpanMeasures]:
