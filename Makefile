@@ -2,11 +2,11 @@
 PYTHON ?= python3
 # pinned: the versions of requirements.txt; newest: of JAX and everything else, the newest that this Python takes.
 JAX ?= pinned
-# On a machine with an NVIDIA GPU, JAX that uses it.
-CUDA := $(if $(shell command -v nvidia-smi 2> /dev/null),cuda)
+# What JAX is installed for beside the CPU: an NVIDIA GPU, where there is one. cuda12: of older drivers; tpu: a TPU.
+DEVICE ?= $(if $(shell command -v nvidia-smi 2> /dev/null),cuda13)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := .venv/bin
-INSTALLED := .venv/.installed-$(VERSION)-$(JAX)
+INSTALLED := .venv/.installed-$(VERSION)-$(JAX)$(if $(DEVICE),-$(DEVICE))
 LIBTPU := 0.0.51
 TORCH := 2.13.0
 MINUTES ?= 50
@@ -53,7 +53,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet -r requirements.txt)
 	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet --no-deps -e .,$(BIN)/pip install --quiet -e ".[dev]")
-	$(if $(CUDA),$(BIN)/pip install --quiet "jax[cuda13]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')")
+	$(if $(DEVICE),$(BIN)/pip install --quiet "jax[$(DEVICE)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')")
 	touch $@
 
 # Compiles for TPUs that are not here; apart from .venv, where JAX would look for a TPU at every start. Not for every

@@ -50,7 +50,7 @@ def test_every_command_is_one_that_there_is(command, monkeypatch):
     _, *words = command
     if words[0] == "make":
         made = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert all(word in made or re.match(r"(PYTHON|JAX|MINUTES|SEED)=", word) for word in words[1:])
+        assert all(word in made or re.match(r"(PYTHON|JAX|DEVICE|MINUTES|SEED)=", word) for word in words[1:])
         return
     if words[:2] == ["pip", "install"]:
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
