@@ -1,6 +1,10 @@
 """Pictures of figures."""
 
+import itertools
 from typing import Any
+
+# More names than these stand below the panels, of which they would hide too much. Our choice.
+_IN_PANELS = 8
 
 
 def curves(path: str, panels: list[dict[str, Any]]) -> None:
@@ -16,14 +20,18 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")  # no display is needed
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False, layout="constrained")
+    # A name has one colour in all panels.
+    names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
+    colours = dict(
+        zip(names, itertools.cycle(plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors), strict=False)
+    )
     for axis, panel in zip(axes.flat, panels, strict=False):
-        axis.set_prop_cycle(color=plt.get_cmap("tab10" if len(panel["lines"]) <= 10 else "tab20").colors)
         for label, points in panel["lines"].items():
             x, y, *interval = zip(*sorted(points), strict=True)
-            (line,) = axis.plot(x, y, marker="o", markersize=3, label=label)
+            (line,) = axis.plot(x, y, marker="o", markersize=3, label=label, color=colours[label])
             if interval:
                 axis.fill_between(x, *interval, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"])
@@ -34,9 +42,14 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for number, panel in enumerate(panels):
-        if not number or panel["lines"].keys() != panels[0]["lines"].keys():
-            axes.flat[number].legend(fontsize=7)
-    figure.tight_layout()
+    if len(names) > _IN_PANELS:
+        shown = dict(
+            pair for axis in axes.flat for pair in zip(*reversed(axis.get_legend_handles_labels()), strict=True)
+        )
+        figure.legend(shown.values(), shown.keys(), fontsize=7, loc="outside lower center", ncols=2 * columns)
+    else:
+        for number, panel in enumerate(panels):
+            if not number or panel["lines"].keys() != panels[0]["lines"].keys():
+                axes.flat[number].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)

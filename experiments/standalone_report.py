@@ -327,14 +327,9 @@ def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str,
         named[name] = arm
         found[name] = {way: mean_of(teacher_ce(arm, way)) for way in _names(arm) if way.startswith("confident")}
     if main is not None:
-        own = mean_of(teacher_ce(arms[main], PLAIN))
-        for way in ("static", "verified"):
-            named[f"{main}, {way}"] = arms[main]
-            found[f"{main}, {way}"] = {
-                each: own if way == "verified" else mean_of(teacher_ce(arms[main], each))
-                for each in _names(arms[main])
-                if each.startswith(way)
-            }
+        safe, own = f"{main}, verified", mean_of(teacher_ce(arms[main], PLAIN))
+        named[safe] = arms[main]
+        found[safe] = {way: own for way in _names(arms[main]) if way.startswith("verified")}
     by_pass, by_clock = (
         {
             name: line({mean_of(figure(named[name], way)).mean: quality for way, quality in points.items()})
@@ -346,10 +341,16 @@ def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str,
         label, nothing = f"{title}, {arm.mean('tokens'):,.0f} tokens", Interval(0.0, 0.0, 0.0)
         by_pass[label] = line({mean_of(arm.tokens_per_pass("greedy", 3)).mean: nothing})
         by_clock[label] = line({mean_of(arm.speed_over("greedy", 3, 0)).mean: nothing})
-    y = "teacher CE over its own text, nats per token"
+    whole = {
+        name: line({mean_of(tokens_per_pass(arm, way)).mean: mean_of(teacher_ce(arm, way)) for way in static})
+        for name, arm in arms.items()
+        if (static := [way for way in _names(arm) if way.startswith("static")])
+    }
+    y = "teacher CE, nats per token"
     return [
         {"title": "confident, tau 0.99 to 0.6; lossless", "x": "tokens per pass", "y": y, "lines": by_pass},
         {"title": "the same in wall clock", "x": "tokens per second over plain", "y": y, "lines": by_clock},
+        {"title": "static, k of 2 to 5", "x": "tokens per pass", "y": y, "lines": whole},
         {"title": "slot 2, verified, in training", "x": "steps", "y": "share that stands", "lines": _curves(arms)},
     ]
 
