@@ -72,6 +72,33 @@ def test_a_run_that_goes_on_is_given_its_next_batch(small, tmp_path, checkpoint,
     assert texts == [tokenizer.decode(row, special=True) for row in rows]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "fields", "said"),
+    [
+        ("posthoc", {"heads__num_heads": 2}, "heads 1 to 2"),
+        ("standalone", {"heads__num_heads": 0, "objective__k_max": 4, "objective__regions": 4}, "spans of 2 to 4"),
+        ("extension", {"heads__num_heads": 3}, "head 3"),
+    ],
+)
+def test_every_method_says_what_it_trains_and_what_stays_as_it_is(mode, fields, said, text_file, tmp_path):
+    """On a mesh, too; a run that is made after it has as many parameters."""
+    common = {
+        "data__source": "text",
+        "data__paths": (text_file,),
+        "training__steps": 3,
+        "mesh__fsdp": 2,
+        "mesh__data": 2,
+    }
+    heads = 2 if mode == "extension" else 0
+    train.run(tiny_config(**common, heads__num_heads=heads), str(tmp_path / "source"))
+    config = tiny_config(**common, objective__mode=mode, objective__source=str(tmp_path / "source"), **fields)
+    found = dry_run(config, str(tmp_path / "run"))
+    assert said in found.trains and not (tmp_path / "run").exists()
+    assert found.frozen > 0 and 0 < found.state_bytes < found.device_bytes
+    assert train.run(config, str(tmp_path / "run")).parameters == found.trained + found.frozen
+
+
 def test_what_training_refuses_is_refused(small, tmp_path):
     config = small.to_dict()
     config["mesh"]["data"] = 3

@@ -137,12 +137,12 @@ def _provenance(arms: Mapping[str, Arm], version: str) -> Table:
     ]  # fmt: skip
     found = [row for arm in arms.values() for row in arm.rows]
     machines = sorted({machine(row.environment) for row in found})
-    note = f"{_differences(found)} The code version now is {version}. {'; '.join(machines)}."
+    note = f"{differences(found)} The code version now is {version}. {'; '.join(machines)}."
     columns = ["variant", "seeds", "steps", "tokens", "parameters", "minutes per run", "texts", "code version"]
     return Table("Runs", columns, rows, note)
 
 
-def _differences(rows: Sequence[Row]) -> str:
+def differences(rows: Sequence[Row]) -> str:
     """How many greedy texts are not plain decoding's, of those that have to be: with heads, and what was verified."""
     drafted = [way for row in rows for heads, way in row.decoding["greedy"].by_heads.items() if heads]
     different, ties = sum(way.different or 0 for way in drafted), sum(way.ties or 0 for way in drafted)

@@ -18,6 +18,7 @@ from experiments.standalone_report import (
     tokens_per_pass,
 )
 from experiments.sweep.arms import Arm
+from experiments.sweep.report import differences
 from experiments.sweep.rows import Row, SpanCounts, SpanMeasures
 from experiments.sweep.runner import Code
 from experiments.sweep.runs import Run
@@ -98,6 +99,19 @@ def test_figures_are_what_they_are_counted_from():
     assert of(cost_of_believing(arm, "static 2")) == pytest.approx([1.0, 1.0])
     assert of(kept(arm, "static 2")) == pytest.approx([20 / 97] * 2)
     assert of(as_teacher(arm, "static 2")) == pytest.approx([10 / 97] * 2)
+
+
+def test_texts_that_differ_are_counted_where_they_must_not():
+    """Of what was verified, and not of what was believed, nor of plain decoding beside itself."""
+    row = made_up(runs_of("stories_19m")["online hard"])
+    greedy = row.spans.ways["greedy"]
+    lossless = sum(way.lossless for way in greedy.values()) - 1
+    heads = sum(len(way.tokens) for number, way in row.decoding["greedy"].by_heads.items() if number)
+    assert f"differ from plain decoding's: 0 of {lossless * TEXTS + heads}, 0" in differences([row])
+    for name in ("verified 2", "static 2"):
+        greedy[name] = dataclasses.replace(greedy[name], kept=[97] * (TEXTS - 1) + [96])
+    greedy["verified 3"] = dataclasses.replace(greedy["verified 3"], tokens=[98] + [97] * (TEXTS - 1))
+    assert "differ from plain decoding's: 2 of" in differences([row])
 
 
 def test_a_way_without_a_length_is_at_the_longest_spans():
