@@ -26,7 +26,7 @@ def curves(path: str, panels: list[dict[str, Any]]) -> None:
     # A name has one colour in all panels.
     names = list(dict.fromkeys(name for panel in panels for name in panel["lines"]))
     colours = dict(
-        zip(names, itertools.cycle(plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors), strict=False)
+        zip(names, itertools.cycle(matplotlib.color_sequences["tab10" if len(names) <= 10 else "tab20"]), strict=False)
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
         for label, points in panel["lines"].items():

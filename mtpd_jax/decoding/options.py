@@ -56,7 +56,8 @@ class Options:
         """The way of decoding in a few words, for people."""
         if not self.num_drafts:
             return "plain decoding"
-        return f"{self.strategy} decoding with {self.num_drafts} {'draft' if self.num_drafts == 1 else 'drafts'}"
+        sure = f" at {self.min_confidence:g}" if self.min_confidence else ""
+        return f"{self.strategy} decoding with {self.num_drafts} {'draft' if self.num_drafts == 1 else 'drafts'}{sure}"
 
     @property
     def width(self) -> int:
