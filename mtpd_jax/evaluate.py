@@ -300,8 +300,8 @@ class _Decoding:
                 transitions=self.transitions, on_call=progress.advance,
             )  # fmt: skip
         longest: int | str = max(name for name in self.ways if isinstance(name, int))
-        if self.spans:
-            *_, longest = self.spans
+        if self.spans:  # all guesses risked, if that is among them
+            *_, longest = [name for name, way in self.spans.items() if not way.min_confidence] or self.spans
         samples = tuple(
             Sample.of(prompt, str(longest), self.ways[longest].strategy, written, opened.tokenizer.decode, self.stop)
             for prompt, written in zip(self.prompts[:_SAMPLES], decoded[longest], strict=False)

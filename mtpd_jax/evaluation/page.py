@@ -99,16 +99,18 @@ def page(
       spans: by prompt file, by way: of a model that fills in masks, what its texts are worth.
     """
     parts = []
-    for name, ways in decoding.items():
+    for name, all_ways in decoding.items():
+        ways = {way: score for way, score in all_ways.items() if way != "plain" or "0" not in all_ways}
         by_heads = {way: score for way, score in ways.items() if way.isdigit()}
         drafted = max(map(int, by_heads), default=0) > 0
         charts = [_acceptance_chart(by_heads), _speed_chart(by_heads)] if drafted else []
         lossless, lossy = (_fastest(ways, lossless=kind) for kind in (True, False))
+        quality = {"0" if way == "plain" else way: one.quality for way, one in spans.get(name, {}).items()}
         parts.append(
             {
                 "name": name, "prompts": next(iter(ways.values())).prompts, "best": lossless, "lossy": lossy,
                 "charts": list(map(_svg, charts)), "ways": ways, "samples": samples.get(name, ()),
-                "quality": {way: one.quality for way, one in spans.get(name, {}).items() if one.quality is not None},
+                "quality": {way: one for way, one in quality.items() if one is not None},
             }
         )  # fmt: skip
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
