@@ -148,8 +148,7 @@ def run(
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
-      spans, slots, confidences: strategies that fill in masks, k, and tau, combined; None: all; 2 and k_max;
-        0.9.
+      spans, slots, confidences: strategies that fill in masks, k, tau, combined; None: all; 2 and k_max; 0.9.
       opening: what ``open_run`` takes beside the workdir.
 
     Raises:

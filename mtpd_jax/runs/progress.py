@@ -66,9 +66,7 @@ class Progress:
         self._bar.update(self._task, completed=self._done, description=self._label)
 
     def show(self, what: str) -> None:
-        """Shows what is being done, in place of the bar's label, until the job moves on; without a bar, as a line."""
-        if self._bar.disable:
-            self.say(what)
+        """Shows what is being done, in place of the bar's label, until the job moves on."""
         self._bar.update(self._task, description=what)
 
     def say(self, text: str) -> None:

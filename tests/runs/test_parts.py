@@ -64,8 +64,6 @@ def test_time_left_is_that_of_the_steps_made_here(monkeypatch):
 class Bar:
     """Stands in for the library's bar, which has a clock of its own."""
 
-    disable = False
-
     def __init__(self, *_, console, **__):
         self.console = console
 
@@ -105,16 +103,6 @@ def test_what_is_being_done_is_shown_until_the_job_moves_on(monkeypatch):
     assert (progress._bar.description, progress._bar.completed) == ("compiling", 0)
     progress.advance(3)
     assert (progress._bar.description, progress._bar.completed) == ("decoding", 3)
-
-
-@pytest.mark.parametrize("bar", [False, True])
-def test_without_a_bar_it_is_a_line(bar, monkeypatch):
-    output = io.StringIO()
-    terminal = rich.console.Console(file=output, force_terminal=bar, width=60)
-    monkeypatch.setattr(progress_module, "_console", lambda: terminal)
-    progress = Progress("decoding", 10)
-    progress.show("compiling 2 drafts …")
-    assert output.getvalue() == ("" if bar else "compiling 2 drafts …\n")
 
 
 def test_lines_are_shown_as_they_are(monkeypatch):
