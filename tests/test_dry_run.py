@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_is_given_its_next_batch(small, tmp_path, checkpoint,
     [
         ("posthoc", {"heads__num_heads": 2}, "heads 1 to 2"),
         ("standalone", {"heads__num_heads": 0, "objective__k_max": 4, "objective__regions": 4}, "spans of 2 to 4"),
-        ("extension", {"heads__num_heads": 3}, "head 3"),
+        ("extension", {"heads__num_heads": 3}, "head 3 on top of"),
     ],
 )
 def test_every_method_says_what_it_trains_and_what_stays_as_it_is(mode, fields, said, text_file, tmp_path):

@@ -84,7 +84,8 @@ class Extension(HeadsOnFrozen, section=ExtensionConfig):
 
     def describe(self) -> str:
         first, last = self._frozen_heads + 1, self.config.heads.num_heads
-        return f"heads {first} to {last} on top of {self.config.objective.source_run}"
+        new = f"head {last}" if first == last else f"heads {first} to {last}"
+        return f"{new} on top of {self.config.objective.source_run}"
 
 
 def _shape(config: Config) -> dict[str, Any]:
