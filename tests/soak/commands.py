@@ -125,7 +125,7 @@ class Outcome:
 
 # What a command may say on standard error: what it does, how far it is, what is wrong.
 _KNOWN = re.compile(
-    r"error: |interrupted$|step \d+(/\d+)? |/\S+: (training|resuming|already finished|asked to stop|damaged: |without )"
+    r"error: |interrupted$|step \d+(/\d+)? |\S+: (training|resuming|already finished|asked to stop|damaged: |without )"
     r"|/\S+: \d+ lines that are no metrics|no checkpoint is there|nothing is held out|held-out text: |[\d,]+ steps take"
     r"|compiling .* …$|  (heads|decoded): "
 )
