@@ -116,19 +116,17 @@ def speed(arm: Arm, way: str, mode: str = "greedy") -> Counts:
 
 def teacher_ce(arm: Arm, way: str) -> Counts:
     """Nats per token of what was written, by the teacher, over those of its own greedy text: a mean over texts."""
-    by_text = [
-        (np.divide(one.nats, one.tokens) - np.divide(spans.teacher_nats, spans.teacher_tokens)).tolist()
-        for one, spans in zip(ways_of(arm, way), spans_of(arm), strict=True)
-    ]
-    return Counts.ratio(by_text, [[1.0] * len(texts) for texts in by_text])
+    return _over(ways_of(arm, way), [np.divide(one.teacher_nats, one.teacher_tokens) for one in spans_of(arm)])
 
 
 def cost_of_believing(arm: Arm, way: str) -> Counts:
     """Teacher CE of what a way writes, over that of what the same student writes one token at a time."""
-    by_text = [
-        (np.divide(one.nats, one.tokens) - np.divide(plain.nats, plain.tokens)).tolist()
-        for one, plain in zip(ways_of(arm, way), ways_of(arm, PLAIN), strict=True)
-    ]
+    return _over(ways_of(arm, way), [np.divide(one.nats, one.tokens) for one in ways_of(arm, PLAIN)])
+
+
+def _over(written: Sequence[SpanCounts], others: Sequence[np.ndarray]) -> Counts:
+    """Nats per token of texts, less those of others, by seed: a mean over texts."""
+    by_text = [(np.divide(one.nats, one.tokens) - other).tolist() for one, other in zip(written, others, strict=True)]
     return Counts.ratio(by_text, [[1.0] * len(texts) for texts in by_text])
 
 
