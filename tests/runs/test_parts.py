@@ -136,3 +136,12 @@ def test_parameters_begin_from_the_seed():
     first, again, other = (begun(seed)["embedding"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.allclose(first, other)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_notebook_shows_a_bar_if_it_can(there, monkeypatch):
+    """Without ipywidgets the library would show a warning in its place."""
+    monkeypatch.setattr(progress_module.importlib.util, "find_spec", lambda name: object() if there else None)
+    console = rich.console.Console(file=io.StringIO(), force_jupyter=True)
+    monkeypatch.setattr(progress_module, "_console", lambda: console)
+    assert Progress("training", 10)._bar.disable is not there
