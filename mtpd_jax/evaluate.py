@@ -123,6 +123,7 @@ def run(
     batch_size: int = 1,
     sampling: Sampling | None = None,
     seed: int = 0,
+    turns: int = 1,
     min_confidence: float = 0.0,
     bit_exact: bool = False,
     drafters: Sequence[str] = ("heads",),
@@ -144,7 +145,8 @@ def run(
       heads: numbers of drafts, one by each head, to decode with; 0 (plain) and 1 always run; more than the model has
         loops them. None: 0, 1, 2, 4, … and all.
       limit: at most this many documents of the split and prompts.
-      batch_size: prompts decoded together, and rows of text scored together.
+      batch_size, turns: prompts decoded together, and rows of text scored together; and how often everything is
+        decoded: of a prompt's times the median counts.
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.
@@ -152,22 +154,20 @@ def run(
       opening: what ``open_run`` takes beside the workdir.
 
     Raises:
-      ValueError: bad workdir, file or option, or nothing to measure; raised before anything is measured.
+      ValueError: bad workdir, file or option, or nothing to measure; before anything is measured.
     """
-    _check_scope(text, split_name, prompts, limit, batch_size)
+    _check_scope(text, split_name, prompts, limit, batch_size, turns)
     asked = Asked(heads, drafters, spans, slots, confidences, bit_exact)
     _check_decoding(seed, bit_exact, stop)
     options = Options(0, max_new_tokens, GREEDY if sampling is None else sampling, min_confidence, strategy=strategy)
     options.validate()
     documents: dict[str, list[Document]] = {str(one): [read_text(one, "--text")] for one in expand(text, "--text")}
-    prompt_texts = [] if prompts is None else prompts_of(prompts, limit)
-    # All is checked before anything is measured.
+    written = [] if prompts is None else prompts_of(prompts, limit)
     opened = open_run(workdir, **opening)
-    opened.scorer(batch_size)
-    _ = opened.teacher  # another than the run's own is refused
+    _ = opened.scorer(batch_size), opened.teacher  # a batch that is too large, and another teacher, are refused
     options = dataclasses.replace(options, draft_until=opened.draft_until(past_trained_length))
     drafts, of_spans = asked.ways(opened.config, str(opened.trained.folder.path), options)
-    decoding = None if prompts is None else _Decoding.of(opened, prompt_texts, drafts, of_spans, batch_size, seed, stop)
+    decoding = _Decoding.of(opened, written, drafts, of_spans, batch_size, seed, turns, stop) if prompts else None
     documents |= {split_name: list(opened.trained.held_out_documents())[:limit]} if split_name else {}
     scored = _score(opened, documents, batch_size, held_out_note(opened.trained.sources) if split_name else "")
     return dataclasses.replace(scored, decoding={prompts: decoding.run(opened)} if prompts and decoding else {})
@@ -197,6 +197,7 @@ def _check_scope(
     prompts: str | None,
     limit: int | None,
     batch_size: int,
+    turns: int,
 ) -> None:
     """Checks what to measure, as far as that goes without the run; for arguments and errors see ``run``."""
     if not (text or split_name or prompts):
@@ -205,7 +206,7 @@ def _check_scope(
         raise ValueError(f"text = {text!r}: expected a list of files")
     if split_name not in (None, "validation"):
         raise ValueError(f"--split={split_name}: expected validation")
-    for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
+    for name, value in (("limit", 1 if limit is None else limit), ("batch_size", batch_size), ("turns", turns)):
         check_integer(name, value)
         if value < 1:
             raise ValueError(f"--{name}={value}: expected at least one")
@@ -258,7 +259,7 @@ class _Decoding:
     Attributes:
       prompts: token ids.
       ways: see ``ways_of``; ``spans`` are those of them that fill in masks.
-      batch_size, seed: as given.
+      batch_size, seed, turns: as given.
       stop, transitions: strings that end a text, and what is looked for of them while decoding.
     """
 
@@ -267,6 +268,7 @@ class _Decoding:
     spans: Ways
     batch_size: int
     seed: int
+    turns: int
     stop: Sequence[str]
     transitions: np.ndarray | None
 
@@ -279,6 +281,7 @@ class _Decoding:
         spans: Ways,
         batch_size: int,
         seed: int,
+        turns: int,
         stop: Sequence[str],
     ) -> "_Decoding":
         """Checks that all of it can be done."""
@@ -286,16 +289,16 @@ class _Decoding:
         for options in ways.values():
             opened.decoder.check(ids, options, batch_size)
         transitions = transitions_of(opened.tokenizer.token_bytes(), stop) if stop else None
-        return cls(ids, ways, spans, batch_size, seed, stop, transitions)
+        return cls(ids, ways, spans, batch_size, seed, turns, stop, transitions)
 
     def run(self, opened: Run) -> PromptReport:
         """Decodes and scores."""
-        with Progress("decoding", len(self.prompts) * len(self.ways)) as progress:
+        with Progress("decoding", len(self.prompts) * len(self.ways) * self.turns) as progress:
             for note in {opened.note_of(self.prompts, options) for options in self.ways.values()} - {""}:
                 progress.say(note)
             opened.decoder.on_compile = lambda options: progress.show(f"compiling {options.words} …")
             decoded = decode_prompts(
-                opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed,
+                opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed, turns=self.turns,
                 transitions=self.transitions, on_call=progress.advance,
             )  # fmt: skip
         longest: int | str = max(name for name in self.ways if isinstance(name, int))
@@ -306,7 +309,7 @@ class _Decoding:
             for prompt, written in zip(self.prompts[:_SAMPLES], decoded[longest], strict=False)
         )
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
-        scores = score_ways(compared, self.batch_size)
+        scores = score_ways(compared, self.batch_size, self.turns)
         found = score_spans(self.spans, scores, compared, self._reader(opened)) if self.spans else {}
         return dataclasses.replace(PromptReport.of(scores, self.ways, found), samples=samples)
 
@@ -349,6 +352,7 @@ def main() -> int:
     parser.add_argument("--heads", type=frontdoor.integers, help="numbers of heads to decode with, such as 0,1,2,4")
     parser.add_argument("--limit", type=int, help="at most this many documents and prompts")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts decoded together (default: 1)")
+    parser.add_argument("--turns", type=int, default=1, help="decode so often, and take the median times (default: 1)")
     parser.add_argument(
         "--drafters", type=frontdoor.names, default=["heads"],
         help=f"who drafts, in turn: some of {','.join(DRAFTERS)} (default: heads)",
@@ -369,7 +373,7 @@ def main() -> int:
     report = run(
         flags.workdir, text=flags.text, split_name=flags.split, prompts=flags.prompts, heads=flags.heads,
         limit=flags.limit, max_new_tokens=flags.max_new_tokens, batch_size=flags.batch_size,
-        sampling=frontdoor.sampling_of(flags), seed=flags.seed, min_confidence=flags.min_confidence,
+        sampling=frontdoor.sampling_of(flags), seed=flags.seed, turns=flags.turns, min_confidence=flags.min_confidence,
         bit_exact=flags.bit_exact, drafters=flags.drafters, strategy=flags.strategy, stop=flags.stop,
         past_trained_length=flags.past_trained_length, spans=flags.spans, slots=flags.slots,
         confidences=flags.confidences,

@@ -125,8 +125,9 @@ def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatc
     prompts.write_text('{"prompt": "the cat"}\n{"prompt": "a dog ran by and"}\n')
     monkeypatch.setenv("COLUMNS", "80")
     status, output, _ = call("evaluate", f"--workdir={workdir}", f"--prompts={prompts}", "--bit_exact",
-                             "--max_new_tokens=10", f"--json={tmp_path / 'e.json'}")  # fmt: skip
-    assert status == 0 and "x padded" in output and "0 padded" in output
+                             "--max_new_tokens=10", "--turns=2", f"--json={tmp_path / 'e.json'}")  # fmt: skip
+    words = " ".join(output.split())
+    assert status == 0 and "x padded" in words and "0 padded" in words and "2 prompts, 2 turns" in words
     found = json.loads((tmp_path / "e.json").read_text())["decoding"][str(prompts)]
     plain, padded = found["heads"]["0"], found["padded_plain"]
     assert padded["speedup_over_padded_plain"]["mean"] == plain["speedup_over_plain"]["mean"] == 1

@@ -45,6 +45,7 @@ MISTAKES = (
     ("evaluate.run(run, split_name='validation', sampling={})", "sampling = {}: expected a Sampling"),
     ("evaluate.run(run, split_name='validation', heads=['2'])", "heads = '2': expected an integer"),
     ("evaluate.run(run, split_name='validation', batch_size='2')", "batch_size = '2': expected an integer"),
+    ("evaluate.run(run, split_name='validation', turns=0)", "--turns=0: expected at least one"),
     ("evaluate.run(run, split_name='validation', seed=2**32)", "seed = 4294967296"),
 )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments.sweep.rows import HeadCounts, Measured, ModeCounts, TextCounts, WayCounts
 from experiments.sweep.scale import MODES, Scale
-from experiments.sweep.spans import measure_spans, usual
+from experiments.sweep.spans import measure_spans
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.comparison import distinct_ngrams
 from mtpd_jax.evaluation.decoding import Decoded, compare_ways, decode_prompts, ways_of
@@ -107,8 +107,8 @@ def _score(opened: Run, texts: Sequence[np.ndarray]) -> TextCounts:
 def _decode(opened: Run, prompts: Sequence[np.ndarray], heads: Sequence[int], mode: str, scale: Scale) -> ModeCounts:
     """Real decoding, one prompt at a time, the numbers of heads in turn."""
     decoder, ways = opened.decoder, ways_of(Options(0, scale.new_tokens, MODES[mode]), heads)
-    turns = [decode_prompts(decoder, prompts, ways, batch_size=1, seed=0) for _ in range(scale.turns)]
-    compared = compare_ways(decoder, prompts, ways, {name: usual([turn[name] for turn in turns]) for name in ways})
+    decoded = decode_prompts(decoder, prompts, ways, batch_size=1, seed=0, turns=scale.turns)
+    compared = compare_ways(decoder, prompts, ways, decoded)
     most = compared[max(heads)]
     return ModeCounts(
         agreed=most.agreed.astype(int).tolist(),
@@ -123,7 +123,7 @@ def _counts_of(found: Decoded, heads: int) -> WayCounts:
     return WayCounts(
         tokens=[len(one.tokens) for one in continuations],
         passes=[one.passes for one in continuations],
-        seconds=[one.seconds for one in continuations],
+        seconds=[round(one.seconds, 6) for one in continuations],
         tried=[[one.tried[k] for one in continuations] for k in range(heads)],
         accepted=[[one.accepted[k] for one in continuations] for k in range(heads)],
         distinct_4grams=distinct_ngrams([one.tokens for one in continuations]),

@@ -1,7 +1,6 @@
 """What is measured of a model that fills in masks: every way of it, and its teacher's opinion of what was written."""
 
 import dataclasses
-import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -38,14 +37,6 @@ def ways(mode: str, longest: int, new_tokens: int) -> dict[int | str, Options]:
     return found
 
 
-def usual(turns: Sequence[Sequence[Continuation]]) -> list[Continuation]:
-    """What every turn wrote, with the median of their times."""
-    return [
-        dataclasses.replace(of_prompt[0], seconds=round(statistics.median(one.seconds for one in of_prompt), 6))
-        for of_prompt in zip(*turns, strict=True)
-    ]
-
-
 def measure_spans(opened: Run, texts: Sequence[np.ndarray], scale: Scale) -> SpanMeasures:
     """Decodes beginnings of texts in every way, one at a time, and has the teacher read what came of it.
 
@@ -62,8 +53,8 @@ def measure_spans(opened: Run, texts: Sequence[np.ndarray], scale: Scale) -> Spa
     found: dict[str, dict[str, SpanCounts]] = {}
     for mode in MODES:
         wanted = ways(mode, longest, scale.new_tokens)
-        turns = [decode_prompts(opened.decoder, prompts, wanted, batch_size=1, seed=0) for _ in range(scale.turns)]
-        written = {str(name): usual([turn[name] for turn in turns]) for name in wanted}
+        decoded = decode_prompts(opened.decoder, prompts, wanted, batch_size=1, seed=0, turns=scale.turns)
+        written = {str(name): of_way for name, of_way in decoded.items()}
         options = {str(name): one for name, one in wanted.items()}
         found[mode] = _counts(written, options, prompts, own, reader, teacher)
     read = reader.score(teacher.parameters, ((text, np.zeros_like(text)) for text in texts))
@@ -90,7 +81,7 @@ def _counts(
         name: SpanCounts(
             tokens=[len(one.tokens) for one in texts],
             passes=[one.passes for one in texts],
-            seconds=[one.seconds for one in texts],
+            seconds=[round(one.seconds, 6) for one in texts],
             accepted=[[one.accepted[k] for one in texts] for k in range(options[name].num_drafts)],
             nats=_rounded(nats_of(reader, teacher.parameters, prompts, texts)),
             kept=[common(one.tokens, other.tokens) for one, other in zip(texts, written[PLAIN], strict=True)],

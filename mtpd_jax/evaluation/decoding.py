@@ -4,6 +4,7 @@ What came of it stands by prompt (``Decoded``); scores, and whatever else is rep
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -68,7 +69,7 @@ class DecodingScore:
         under sampling.
       divergences: of the prompts that are not identical: where, and whether rounding explains it.
       distinct_4grams: share of distinct 4-grams in the output; repetitive text is easy to draft.
-      prompts: how many.
+      prompts, turns: how many, and how often each was decoded; of its times the median counts.
       lossless: whether the strategy promises plain decoding's text, or its distribution.
       by_place: by the place in the text; see ``evaluation.acceptance``.
     """
@@ -85,6 +86,7 @@ class DecodingScore:
     divergences: tuple[Divergence, ...]
     distinct_4grams: float | None
     prompts: int
+    turns: int
     lossless: bool
     by_place: tuple[PlaceScore, ...] = ()
 
@@ -101,6 +103,7 @@ def decode_prompts(
     *,
     batch_size: int,
     seed: int,
+    turns: int = 1,
     transitions: np.ndarray | None = None,
     on_call: Callable[[int], None] = lambda prompts: None,
 ) -> dict[int | str, list[Continuation]]:
@@ -111,21 +114,31 @@ def decode_prompts(
       ways: see ``ways_of``.
       batch_size: prompts decoded together.
       seed: of sampling; prompt number n draws from the key (seed, n), whatever the batch.
+      turns: times that all of it is decoded: the same texts, of whose times the medians are returned.
       transitions: of stop strings, see ``Decoder.run``.
       on_call: called with the number of prompts just decoded in one of the ways.
     """
     for options in ways.values():
         decoder.check(prompts, options, batch_size)
-    # Call by call, and each call in every way.
-    decoded: dict[int | str, list[Continuation]] = {name: [] for name in ways}
-    for start in range(0, len(prompts), prompts_per_call(batch_size)):
-        call = prompts[start : start + prompts_per_call(batch_size)]
-        for name, options in ways.items():
-            decoded[name] += decoder.run(
-                call, options, rows=batch_size, transitions=transitions, seed=seed, first_row=start
-            )
-            on_call(len(call))
-    return decoded
+    # Turn by turn, call by call, and each call in every way.
+    decoded: dict[int | str, list[list[Continuation]]] = {name: [[] for _ in range(turns)] for name in ways}
+    for turn in range(turns):
+        for start in range(0, len(prompts), prompts_per_call(batch_size)):
+            call = prompts[start : start + prompts_per_call(batch_size)]
+            for name, options in ways.items():
+                decoded[name][turn] += decoder.run(
+                    call, options, rows=batch_size, transitions=transitions, seed=seed, first_row=start
+                )
+                on_call(len(call))
+    return {name: _usual(of_turns) for name, of_turns in decoded.items()}
+
+
+def _usual(turns: Sequence[Sequence[Continuation]]) -> list[Continuation]:
+    """What every turn wrote, with the median of its times."""
+    return [
+        dataclasses.replace(of_prompt[0], seconds=statistics.median(one.seconds for one in of_prompt))
+        for of_prompt in zip(*turns, strict=True)
+    ]
 
 
 def prompts_per_call(batch_size: int) -> int:
@@ -177,12 +190,17 @@ def compare_ways(
     return {name: held(ways[name], continuations) for name, continuations in decoded.items()}
 
 
-def score_ways(compared: Mapping[int | str, Decoded], batch_size: int) -> dict[int | str, DecodingScore]:
-    """Folds what stands by prompt into scores; baselines are plain decoding, and one head and padded if there are."""
-    return {name: _score(found, compared, batch_size) for name, found in compared.items()}
+def score_ways(
+    compared: Mapping[int | str, Decoded], batch_size: int, turns: int = 1
+) -> dict[int | str, DecodingScore]:
+    """Folds what stands by prompt into scores; baselines are plain decoding, and one head and padded if there are.
+
+    ``batch_size`` and ``turns`` are what ``decode_prompts`` was given.
+    """
+    return {name: _score(found, compared, batch_size, turns) for name, found in compared.items()}
 
 
-def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: int) -> DecodingScore:
+def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: int, turns: int) -> DecodingScore:
     # Time is of calls, and everything else of prompts.
     continuations, greedy = found.continuations, found.options.sampling.greedy
     rates = zip(found.agreed, found.counted, strict=True)
@@ -209,6 +227,7 @@ def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: in
         divergences=tuple(divergence for divergence in found.divergences if divergence is not None),
         distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
         prompts=len(continuations),
+        turns=turns,
         lossless=STRATEGIES[found.options.strategy].lossless,
         by_place=by_place(continuations) if found.options.num_drafts else (),
     )

@@ -18,7 +18,7 @@ from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.evaluation.decoding import DecodingScore
 from mtpd_jax.evaluation.generation import cut_before
 from mtpd_jax.evaluation.quality import SpanScore
-from mtpd_jax.evaluation.report import bounded, number, percent
+from mtpd_jax.evaluation.report import bounded, number, percent, what_was_timed
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.speed import RoundCosts
 from mtpd_jax.evaluation.statistics import Interval
@@ -108,7 +108,7 @@ def page(
         quality = {"0" if way == "plain" else way: one.quality for way, one in spans.get(name, {}).items()}
         parts.append(
             {
-                "name": name, "prompts": next(iter(ways.values())).prompts, "best": lossless, "lossy": lossy,
+                "name": name, "timed": what_was_timed(next(iter(ways.values()))), "best": lossless, "lossy": lossy,
                 "charts": list(map(_svg, charts)), "ways": ways, "samples": samples.get(name, ()),
                 "quality": {way: one for way, one in quality.items() if one is not None},
             }

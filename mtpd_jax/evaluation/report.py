@@ -84,14 +84,12 @@ def decoding_table(
     With ``padded_plain``, plain decoding at the width of all passes has a row and a column, in place of one head's.
     Who else drafts has a row per length of a draft, below.
     """
-    prompts = next(iter(by_heads.values())).prompts
     # Narrow enough for a terminal of 80 columns at four heads; rates of more take several lines there.
     second = "x K=1" if padded_plain is None else "x padded"
     whole = ("tokens/pass", "tok/s", "x plain", second, "same")
-    table = new_table(
-        f"decoding: {name} ({prompts} prompts, ± 95 % interval)", ("heads", "accepted %", "cumulative", *whole),
-        whole=("heads", *whole), padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    title = f"decoding: {name} ({what_was_timed(next(iter(by_heads.values())))}, ± 95 % interval)"
+    columns = ("heads", "accepted %", "cumulative", *whole)
+    table = new_table(title, columns, whole=("heads", *whole), padding=(0, 1, 0, 0))
     # Plain decoding first, then heads, then who else drafts.
     rows = list(by_heads.items())
     if padded_plain is not None:
@@ -114,6 +112,11 @@ def decoding_table(
             "–" if score.identical is None else "yes" if score.identical else "NO" if score.failed else "tie",
         )
     return table
+
+
+def what_was_timed(score: DecodingScore) -> str:
+    """How many prompts, and how often each if that is more than once, as titles say it."""
+    return f"{score.prompts} prompts" + (f", {score.turns} turns" if score.turns > 1 else "")
 
 
 def acceptance_table(name: str, by_heads: dict[str, DecodingScore]) -> rich.table.Table:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import rich.table
 
 from mtpd_jax.evaluation.quality import SpanScore
-from mtpd_jax.evaluation.report import bounded, new_table, number, percent
+from mtpd_jax.evaluation.report import bounded, new_table, number, percent, what_was_timed
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.slots import SlotReport
 
@@ -16,7 +16,7 @@ def span_table(name: str, spans: Mapping[str, SpanScore]) -> rich.table.Table:
     # Narrow enough for a terminal of 80 columns.
     columns = ("way", "", "tok/pass", "x plain", "same %", "CE +", "4-grams")
     table = new_table(
-        f"filling in masks: {name} ({plain.prompts} prompts, ± 95 % interval)", columns, left=("way",), whole=columns,
+        f"filling in masks: {name} ({what_was_timed(plain)}, ± 95 % interval)", columns, left=("way",), whole=columns,
         padding=(0, 1, 0, 0), caption=f"plain: {number(plain.tokens_per_second.mean, 0)} tokens/s; LOSSY: not equal to "
         "plain decoding's text; same: texts that are all the same; CE +: nats per token by the teacher, over its own",
     )  # fmt: skip

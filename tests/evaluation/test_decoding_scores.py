@@ -129,6 +129,28 @@ def test_ways_take_turns_batch_by_batch():
         assert {way: len(each) for way, each in found.items()} == {0: len(prompts), 2: len(prompts)}
 
 
+class Clock(Recorder):
+    """Takes other times in every turn: ``times`` by way and turn; two prompts, one by one."""
+
+    def __init__(self, times):
+        super().__init__(rows=1)
+        self.times = times
+
+    def run(self, prompts, options, **rest):
+        turn = sum(asked[0] == options.num_drafts for asked in self.asked) // 2
+        (found,) = super().run(prompts, options, **rest)
+        return [dataclasses.replace(found, seconds=self.times[options.num_drafts][turn])]
+
+
+def test_the_median_of_several_turns_counts():
+    """Of all turns, each of which decodes everything; one that was upset counts no more than another."""
+    clock, done = Clock({0: (9.0, 1.0, 2.0), 2: (0.5, 0.4, 7.0)}), []
+    prompts, ways = [np.array([1])] * 2, ways_of(Options(0, 4), [0, 2])
+    found = decode_prompts(clock, prompts, ways, batch_size=1, seed=9, turns=3, on_call=done.append)
+    assert {way: [one.seconds for one in of_way] for way, of_way in found.items()} == {0: [2.0, 2.0], 2: [0.5, 0.5]}
+    assert clock.asked == 3 * [(0, 0, 1, 9), (2, 0, 1, 9), (0, 1, 1, 9), (2, 1, 1, 9)] and done == [1] * 12
+
+
 def test_ways_are_named():
     """Numbers for heads, as they are written in JSON; others by who drafts."""
     ways = ways_of(Options(0, 4), [0, 1, 4], ["heads", "lookup", "both"])

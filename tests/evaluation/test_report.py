@@ -47,6 +47,7 @@ def score(**fields):
         divergences=(),
         distinct_4grams=0.5,
         prompts=10,
+        turns=1,
         lossless=True,
     )
     return dataclasses.replace(found, **fields)
