@@ -183,6 +183,11 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     assert quality["same_as_teacher"]["mean"] == np.mean([a == b for a, b in zip(written, theirs, strict=True)])
     assert report["teacher"]["validation"]["main"]["ce"] != report["text"]["validation"]["main"]["ce"]
     assert len(report["slots"]["validation"]["slots"]) == 3
+    # A page shows what the longest spans wrote of which every guess is verified.
+    samples = report["decoding"][str(prompts)]["samples"]
+    assert [one["way"] for one in samples] == ["verified 3"] * 3
+    shown = ["".join(text for text, _ in one["pieces"]) for one in samples]
+    assert shown == [opened.tokenizer.decode(tokens) for tokens in own]
 
 
 @pytest.mark.parametrize(
