@@ -79,6 +79,7 @@ def model(text_file, tmp_path_factory):
     return folder / "backbone"
 
 
+@pytest.mark.slow
 def test_post_hoc_heads_for_your_model(model, text_file, tmp_path, monkeypatch):
     parameters = {
         "MODEL": str(model), "TEXT": text_file, "WORK": "work", "STEPS": 8, "BATCH": 4, "LENGTH": 64,
@@ -121,7 +122,6 @@ def test_where_the_time_goes(tmp_path, monkeypatch):
     assert pictures(executed(ROOT / "notebooks" / "where_the_time_goes.ipynb", parameters, tmp_path, monkeypatch)) == 4
 
 
-@pytest.mark.slow
 def test_first_steps(tmp_path, monkeypatch):
     parameters = {**TINY, "WORK": "work", "HEADS": 2, "PROMPTS": 2, "NEW_TOKENS": 6, "LENGTH": 64}
     notebook = executed(ROOT / "notebooks" / "first_steps.ipynb", parameters, tmp_path, monkeypatch)
