@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtpd_jax.config import Config
+    from mtpd_jax.decoding.sampling import Sampling
     from mtpd_jax.run import Run, open_run
 
-__all__ = ["Config", "Run", "open_run"]
+__all__ = ["Config", "Run", "Sampling", "open_run"]
 
 # Imported when they are asked for: who reads a config waits for no decoder.
-_HOME = {"Config": "mtpd_jax.config", "Run": "mtpd_jax.run", "open_run": "mtpd_jax.run"}
+_HOME = {
+    "Config": "mtpd_jax.config", "Run": "mtpd_jax.run", "Sampling": "mtpd_jax.decoding.sampling",
+    "open_run": "mtpd_jax.run",
+}  # fmt: skip
 _COMMANDS = ("train", "generate", "evaluate", "convert", "corpus")
 
 

@@ -232,12 +232,12 @@ SOME_OF_BOTH = Constraint(
 class EvaluationConfig(Section):
     every_steps: int = field(1000, POSITIVE, resumable=True)  # and after the last step
     documents: int = field(64, POSITIVE, resumable=True)  # held-out documents scored, at most
-    # Held-out prompts that are decoded: half of them rate the checkpoint, the others are reported. None: 32 with heads
-    # on a frozen backbone, none elsewhere.
+    # Held-out prompts that are decoded: half of them rate the checkpoint, the others are reported. None: 32 with
+    # objective.mode=posthoc, none elsewhere.
     prompts: int | None = field(None, ZERO_OR_MORE, SOME_OF_BOTH, as_before=None)
-    # At most; together no more than a training sequence.
-    prompt_tokens: int = field(32, POSITIVE, as_before=32)  # of each prompt
-    new_tokens: int = field(64, POSITIVE, as_before=64)  # and what is written after it
+    prompt_tokens: int = field(32, POSITIVE, as_before=32)  # of each of these prompts, at most
+    # Written after each, at most; together with the prompt no more than a training sequence.
+    new_tokens: int = field(64, POSITIVE, as_before=64)
 
 
 # Of configs that earlier versions stored: names that are others now, and values.

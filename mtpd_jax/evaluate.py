@@ -32,7 +32,7 @@ from mtpd_jax.evaluation.decoding import (
     decode_prompts,
     score_ways,
 )
-from mtpd_jax.evaluation.page import Sample, page
+from mtpd_jax.evaluation.page import Sample, page, samples_of
 from mtpd_jax.evaluation.quality import Reader, SpanScore, score_spans
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_file, write_json
 from mtpd_jax.evaluation.scoring import TextScore, windows
@@ -44,9 +44,6 @@ from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.validation import check_flag, check_integer
 
-# Prompts whose text the report shows. Our choice.
-_SAMPLES = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class PromptReport:
@@ -57,7 +54,7 @@ class PromptReport:
       padded_plain: plain decoding at the width of the others' passes; None without ``bit_exact``.
       others: scores of who else drafts, by name and length of a draft: ``{"lookup": {"4": …}}``.
       spans: of ways to fill in masks, by name, plain decoding among them; see ``evaluation.quality``.
-      samples: the first prompts, and what was written after them by the longest drafts.
+      samples: the first prompts, and what was written after them; see ``page.samples_of``.
     """
 
     heads: dict[str, DecodingScore]
@@ -177,10 +174,11 @@ def _score(opened: Run, documents: dict[str, list[Document]], batch_size: int, n
     """What a model, and the one that taught it, make of texts."""
     if not documents:
         return Report({}, {})
-    scores, teacher = _score_text(opened, documents, batch_size, note), opened.teacher
+    length, teacher = opened.config.training.sequence_length, opened.teacher
+    scores = _score_text(opened, documents, batch_size, length, note)
     if teacher is None:
         return Report(scores, {})
-    of_teacher = _score_text(teacher, documents, batch_size, "")
+    of_teacher = _score_text(teacher, documents, batch_size, length, "")  # with as much text before it
     return Report(scores, {}, of_teacher, _score_slots(opened, teacher, documents, batch_size))
 
 
@@ -212,8 +210,10 @@ def _check_scope(
             raise ValueError(f"--{name}={value}: expected at least one")
 
 
-def _score_text(opened: Run, documents: dict[str, list[Document]], batch_size: int, note: str) -> dict[str, TextScore]:
-    scorer, scores = opened.scorer(batch_size), {}
+def _score_text(
+    opened: Run, documents: dict[str, list[Document]], batch_size: int, length: int, note: str
+) -> dict[str, TextScore]:
+    scorer, scores = opened.scorer(batch_size, length), {}
     with Progress("scoring", sum(map(len, documents.values()))) as progress:
         if note:
             progress.say(note)
@@ -301,16 +301,10 @@ class _Decoding:
                 opened.decoder, self.prompts, self.ways, batch_size=self.batch_size, seed=self.seed, turns=self.turns,
                 transitions=self.transitions, on_call=progress.advance,
             )  # fmt: skip
-        longest: int | str = max(name for name in self.ways if isinstance(name, int))
-        if self.spans:  # all guesses risked, if that is among them
-            *_, longest = [name for name, way in self.spans.items() if not way.min_confidence] or self.spans
-        samples = tuple(
-            Sample.of(prompt, str(longest), self.ways[longest].strategy, written, opened.tokenizer.decode, self.stop)
-            for prompt, written in zip(self.prompts[:_SAMPLES], decoded[longest], strict=False)
-        )
         compared = compare_ways(opened.decoder, self.prompts, self.ways, decoded)
         scores = score_ways(compared, self.batch_size, self.turns)
         found = score_spans(self.spans, scores, compared, self._reader(opened)) if self.spans else {}
+        samples = samples_of(opened.tokenizer, self.prompts, self.ways, decoded, self.stop)
         return dataclasses.replace(PromptReport.of(scores, self.ways, found), samples=samples)
 
     def _reader(self, opened: Run) -> Reader | None:
@@ -337,7 +331,8 @@ def show(console: rich.console.Console, report: Report) -> None:
             if not mode_report.others and len(mode_report.heads) == 1:
                 continue
         console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
-        console.print(acceptance_table(name, mode_report.heads))
+        if len(mode_report.heads) > 1:
+            console.print(acceptance_table(name, mode_report.heads))
         if places := place_table(name, mode_report.heads):
             console.print(places)
 

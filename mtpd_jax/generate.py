@@ -140,12 +140,13 @@ def _continue(
 ) -> list[Generation]:
     """Continues prompts, and shows them: a single one as it is written, where somebody watches."""
     if len(prompts) == 1 and not flags.compare and sys.stdout.isatty():
-        found = [show_stream(console, shown[0], opened.stream(prompts[0], **options), opened.tokenizer.decode)]
+        decode = opened.tokenizer.decoder_after(opened.encode(prompts[0]))
+        found = [show_stream(console, shown[0], opened.stream(prompts[0], **options), decode)]
         show_figures(console, found[0])
         return found
     found = opened.generate(prompts, batch_size=flags.batch_size, compare=flags.compare, **options)
-    for prompt, one in zip(shown, found, strict=True):
-        show(console, prompt, one, opened.tokenizer.decode)
+    for prompt, text, one in zip(prompts, shown, found, strict=True):
+        show(console, text, one, opened.tokenizer.decoder_after(opened.encode(prompt)))
     return found
 
 

@@ -38,7 +38,8 @@ def converse(
         prompt: Prompt = [*said, {"role": "user", "content": text}] if chat else text
         try:
             generations = opened.stream(prompt, **options)
-            found = show_stream(console, "" if chat else text, generations, opened.tokenizer.decode)
+            decode = opened.tokenizer.decoder_after(opened.encode(prompt))
+            found = show_stream(console, "" if chat else text, generations, decode)
         except ValueError as error:
             console.print(str(error), style="red", markup=False)
             continue

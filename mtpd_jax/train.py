@@ -234,10 +234,12 @@ def _held_out_notes(evaluate: HeldOut | None, data: TrainingData, start: _Start)
 
 
 def _record_config(config: Config, folder: Workdir, done: int) -> None:
-    """Writes the config with what a resume may change; of a finished run, only where its data lie."""
+    """Writes the config with what a resume may change; of a finished run, what scoring and decoding take from it."""
     if jax.process_index() == 0:
-        finished = done >= config.training.steps
-        folder.write_config(dataclasses.replace(folder.read_config(), data=config.data) if finished else config)
+        if done >= config.training.steps:
+            used = {"data": config.data, "model": config.model, "tokenizer": config.tokenizer}
+            config = dataclasses.replace(folder.read_config(), **used)
+        folder.write_config(config)
 
 
 def _begin(plan: Plan, break_lock: bool) -> Lock:

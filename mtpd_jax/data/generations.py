@@ -53,7 +53,8 @@ class GenerationsSource(SpanSource):
 class GenerationsData(DataConfig, case="generations"):
     """A folder that ``mtpd_jax.corpus`` wrote: a model's own answers, by token id."""
 
-    path: str = fields.field("", given("a folder that mtpd_jax.corpus wrote"), resumable=True)  # a digest tells what
+    # A digest tells what it holds.
+    path: str = fields.field("", given("a folder that mtpd_jax.corpus wrote"), resumable=True)
 
     def open(self) -> GenerationsSource:
         return GenerationsSource(pathlib.Path(self.path).expanduser())

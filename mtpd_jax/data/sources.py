@@ -218,7 +218,7 @@ class TextData(DataConfig, case="text"):
     """Text files, each of several documents."""
 
     paths: tuple[str, ...] = fields.field((), _FILES, resumable=True)  # files or globs; a digest tells what they hold
-    separator: str = fields.field("<|endoftext|>", given("the text that stands between documents"))  # in a file
+    separator: str = fields.field("<|endoftext|>", given("the text that stands between documents"))  # in these files
 
     def open(self) -> Source:
         separator, cut = self.separator.encode(), []
@@ -264,7 +264,8 @@ class JsonlData(DataConfig, case="jsonl"):
 class TfdsData(DataConfig, case="tfds"):
     """A tensorflow-datasets data set that was prepared with ``file_format="array_record"``."""
 
-    name: str = fields.field("", given("the name of a tensorflow-datasets data set"))  # with its config ("lm1b")
+    # With its config, if it has several: "c4/en".
+    name: str = fields.field("", given("the name of a tensorflow-datasets data set"))
     split: str = fields.field("train")  # the split to read
     directory: str = fields.field("")  # where the prepared data set lies; empty: tensorflow-datasets' default
     field: str = fields.field("text", _TEXT_FIELD)  # of a document

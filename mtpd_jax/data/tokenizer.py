@@ -14,8 +14,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mtpd_jax.config import TokenizerConfig
 
+Decode = Callable[[Sequence[int]], str]
 # How SentencePiece names a token that is one byte.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# What stands for a character of which some tokens are missing.
+INCOMPLETE = "\ufffd"
+# Tokens that are decoded with those after them: some of them may write nothing.
+_CONTEXT = 4
 
 
 class Tokenizer:
@@ -152,6 +157,17 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray, special: bool = False) -> str:
         """The text of token ids; special tokens write nothing, or their names."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special)
+
+    def decoder_after(self, prompt: np.ndarray) -> Decode:
+        """What turns ids that stand after a prompt into text.
+
+        By themselves they would be a text's beginning, where SentencePiece's tokenizers drop a space.
+        """
+        context = prompt[-_CONTEXT:].tolist()
+        before = self.decode(context)
+        if before.endswith(INCOMPLETE):  # half a character, which would become another with what follows
+            return self.decode
+        return lambda ids: self.decode([*context, *ids])[len(before) :]
 
     def token_bytes(self) -> list[bytes]:
         """The UTF-8 bytes, perhaps half a character, that each id writes in a text; special tokens write none.

@@ -99,7 +99,7 @@ class Decoder:
     ):
         assert model.config.context is not None  # ``build_model`` says what it is
         self._model, self._parameters, self._end_ids = model, parameters, tuple(end_ids)
-        self._context, self._scanned, self._chunk = model.config.context, scanned, chunk
+        self._context, self._scanned, self.chunk = model.config.context, scanned, chunk
         if mesh is None:
             mesh = data_mesh(list(jax.tree.leaves(parameters)[0].devices()))
         self.on_compile: Callable[[Options], object] = lambda options: None
@@ -227,9 +227,9 @@ class Decoder:
 
     def padded_length(self, length: int) -> int:
         """The next power of two up to a chunk, and then the next multiple of it, so that few lengths are compiled."""
-        if length > self._chunk:
-            return -(-length // self._chunk) * self._chunk
-        return min(self._chunk, max(_SHORTEST, 1 << (length - 1).bit_length()))
+        if length > self.chunk:
+            return -(-length // self.chunk) * self.chunk
+        return min(self.chunk, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
     def network(self, options: Options) -> tuple[Network, DecodingParameters]:
         """The network for these options, and the parameters in its layout."""
@@ -318,7 +318,7 @@ class Decoder:
         key = (options, arguments[1].shape, rows, mesh.size, None if stops is None else stops.shape)
         if key not in self._compiled:
             self.on_compile(options)
-            chunk = min(self._chunk, arguments[1].shape[1])
+            chunk = min(self.chunk, arguments[1].shape[1])
             decode: Any = make_decode(network, options, chunk, rows, mesh if mesh.size > 1 else None)
             self._compiled[key] = decode.lower(*arguments).compile()
         return self._compiled[key]
@@ -330,7 +330,7 @@ class Decoder:
         key = ("stream", options, arguments[1].shape, None if stops is None else stops.shape)
         if key not in self._compiled:
             self.on_compile(options)
-            begin, go_on = make_stream(network, options, min(self._chunk, arguments[1].shape[1]))
+            begin, go_on = make_stream(network, options, min(self.chunk, arguments[1].shape[1]))
             go_on(arguments[0], begin(*arguments), arguments[-1], 0)  # compiled before the clock starts
             self._compiled[key] = begin, go_on
         return self._compiled[key]

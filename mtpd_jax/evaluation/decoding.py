@@ -177,7 +177,8 @@ def compare_ways(
     # What all ways are held to: plain decoding, and the heads' teacher-forced choices on its text.
     plain = decoded[0]
     most = max(map(heads_that_draft, ways.values()))
-    agreed, counted = count_agreement(decoder, prompts, plain, most)
+    until = next((way.draft_until for way in ways.values() if heads_that_draft(way)), None)
+    agreed, counted = count_agreement(decoder, prompts, plain, most, until)
 
     def held(options: Options, continuations: Sequence[Continuation]) -> Decoded:
         divergences: tuple[Divergence | None, ...] = ()

@@ -13,20 +13,24 @@ import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
+from mtpd_jax.data.tokenizer import Decode, Tokenizer
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.drafters.drafter import COPIED
-from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.decoding.strategies import STRATEGIES
+from mtpd_jax.evaluation.decoding import PADDED_PLAIN, DecodingScore, Ways
 from mtpd_jax.evaluation.generation import cut_before
 from mtpd_jax.evaluation.quality import SpanScore
 from mtpd_jax.evaluation.report import bounded, number, percent, what_was_timed
 from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.speed import RoundCosts
 from mtpd_jax.evaluation.statistics import Interval
-from mtpd_jax.evaluation.transcript import Decode, pieces, proposer_name
+from mtpd_jax.evaluation.transcript import pieces, proposer_name
 
 # Okabe and Ito's palette, which people who see colours differently tell apart; the main head is not coloured.
 _COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
 _COPIED = "#999999"
+# Texts that a report shows.
+_SAMPLES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Sample:
     @classmethod
     def of(
         cls,
-        prompt: np.ndarray,
+        prompt: str,
         way: str,
         strategy: str,
         written: Continuation,
@@ -62,7 +66,30 @@ class Sample:
         for text, proposer, _ in pieces(written.tokens, written.proposers, decode):
             found += [(text[:left], proposer)] if left else []
             left -= len(text[:left])
-        return cls(decode(prompt.tolist()), way, strategy, tuple(found), len(written.tokens), written.passes)
+        return cls(prompt, way, strategy, tuple(found), len(written.tokens), written.passes)
+
+
+def samples_of(
+    tokenizer: Tokenizer,
+    prompts: Sequence[np.ndarray],
+    ways: Ways,
+    decoded: Mapping[int | str, Sequence[Continuation]],
+    stop: Sequence[str],
+) -> tuple[Sample, ...]:
+    """The first prompts, and what the longest drafts wrote after them: of those that lose nothing, if there are any,
+    and that risk every guess."""
+
+    def worth(name: int | str) -> tuple[bool, bool, bool, int]:
+        way = ways[name]
+        return way.num_drafts > 0, STRATEGIES[way.strategy].lossless, not way.min_confidence, way.num_drafts
+
+    best = max((name for name in ways if name != PADDED_PLAIN), key=worth)
+    return tuple(
+        Sample.of(
+            tokenizer.decode(prompt), str(best), ways[best].strategy, written, tokenizer.decoder_after(prompt), stop
+        )
+        for prompt, written in zip(prompts[:_SAMPLES], decoded[best], strict=False)
+    )
 
 
 def model_of(by_heads: Mapping[str, DecodingScore]) -> list[tuple[int, float]]:

@@ -1,24 +1,21 @@
 """A continuation on a terminal: every token in the colour of who proposed it, and its figures below."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import rich.console
 import rich.table
 import rich.text
 
+from mtpd_jax.data.tokenizer import INCOMPLETE, Decode
 from mtpd_jax.decoding.drafters.drafter import COPIED
 from mtpd_jax.decoding.options import MASKS
 from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.generation import Generation
 from mtpd_jax.evaluation.report import new_table, percent
 
-Decode = Callable[[Sequence[int]], str]
-
 # Main head first; then the heads, in turn; and what was copied.
 _COLOURS = ("default", "green", "cyan", "magenta", "yellow", "blue", "red")
 _COPIED_COLOUR = "reverse"
-# What stands for a character of which some tokens are missing.
-_INCOMPLETE = "\ufffd"
 
 
 def pieces(
@@ -31,7 +28,7 @@ def pieces(
 
     Args:
       tokens, proposers: of the whole continuation.
-      decode: of the tokenizer.
+      decode: see ``Tokenizer.decoder_after``.
       begin: the first token that was not shown yet.
       final: whether no more tokens come; else a character at the end that is not whole yet is kept back.
     """
@@ -41,7 +38,7 @@ def pieces(
         if not last and proposers[end] == proposers[end - 1]:
             continue
         text = decode(tokens[:end])
-        if text.endswith(_INCOMPLETE) and not (last and final):
+        if text.endswith(INCOMPLETE) and not (last and final):
             continue
         yield text[len(before) :], proposers[end - 1], end
         before = text

@@ -4,11 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 
 from mtpd_jax.config import Config
+from mtpd_jax.decoding.drafters import DRAFTERS
 from mtpd_jax.decoding.options import MASKS, Options
 from mtpd_jax.decoding.strategies import STRATEGIES
 from mtpd_jax.evaluation.decoding import Ways, ways_of
 from mtpd_jax.evaluation.quality import span_ways
 from mtpd_jax.validation import check_count, check_integer
+
+# Drafts per round where neither the user nor heads say how many. Our choice: docs/decoding.md.
+_WITHOUT_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Asked:
             raise ValueError(f"--drafters={MASKS}: expected others; --spans=verified drafts with masks")
         if config.model.mask_embedding:
             _check_student(where, options)
-        numbers = self._numbers(config.heads.num_heads)
+        numbers = self._numbers(max((drafts_of(config, name) for name in self.drafters), default=0))
         for number in numbers:
             options.with_drafts(number).validate()
         return ways_of(options.sharing_width(max(numbers)) if self.bit_exact else options, numbers, self.drafters)
@@ -103,6 +107,12 @@ class Asked:
         return sorted({0, *([1] if most else []), *heads})
 
 
+def drafts_of(config: Config, drafter: str) -> int:
+    """Drafts per round where none are asked for: one by each head, and some by who drafts without heads."""
+    needs_heads = drafter not in DRAFTERS or DRAFTERS[drafter].needs_heads
+    return config.heads.num_heads or (0 if needs_heads else _WITHOUT_HEADS)
+
+
 def _check_student(where: str, options: Options) -> None:
     strategy, tau = options.strategy, options.min_confidence
     if STRATEGIES[strategy].drafter_name == MASKS:
@@ -136,7 +146,10 @@ def who_drafts(
     if slots is not None or drafter == MASKS:
         name, value = ("drafter", drafter) if slots is None else ("slots", slots)
         raise ValueError(f"{name} = {value!r}: expected none with strategy = {strategy!r}, which fills in no masks")
-    return config.heads.num_heads if heads is None else heads, drafter, strategy
+    drafts = drafts_of(config, drafter) if heads is None else heads
+    if drafter in DRAFTERS and drafter != "heads" and not drafts and heads is None:
+        raise ValueError(f"drafter = {drafter!r}: expected another, for {where} has no heads")
+    return drafts, drafter, strategy
 
 
 def masks_to_read(config: Config, where: str, strategy: str, slots: int | None) -> int:

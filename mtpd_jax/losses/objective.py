@@ -22,9 +22,11 @@ PerHead = float | tuple[float, ...] | None
 class HeadsObjectiveConfig(ObjectiveConfig):
     """The part of a method's section that says how heads learn, from the text and from the main head."""
 
-    # CE weight, a number or one per trained head; None: 0.3 shared out among them.
+    # CE weight, a number for each trained head or one per head; None: 0.3 over the number of trained heads, and 0 with
+    # mode=posthoc.
     alpha: PerHead = field(None, ZERO_OR_MORE)
-    # KL weight, likewise; 0: plain MTP; None: 1 with one trained head, 0.5 with more.
+    # KL weight, likewise; 0: plain MTP; None: 1 with one trained head, 0.5 with more, and one over their number with
+    # mode=posthoc.
     beta: PerHead = field(None, ZERO_OR_MORE)
     top_n: int = field(10_000, POSITIVE)  # tokens of the teacher's distribution that the KL compares; >= V: all
     temperature: float = field(1.0, POSITIVE)  # divides both sides' logits in the KL

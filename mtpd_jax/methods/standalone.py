@@ -48,13 +48,13 @@ class StandaloneConfig(SourceConfig, case="standalone"):
     written: Literal["student", "data"] = field("student")
     # What a slot learns: the teacher's choice, its distribution, or what stands in the data.
     labels: Literal["teacher", "distribution", "data"] = field("teacher")
-    k_min: int = field(2, at_least(2))  # tokens of a span: drawn for every step, from here
-    k_max: int = field(8, at_least(2))  # to here
+    k_min: int = field(2, at_least(2))  # tokens of the shortest span; the length is drawn for every step
+    k_max: int = field(8, at_least(2))  # tokens of the longest span
     # The share of all steps over which the longest span grows from k_min to k_max, doubling. Our choice.
     k_ramp: float = field(0.0, ZERO_OR_MORE, at_most(1))
     # Regions of a row, each with one span; half of what fits with the longest spans, as in the paper. None: that many.
     regions: int | None = field(None, POSITIVE)
-    prefix_weight: float = field(0.0, ZERO_OR_MORE)  # of the cross entropy of all text before spans, against the text
+    prefix_weight: float = field(0.0, ZERO_OR_MORE)  # weight of the cross entropy of all text before spans
     # Of labels = distribution: the tokens of the teacher's that are compared, and how; see the sections with heads.
     top_n: int = field(10_000, POSITIVE)
     temperature: float = field(1.0, POSITIVE)  # divides both sides' logits

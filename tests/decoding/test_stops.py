@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtpd_jax.data.tokenizer import Tokenizer
-from mtpd_jax.decoding.decoder import Decoder
+from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.stops import Stops, transitions_of
 from mtpd_jax.evaluation.generation import cut_before
+from mtpd_jax.evaluation.page import Sample
 from tests.decoding.models import PROMPTS, small_vocabulary
 
 PIECES = [b"", b"a", b"b", b"ab", b"ba", b"aab", b"c", "ß".encode()[:1], "ß".encode()[1:], b"abcabc"]
@@ -116,6 +117,36 @@ def test_bytes_of_a_sentencepiece_tokenizer():
     library.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="the run's has the decoders WordPiece"):
         Tokenizer(library, "<s>").token_bytes()
+
+
+def sentencepiece(names, merges):
+    """As Llama 2's: a mark stands for a space, and one at the beginning of a text is dropped."""
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: id for id, name in enumerate(names)}, merges, byte_fallback=True)
+    )
+    decoders = tokenizers.decoders
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens(["<s>"])
+    return Tokenizer(library, "<s>")
+
+
+def test_a_space_between_prompt_and_continuation_stays():
+    """Where the prompt ends with a text; a text of its own begins without one. And a stop string may begin with it."""
+    names = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+    tokenizer = sentencepiece(names, [("\u2581", "a")])
+    a, word = names.index("a"), names.index("\u2581a")
+    half = [1 + byte for byte in "\u00df".encode()][:1]
+    for prompt, expected in (([0, word], " aa"), ([0], "aa"), ([0, word, 0], " aa"), ([0, *half], "aa")):
+        assert tokenizer.decoder_after(np.array(prompt))([word, a]) == expected
+    written, decode = (
+        Continuation((word, a, word), (0, 1, 0), 2, (), (), 1.0),
+        tokenizer.decoder_after(np.array([word])),
+    )
+    for stop, text in (((), " aa a"), (("a ",), " a"), ((" a",), "")):
+        shown = Sample.of("a", "1", "speculative", written, decode, stop).pieces
+        assert "".join(piece for piece, _ in shown) == text
 
 
 def test_a_string_may_span_what_a_round_writes():

@@ -16,6 +16,8 @@ from mtpd_jax.evaluation.decoding import (
     score_ways,
     ways_of,
 )
+from mtpd_jax.evaluation.ways import Asked, who_drafts
+from tests.builders import tiny_config
 from tests.decoding.models import END, PROMPTS, small_vocabulary
 
 
@@ -159,6 +161,20 @@ def test_ways_are_named():
         ("lookup", 1), ("lookup", 4), ("both", 1), ("both", 4)
     ]  # fmt: skip
     assert list(ways_of(Options(0, 4), [0, 3], ["lookup"])) == [0, "lookup 3"]
+
+
+def test_who_drafts_without_heads_drafts_unasked():
+    """As many tokens as there are heads, or some where there are none; who needs heads says so."""
+    plain, two = (tiny_config(heads__num_heads=number) for number in (0, 2))
+    asked = {"heads": None, "strategy": None, "slots": None}
+    assert who_drafts(plain, "run", drafter="lookup", **asked) == (4, "lookup", "speculative")
+    assert who_drafts(two, "run", drafter="lookup", **asked) == (2, "lookup", "speculative")
+    assert who_drafts(plain, "run", drafter="heads", **asked) == (0, "heads", "speculative")
+    assert who_drafts(plain, "run", drafter="lookup", **asked | {"heads": 0})[0] == 0
+    with pytest.raises(ValueError, match="drafter = 'both': expected another, for run has no heads"):
+        who_drafts(plain, "run", drafter="both", **asked)
+    drafts, _ = Asked(None, ["lookup"], None, None, None, bit_exact=False).ways(plain, "run", Options(0, 8))
+    assert list(drafts) == [0, "lookup 1", "lookup 2", "lookup 4"]
 
 
 def test_scores_of_what_is_copied(decoder):

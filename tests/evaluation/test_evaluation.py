@@ -318,14 +318,18 @@ def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
     assert first_divergence(decoder, [5, 6, 7], plain, second).tie == (found.margin < 2 * found.rounding)
 
 
-@pytest.mark.parametrize("scanned", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_agreement_beside_acceptance(scanned):
+@pytest.mark.parametrize(
+    ("scanned", "chunk"),
+    [(False, 16), pytest.param(False, 512, marks=pytest.mark.slow), pytest.param(True, 16, marks=pytest.mark.slow)],
+)
+def test_agreement_beside_acceptance(scanned, chunk):
     """Per prompt and head, on what plain decoding wrote, against the training path; the token from prefill is none.
 
     Of a model whose heads are right now and then: with one that never is, every way of counting gives zero.
     """
     model, parameters = small_vocabulary()
-    decoder = Decoder(model, parameters, [-1], scanned=scanned)  # every text has its full length
+    # Every text has its full length, and is read in one chunk or in several.
+    decoder = Decoder(model, parameters, [-1], scanned=scanned, chunk=chunk)
     plain = decoder.run(PROMPTS, Options(0, 40))
     agreed, counted = count_agreement(decoder, PROMPTS, plain, 6)
     logits = forward(model, parameters)
@@ -338,6 +342,9 @@ def test_agreement_beside_acceptance(scanned):
             assert agreed[k - 1, number] == sum(choice[k, t - 1 - k] == choice[0, t - 1] for t in places)
     assert np.all(agreed.sum(1) > 5) and np.all(agreed.sum(1)[:4] < counted.sum(1)[:4] - 5)
     assert len({tuple(row) for row in agreed}) == 6  # every head has its own, looped ones too
+    # Up to where heads draft, there are fewer places.
+    _, until = count_agreement(decoder, PROMPTS, plain, 1, until=20)
+    assert until[0].tolist() == [len(range(max(len(prompt), 1) + 1, 20)) for prompt in PROMPTS]
     # On sampled text, the main head's choice is not what was written.
     drawn = decoder.run(PROMPTS, Options(0, 40, Sampling(2.0)))
     for number, (prompt, found) in enumerate(zip(PROMPTS, drawn, strict=True)):

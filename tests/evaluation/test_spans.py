@@ -13,6 +13,7 @@ from mtpd_jax import evaluate, frontdoor, train
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.evaluation.comparison import common
 from mtpd_jax.evaluation.quality import span_ways
+from mtpd_jax.evaluation.scoring import TextScore
 from mtpd_jax.evaluation.slots import score_slots
 from mtpd_jax.evaluation.ways import Asked
 from mtpd_jax.methods.standalone import Standalone
@@ -122,7 +123,8 @@ def test_ways_are_every_strategy_with_every_length_and_confidence():
 def student(text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("standalone")
     base = {"data__source": "text", "data__paths": (text_file,), "heads__num_heads": 0, "training__steps": 10}
-    train.run(tiny_config(**base, model__context=64), str(folder / "source"))
+    longer = {"model__context": 64, "training__sequence_length": 48}
+    train.run(tiny_config(**base, **longer), str(folder / "source"))
     taught = {"objective__mode": "standalone", "objective__source": str(folder / "source"), "objective__k_max": 3}
     train.run(tiny_config(**base, **taught, objective__regions=4), str(folder / "run"))
     return folder / "run"
@@ -182,6 +184,11 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     assert spans["static 3"]["lengths"] == [0, 3, 9]  # the last pass of each has room for two
     assert quality["same_as_teacher"]["mean"] == np.mean([a == b for a, b in zip(written, theirs, strict=True)])
     assert report["teacher"]["validation"]["main"]["ce"] != report["text"]["validation"]["main"]["ce"]
+    # The teacher reads as much text before a token as the student, though it was trained on longer sequences.
+    windows = opened.teacher.scorer(4, opened.config.training.sequence_length)
+    assert opened.config.training.sequence_length < opened.teacher.config.training.sequence_length
+    sums = windows.sum_documents(opened.teacher.parameters, opened.trained.held_out_documents())
+    assert report["teacher"]["validation"]["main"]["ce"] == pytest.approx(TextScore.of(sums).main.ce, rel=1e-5)
     assert len(report["slots"]["validation"]["slots"]) == 3
     # A page shows what the longest spans wrote of which every guess is verified.
     samples = report["decoding"][str(prompts)]["samples"]

@@ -142,6 +142,15 @@ def test_a_finished_run_says_so(run_config, uninterrupted, capsys):
     assert (uninterrupted / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_is_told_how_far_to_decode(run_config, uninterrupted, tmp_path):
+    """What decoding takes from the config may still change; how it was trained is not rewritten."""
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    wider = replace(run_config, model__context=200, evaluation__every_steps=7)
+    assert train.run(wider, str(tmp_path / "copy")).finished
+    config = open_run(str(tmp_path / "copy")).config
+    assert config.context == 200 and config.evaluation == run_config.evaluation
+
+
 def test_old_checkpoints_are_dropped_and_versions_kept(run_config, uninterrupted, tmp_path):
     every_step = replace(run_config, training__steps=6, checkpoint__every_steps=1, checkpoint__keep=3)
     train.run(every_step, str(tmp_path))
