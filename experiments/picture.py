@@ -99,7 +99,7 @@ def _line(line: Sequence[Piece], y: float) -> list[str]:
 def drawn(opened: Run, prompt: str, found: Generation) -> str:
     """The picture of a continuation that was compared with plain decoding's."""
     assert found.plain is not None and found.speedup is not None  # it was compared
-    decode = opened.tokenizer.decoder_after(opened.encode(prompt))
+    decode = opened.text_after(prompt)
     text = [Piece(prompt, "#777777")]
     for piece, proposer, _ in pieces(found.tokens, found.proposers, decode):
         text.append(Piece(piece, behind=colour_of(proposer)))

@@ -129,7 +129,7 @@ def run(workdir: str) -> dict[str, Any]:
         parts[name] = report.decoding[str(prompt_file)].heads
         console.print(decoding_table(name, parts[name]))
     generation = opened.generate(prompts[:1], max_new_tokens=NEW_TOKENS, compare=True)[0]
-    show(console, prompts[0], generation, opened.tokenizer.decoder_after(opened.encode(prompts[0])))
+    show(console, prompts[0], generation, opened.text_after(prompts[0]))
     greedy, sampled = (summarise(part) for part in parts.values())
     score = dataclasses.asdict(text["validation"])
     summary = {

@@ -257,18 +257,19 @@ def _verified(arms: Mapping[str, Arm]) -> Table:
     rows = []
     for name, arm in arms.items():
         for safe in (way for way in _names(arm) if way.startswith("verified")):
-            lossy, sampled = safe.replace("verified", "confident"), safe in spans_of(arm)[0].ways["sampled"]
+            lossy = safe.replace("verified", "confident")
+            drawn = [safe] if safe in spans_of(arm)[0].ways["sampled"] else []
             figures = [tokens_per_pass(arm, way) for way in (safe, lossy) if way in _names(arm)]
             share = [figures[0] * one.inverse() for one in figures[1:]]
             rows.append([
                 name, safe, with_interval(mean_of(figures[0])),
-                with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))) if sampled else "",
                 with_interval(mean_of(speed(arm, safe))),
+                *(_or_nothing([of(arm, way, "sampled") for way in drawn]) for of in (tokens_per_pass, speed)),
                 _or_nothing(figures[1:]), _or_nothing(share, 100, 0), _or_nothing([speed(arm, lossy)] if share else []),
             ])  # fmt: skip
     columns = [
-        "arm", "verified", "tokens per pass", "temperature 1", "wall clock", "confident at that tau (lossy)",
-        "verified / confident, %", "wall clock, confident",
+        "arm", "verified", "tokens per pass", "wall clock", "temperature 1: tokens per pass", "wall clock",
+        "confident at that tau (lossy)", "verified / confident, %", "wall clock, confident",
     ]  # fmt: skip
     return Table("Verified beside believed", columns, rows)
 

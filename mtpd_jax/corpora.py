@@ -252,7 +252,7 @@ class Corpus:
                 assert isinstance(rows, list)  # or it was not asked
                 rows.append(self._row(task, turn, asked[place], answer))
                 if not isinstance(task.row.prompt, str):
-                    text = cut_before(self._run.tokenizer.decoder_after(asked[place])(answer.tokens), self._stop)
+                    text = cut_before(self._run.tokenizer.text_after(asked[place])(answer.tokens), self._stop)
                     said[place] += [*_messages(task.turns[turn]), {"role": "assistant", "content": text}]
         return found
 

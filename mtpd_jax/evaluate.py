@@ -20,7 +20,7 @@ from mtpd_jax.data.files import read_text
 from mtpd_jax.data.prompts import prompts_of
 from mtpd_jax.data.sources import expand
 from mtpd_jax.decoding.drafters import DRAFTERS
-from mtpd_jax.decoding.options import Options, check_seed
+from mtpd_jax.decoding.options import MASKS, Options, check_seed
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies import STRATEGIES
@@ -350,9 +350,11 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=1, help="decode so often, and take the median times (default: 1)")
     parser.add_argument(
         "--drafters", type=frontdoor.names, default=["heads"],
-        help=f"who drafts, in turn: some of {','.join(DRAFTERS)} (default: heads)",
+        help=f"who drafts, in turn: some of {','.join(name for name in DRAFTERS if name != MASKS)} (default: heads)",
     )  # fmt: skip
-    parser.add_argument("--strategy", default="speculative", choices=tuple(STRATEGIES), help="how a round goes")
+    parser.add_argument(
+        "--strategy", default="speculative", choices=tuple(STRATEGIES), help="of drafts (masks: --spans)"
+    )
     parser.add_argument("--spans", type=frontdoor.names, help="strategies that fill in masks (default: all)")
     parser.add_argument("--slots", type=frontdoor.integers, help="tokens of a span, such as 2,4,8")
     parser.add_argument(

@@ -140,13 +140,13 @@ def _continue(
 ) -> list[Generation]:
     """Continues prompts, and shows them: a single one as it is written, where somebody watches."""
     if len(prompts) == 1 and not flags.compare and sys.stdout.isatty():
-        decode = opened.tokenizer.decoder_after(opened.encode(prompts[0]))
+        decode = opened.text_after(prompts[0])
         found = [show_stream(console, shown[0], opened.stream(prompts[0], **options), decode)]
         show_figures(console, found[0])
         return found
     found = opened.generate(prompts, batch_size=flags.batch_size, compare=flags.compare, **options)
     for prompt, text, one in zip(prompts, shown, found, strict=True):
-        show(console, text, one, opened.tokenizer.decoder_after(opened.encode(prompt)))
+        show(console, text, one, opened.text_after(prompt))
     return found
 
 

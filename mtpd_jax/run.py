@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from mtpd_jax.config import Config
 from mtpd_jax.data.chat import ChatTemplate, Prompt, encode_prompt, read_chat_template
 from mtpd_jax.data.sources import UnknownData
-from mtpd_jax.data.tokenizer import Tokenizer
+from mtpd_jax.data.tokenizer import Decode, Tokenizer
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
@@ -154,6 +154,10 @@ class Run:
         if ids.max(initial=0) >= self.config.model.vocabulary_size:
             raise ValueError(f"the prompt has the token {ids.max()}, and the model {self.config.model.vocabulary_size}")
         return ids
+
+    def text_after(self, prompt: Prompt) -> Decode:
+        """What turns token ids that were written after a prompt into text; see ``Tokenizer.text_after``."""
+        return self.tokenizer.text_after(self.encode(prompt))
 
     @functools.cached_property
     def template(self) -> ChatTemplate | None:

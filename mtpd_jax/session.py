@@ -38,7 +38,7 @@ def converse(
         prompt: Prompt = [*said, {"role": "user", "content": text}] if chat else text
         try:
             generations = opened.stream(prompt, **options)
-            decode = opened.tokenizer.decoder_after(opened.encode(prompt))
+            decode = opened.text_after(prompt)
             found = show_stream(console, "" if chat else text, generations, decode)
         except ValueError as error:
             console.print(str(error), style="red", markup=False)

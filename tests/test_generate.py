@@ -86,7 +86,7 @@ def test_a_conversation_grows(monkeypatch):
                 shown = "here"
 
         step = 1
-        tokenizer = None
+        text_after = lambda *_: None  # noqa: E731
 
         def stream(self, prompt, **options):
             asked.append(prompt)
@@ -98,10 +98,6 @@ def test_a_conversation_grows(monkeypatch):
         def __init__(self, text):
             self.text = text
 
-    class Tokenizer:
-        decode = None
-
-    Opened.tokenizer = Tokenizer
     monkeypatch.setattr(session, "show_stream", lambda console, shown, generations, decode: Found(f"<{generations}>"))
     monkeypatch.setattr(session, "figures_line", lambda found: "")
     typed = iter(["one", "bad", "two", ""])

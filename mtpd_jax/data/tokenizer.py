@@ -158,7 +158,7 @@ class Tokenizer:
         """The text of token ids; special tokens write nothing, or their names."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=not special)
 
-    def decoder_after(self, prompt: np.ndarray) -> Decode:
+    def text_after(self, prompt: np.ndarray) -> Decode:
         """What turns ids that stand after a prompt into text.
 
         By themselves they would be a text's beginning, where SentencePiece's tokenizers drop a space.

@@ -152,7 +152,7 @@ def _generation(
 ) -> Generation:
     """One continuation, beside plain decoding's if there is one."""
     generation = Generation(
-        text=cut_before(tokenizer.decoder_after(prompt)(written.tokens), stop),
+        text=cut_before(tokenizer.text_after(prompt)(written.tokens), stop),
         tokens=written.tokens,
         proposers=written.proposers,
         passes=written.passes,

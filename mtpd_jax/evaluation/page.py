@@ -85,9 +85,7 @@ def samples_of(
 
     best = max((name for name in ways if name != PADDED_PLAIN), key=worth)
     return tuple(
-        Sample.of(
-            tokenizer.decode(prompt), str(best), ways[best].strategy, written, tokenizer.decoder_after(prompt), stop
-        )
+        Sample.of(tokenizer.decode(prompt), str(best), ways[best].strategy, written, tokenizer.text_after(prompt), stop)
         for prompt, written in zip(prompts[:_SAMPLES], decoded[best], strict=False)
     )
 

@@ -28,7 +28,7 @@ def pieces(
 
     Args:
       tokens, proposers: of the whole continuation.
-      decode: see ``Tokenizer.decoder_after``.
+      decode: see ``Tokenizer.text_after``.
       begin: the first token that was not shown yet.
       final: whether no more tokens come; else a character at the end that is not whole yet is kept back.
     """

@@ -139,10 +139,10 @@ def test_a_space_between_prompt_and_continuation_stays():
     a, word = names.index("a"), names.index("\u2581a")
     half = [1 + byte for byte in "\u00df".encode()][:1]
     for prompt, expected in (([0, word], " aa"), ([0], "aa"), ([0, word, 0], " aa"), ([0, *half], "aa")):
-        assert tokenizer.decoder_after(np.array(prompt))([word, a]) == expected
+        assert tokenizer.text_after(np.array(prompt))([word, a]) == expected
     written, decode = (
         Continuation((word, a, word), (0, 1, 0), 2, (), (), 1.0),
-        tokenizer.decoder_after(np.array([word])),
+        tokenizer.text_after(np.array([word])),
     )
     for stop, text in (((), " aa a"), (("a ",), " a"), ((" a",), "")):
         shown = Sample.of("a", "1", "speculative", written, decode, stop).pieces

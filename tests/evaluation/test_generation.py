@@ -99,7 +99,7 @@ def test_what_may_become_a_stop_string_waits(monkeypatch):
     decoded = ["say", "say <", "say <en", "say <en>", "say <end>"]
 
     class Words:
-        decoder_after = staticmethod(lambda prompt: lambda tokens: decoded[len(tokens) - 1])
+        text_after = staticmethod(lambda prompt: lambda tokens: decoded[len(tokens) - 1])
         token_bytes = staticmethod(list)
 
     class Streamed:

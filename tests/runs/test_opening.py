@@ -84,7 +84,7 @@ def test_any_of_a_models_end_tokens_ends_a_text(workdir, tmp_path):
 def test_public_names_import_nothing_else():
     program = "import mtpd_jax, sys; assert 'jax' not in sys.modules; from mtpd_jax import Config; " \
               "assert not [name for name in sys.modules if name.startswith('mtpd_jax.decoding')]; Config; " \
-              "assert set(mtpd_jax.__all__) == {'Config', 'Run', 'open_run'}; mtpd_jax.nothing"  # fmt: skip
+              "assert set(mtpd_jax.__all__) == {'Config', 'Run', 'Sampling', 'open_run'}; mtpd_jax.nothing"  # fmt: skip
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "AttributeError: module 'mtpd_jax' has no attribute 'nothing'" in found.stderr
 
