@@ -113,7 +113,7 @@ def test_text_is_read_as_without_masks():
     )
     np.testing.assert_array_equal(first[is_text], second[is_text])
     assert not np.array_equal(first, second)
-    plain = method.model.apply({"params": student}, rows.tokens, rows.segment_ids, rows.positions).main
+    plain = jax.jit(method.model.apply)({"params": student}, rows.tokens, rows.segment_ids, rows.positions).main
     expected = jnp.take_along_axis(plain, laid_out.source[:, :, None], axis=1)
     np.testing.assert_allclose(np.asarray(found)[is_text], np.asarray(expected)[is_text], atol=1e-5)
     # And so no gradient comes from text to the masks; from masks, one does.

@@ -70,7 +70,7 @@ def test_changing_another_document_changes_nothing():
     other = jnp.where(batch.segment_ids == 2, (batch.tokens + 7) % 300, batch.tokens)
 
     def run(tokens):
-        return model.apply({"params": parameters}, tokens, batch.segment_ids, batch.positions).main
+        return jax.jit(model.apply)({"params": parameters}, tokens, batch.segment_ids, batch.positions).main
 
     kept = np.asarray(batch.segment_ids == 1)
     np.testing.assert_array_equal(np.asarray(run(batch.tokens))[kept], np.asarray(run(other))[kept])
@@ -134,7 +134,7 @@ def test_the_backbone_against_numpy():
     model, parameters = model_and_parameters(config)
     parameters["backbone"]["blocks"]["attention"]["qkv"]["bias"] += 0.3  # random parameters leave biases at zero
     tokens = jnp.array([[5, 9, 2, 7]])
-    found = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(4)[None]).main[0]
+    found = jax.jit(model.apply)({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(4)[None]).main[0]
     x = np.asarray(parameters["embedding"], np.float64)[tokens[0]] * np.sqrt(32)
     for layer in range(2):
         x = reference.block(x, wide(parameters["backbone"]["blocks"], layer))
@@ -148,7 +148,7 @@ def test_two_heads_against_numpy(kind, pass_normed):
     config = tiny_config(heads__kind=kind, heads__pass_normed=pass_normed)
     model, parameters = model_and_parameters(config)
     tokens = jnp.array([[5, 9, 2, 7, 11, 3, 250, 40]])
-    hidden = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(8)[None])
+    hidden = jax.jit(model.apply)({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(8)[None])
     embedding, ids = np.asarray(parameters["embedding"], np.float64) * np.sqrt(32), np.asarray(tokens[0])
     # Beyond the document's end nothing is supervised: what stands there does not matter.
     ahead = np.stack([embedding[np.pad(ids[k:], (0, k))] for k in (1, 2)])
@@ -224,12 +224,12 @@ def test_the_feed_forward_layer_is_the_configs_and_its_statistics_are_handed_on(
     model = LanguageModel(dataclasses.replace(plain.config, feed_forward="counting"), config.heads)
     parameters = random_parameters(model)
     rows = jax.tree.map(lambda array: array[0], packed_batch(config))
-    hidden = model.apply({"params": parameters}, rows.tokens, rows.segment_ids, rows.positions)
+    hidden = jax.jit(model.apply)({"params": parameters}, rows.tokens, rows.segment_ids, rows.positions)
     backbone, heads = hidden.statistics
     assert backbone["size"].shape == (2,) and len(set(backbone["size"].tolist())) == 2
     assert backbone["tokens"].tolist() == [8 * 32] * 2
     assert heads is None if not num_heads else heads["tokens"].tolist() == [8 * 32] * 2
-    without = plain.apply({"params": random_parameters(plain)}, rows.tokens, rows.segment_ids, rows.positions)
+    without = jax.jit(plain.apply)({"params": random_parameters(plain)}, rows.tokens, rows.segment_ids, rows.positions)
     assert without.statistics == (None, None)
     decoder = Decoder(model, jax.device_put(parameters, jax.devices()[0]), [0])
     prompts, options = [np.array([3, 1, 2], np.int32)], Options(num_heads, 8)
@@ -237,6 +237,6 @@ def test_the_feed_forward_layer_is_the_configs_and_its_statistics_are_handed_on(
     text = list(prompts[0])
     for token in written:  # as the whole model would go on
         tokens = jnp.asarray(np.pad(text, (0, 32 - len(text))))[None]
-        main = model.apply({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(32)[None]).main
+        main = jax.jit(model.apply)({"params": parameters}, tokens, jnp.ones_like(tokens), jnp.arange(32)[None]).main
         assert int(jnp.argmax(main[0, len(text) - 1] @ parameters["embedding"].T)) == token
         text.append(token)
