@@ -141,7 +141,7 @@ def run(workdir: str) -> dict[str, Any]:
     }
     write_json(str(place / "summary.json"), summary)
     console.print(summary_table(summary))
-    console.print(f"written to {place / 'summary.json'}")
+    console.print(f"written to {open_workdir(workdir).shown}/summary.json")
     return summary
 
 
