@@ -163,6 +163,17 @@ def test_ways_are_named():
     assert list(ways_of(Options(0, 4), [0, 3], ["lookup"])) == [0, "lookup 3"]
 
 
+def test_agreement_is_counted_where_heads_draft(decoder):
+    """Up to the length that they were trained on, of the ways in which heads draft."""
+
+    def counted(until):
+        ways = ways_of(dataclasses.replace(Options(0, 12), draft_until=until), [0, 1])
+        decoded = decode_prompts(decoder, PROMPTS, ways, batch_size=4, seed=0)
+        return compare_ways(decoder, PROMPTS, ways, decoded)[1].counted.sum()
+
+    assert 0 < counted(8) < counted(None)
+
+
 def test_who_drafts_without_heads_drafts_unasked():
     """As many tokens as there are heads, or some where there are none; who needs heads says so."""
     plain, two = (tiny_config(heads__num_heads=number) for number in (0, 2))
