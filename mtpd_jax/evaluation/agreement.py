@@ -30,6 +30,7 @@ def choices_of_all_heads(
     time, as prompts are, so that neither all scores nor all logits of a long one are there at once.
 
     Args:
+      depths: heads; at least one.
       chunk: positions; T is a multiple of it.
     """
     batch, length = tokens.shape
@@ -51,8 +52,6 @@ def choices_of_all_heads(
     # The main head reads the text, and then each head the text itself and the state of the one before.
     main = by_chunk(read_text, network.empty_cache(batch, length), tokens)
     first = likeliest(main)[None]
-    if not depths:
-        return first
     if network.shares_cache:
         ahead = jnp.stack([jnp.roll(tokens, -depth, axis=1) for depth in range(1, depths + 1)])
         places = jnp.broadcast_to(jnp.arange(length)[None], tokens.shape)

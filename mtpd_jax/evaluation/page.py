@@ -29,7 +29,7 @@ from mtpd_jax.evaluation.transcript import pieces, proposer_name
 # Okabe and Ito's palette, which people who see colours differently tell apart; the main head is not coloured.
 _COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
 _COPIED = "#999999"
-# Texts that a report shows.
+# Texts that a report shows. Our choice.
 _SAMPLES = 3
 
 

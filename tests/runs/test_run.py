@@ -145,10 +145,11 @@ def test_a_finished_run_says_so(run_config, uninterrupted, capsys):
 def test_a_finished_run_is_told_how_far_to_decode(run_config, uninterrupted, tmp_path):
     """What decoding takes from the config may still change; how it was trained is not rewritten."""
     shutil.copytree(uninterrupted, tmp_path / "copy")
-    wider = replace(run_config, model__context=200, evaluation__every_steps=7)
+    wider = replace(run_config, model__context=200, tokenizer__more_end_tokens=("a",), evaluation__every_steps=7)
     assert train.run(wider, str(tmp_path / "copy")).finished
     config = open_run(str(tmp_path / "copy")).config
-    assert config.context == 200 and config.evaluation == run_config.evaluation
+    assert config.context == 200 and config.tokenizer.more_end_tokens == ("a",)
+    assert config.evaluation == run_config.evaluation
 
 
 def test_old_checkpoints_are_dropped_and_versions_kept(run_config, uninterrupted, tmp_path):
