@@ -43,7 +43,7 @@ from mtpd_jax.evaluation.generation import cut_before
 from mtpd_jax.run import Run
 from mtpd_jax.runs.digests import digests_of
 from mtpd_jax.runs.lock import take_lock
-from mtpd_jax.runs.workdir import Workdir, write_atomically
+from mtpd_jax.runs.workdir import Workdir, is_temporary, write_atomically
 from mtpd_jax.validation import check_count
 
 # Groups of prompts whose answers stand in one file, and batches in a group. Our choice.
@@ -324,7 +324,7 @@ def _messages(turn: Prompt) -> Sequence[Message]:
 def _check_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> bool:
     """Checks that a folder is new, or holds the same corpus; returns whether anything of it is written."""
     if not (folder / MANIFEST).exists():
-        if folder.exists() and any(path.name not in ("lock", f"{MANIFEST}.tmp") for path in folder.iterdir()):
+        if folder.exists() and any(path.name != "lock" and not is_temporary(path) for path in folder.iterdir()):
             raise ValueError(f"{folder} exists and holds no generations: use a new or an empty folder")
         return False
     there = {name: value for name, value in read_json(folder / MANIFEST).items() if name != "now"}

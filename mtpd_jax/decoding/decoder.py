@@ -231,6 +231,10 @@ class Decoder:
             return -(-length // self.chunk) * self.chunk
         return min(self.chunk, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
+    def chunk_of(self, length: int) -> int:
+        """Tokens that one pass reads of texts of this padded length."""
+        return min(self.chunk, length)
+
     def network(self, options: Options) -> tuple[Network, DecodingParameters]:
         """The network for these options, and the parameters in its layout."""
         # A program of many heads written out would take minutes to compile.
@@ -318,7 +322,7 @@ class Decoder:
         key = (options, arguments[1].shape, rows, mesh.size, None if stops is None else stops.shape)
         if key not in self._compiled:
             self.on_compile(options)
-            chunk = min(self.chunk, arguments[1].shape[1])
+            chunk = self.chunk_of(arguments[1].shape[1])
             decode: Any = make_decode(network, options, chunk, rows, mesh if mesh.size > 1 else None)
             self._compiled[key] = decode.lower(*arguments).compile()
         return self._compiled[key]
@@ -330,7 +334,7 @@ class Decoder:
         key = ("stream", options, arguments[1].shape, None if stops is None else stops.shape)
         if key not in self._compiled:
             self.on_compile(options)
-            begin, go_on = make_stream(network, options, min(self.chunk, arguments[1].shape[1]))
+            begin, go_on = make_stream(network, options, self.chunk_of(arguments[1].shape[1]))
             go_on(arguments[0], begin(*arguments), arguments[-1], 0)  # compiled before the clock starts
             self._compiled[key] = begin, go_on
         return self._compiled[key]

@@ -121,7 +121,7 @@ def count_agreement(
     network, parameters = decoder.network(Options(depths, 1))
 
     def choose(parameters: DecodingParameters, tokens: Array) -> Array:
-        return choices_of_all_heads(network, parameters, tokens, depths, min(decoder.chunk, tokens.shape[1]))
+        return choices_of_all_heads(network, parameters, tokens, depths, decoder.chunk_of(tokens.shape[1]))
 
     choices = network.jit(choose)
     for number, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):

@@ -4,7 +4,7 @@
     tokens per round(K)    = 1 + cumulative_1 + … + cumulative_K
     tokens per second(K)   = rows * tokens per round / seconds per round
 
-A round has to bring more tokens than it costs plain steps (``break_even``). A batch of prompts takes as many rounds as
+A round has to bring more tokens than it costs plain steps (break-even). A batch of prompts takes as many rounds as
 its longest; with a queue behind it, rows that are finished take the next prompt (``rounds_of_queue``). Costs are
 measured, in ``experiments/bench``; acceptance is that of ``evaluation.acceptance``. Our choice.
 """
@@ -39,10 +39,6 @@ class RoundCosts:
         """
         drafting = _interpolate({0: 0.0, **self.draft}, drafts if heads is None else heads)
         return _interpolate(self.verify, drafts + 1) + drafting + _interpolate(self.bookkeeping, drafts)
-
-    def break_even(self, heads: int) -> float:
-        """Tokens per pass from which drafting pays: the cost of a round in plain steps."""
-        return self.seconds(heads) / self.seconds(0)
 
     def tokens_per_second(self, heads: int, cumulative: Sequence[float]) -> float:
         """Tokens per second of all rows together, prefill left out.

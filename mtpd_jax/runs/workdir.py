@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 
 from etils import epath
 
@@ -106,7 +107,7 @@ class Workdir:
         """Whether a file is what a run leaves that was ended before it began, or whose folder was deleted meanwhile."""
         if file == self.checkpoints:
             return all(".orbax-checkpoint-tmp" in part.name for part in file.iterdir())
-        return _is_temporary(file) or file == self.lock_file
+        return is_temporary(file) or file == self.lock_file
 
     def read_config(self) -> Config:
         """Reads config.json.
@@ -180,14 +181,17 @@ def open_workdir(path: str | os.PathLike[str]) -> Workdir:
     return Workdir(named if "://" in str(path) else named.expanduser().resolve())
 
 
-def _is_temporary(path: epath.Path) -> bool:
+def is_temporary(path: pathlib.PurePath) -> bool:
     """Whether a file is what ``write_atomically`` leaves when it is killed."""
     return path.name.endswith(".tmp")
 
 
 def write_atomically(path: epath.Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, finds either the old contents or the new."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Writes a file so that a reader, or a crash, finds either the old contents or the new.
+
+    Of several processes that write it at once, each writes a file of its own; the last to finish is read.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(text.encode())

@@ -10,6 +10,7 @@ import pytest
 import rich.console
 
 from experiments.quickstart import summarise, summary_table
+from mtpd_jax import evaluate
 from mtpd_jax.evaluation.acceptance import Acceptance, Interval, PlaceScore
 from mtpd_jax.evaluation.comparison import Divergence
 from mtpd_jax.evaluation.decoding import DecodingScore
@@ -91,6 +92,14 @@ def test_heads_beside_teacher_forcing():
     lines = shown(acceptance_table("x", {"0": score(), "2": score()}))
     assert ["1", "83.0", "±3.0", "83.0", "±3.0", "70.0", "±10.0", "13.0"] in lines
     assert ["2", "–", "0.0", "60.0", "±10.0", "–"] in lines
+
+
+def test_heads_are_judged_only_where_some_draft():
+    """A model without heads has no table of them, be it empty."""
+    for by_heads, judged in (({"0": score()}, False), ({"0": score(), "2": score()}, True)):
+        console = rich.console.Console(width=120, record=True, file=io.StringIO())
+        evaluate.show(console, evaluate.Report({}, {"x": evaluate.PromptReport(by_heads)}))
+        assert ("heads, %" in console.export_text()) is judged
 
 
 def test_scores_of_text():

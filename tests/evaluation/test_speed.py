@@ -13,7 +13,6 @@ def test_a_round_is_the_sum_of_its_parts():
     assert COSTS.seconds(4) == pytest.approx(1.8 + 0.4 + 0.04)
     assert COSTS.seconds(2) == pytest.approx(1.4 + 0.2 + 0.02)  # between measured widths
     assert COSTS.seconds(5) == pytest.approx(2.0 + 0.5 + 0.05)  # beyond them
-    assert COSTS.break_even(4) == pytest.approx(2.24)
 
 
 def test_tokens_per_second():

@@ -12,6 +12,7 @@ import rich.console
 from mtpd_jax import trainer
 from mtpd_jax.runs import interruption
 from mtpd_jax.runs import progress as progress_module
+from mtpd_jax.runs import workdir as workdir_module
 from mtpd_jax.runs.interruption import StopRequest
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.runs.workdir import open_workdir, write_atomically
@@ -123,6 +124,21 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     write_atomically(path, "new")
     assert path.read_text() == "new" and [file.name for file in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_two_may_write_one_file_at_once(tmp_path, monkeypatch):
+    """Neither takes the other's half-written file for its own, such as two runs of an experiment that record it."""
+    path, flush = open_workdir(str(tmp_path)).path / "file.json", workdir_module.os.fsync
+
+    def another_writes(number: int) -> None:
+        flush(number)
+        monkeypatch.setattr(workdir_module.os, "fsync", flush)
+        write_atomically(path, "another's")
+        assert path.read_text() == "another's"
+
+    monkeypatch.setattr(workdir_module.os, "fsync", another_writes)
+    write_atomically(path, "one's")
+    assert path.read_text() == "one's" and [file.name for file in tmp_path.iterdir()] == ["file.json"]
 
 
 def test_parameters_begin_from_the_seed():

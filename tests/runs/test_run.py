@@ -209,7 +209,7 @@ def test_fewer_steps_than_done_change_nothing(run_config, uninterrupted, tmp_pat
 
 def test_killed_before_anything_was_there_it_begins_anew(run_config, tmp_path):
     """What is left by a kill between the first file's temporary name and its own."""
-    (tmp_path / "config.json.tmp").write_text("{")
+    (tmp_path / "config.json.0b5e.tmp").write_text("{")
     (tmp_path / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # of a folder that was deleted meanwhile
     assert train.run(replace(run_config, training__steps=3), str(tmp_path)).finished
 
