@@ -11,12 +11,13 @@ writes, what the teacher says of them, and the same with everything verified, wh
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from configs import standalone as config_file
 from experiments import pretrained
 from experiments.pretrained import Given
-from experiments.standalone_report import SEEDS, report
+from experiments.standalone_report import LONGER, SEEDS, TWICE, UNTRAINED, report
 from experiments.sweep.experiment import Experiment, run
 from experiments.sweep.runner import RESULTS
 from experiments.sweep.runs import Variant
@@ -33,7 +34,7 @@ class Sizes:
     Attributes:
       learning_rate: after warm-up, to the tail.
       steps: optimizer steps.
-      long: of the main arm's longer run.
+      longer: of the main arm's longer runs, by name.
       thrice: arms that are run with three seeds; None: all.
       batch: rows per step.
       turns: times that everything is decoded.
@@ -41,16 +42,20 @@ class Sizes:
 
     learning_rate: float
     steps: int
-    long: int
+    longer: Mapping[str, int]
     thrice: tuple[str, ...] | None = None
     batch: int = 4
     turns: int = 1
 
 
 SIZES = {
-    "stories_656k": Sizes(learning_rate=5e-4, steps=1600, long=6400, turns=3),
-    "stories_19m": Sizes(learning_rate=5e-4, steps=400, long=1600, thrice=("online hard", "ground truth")),
+    "stories_656k": Sizes(learning_rate=5e-4, steps=1600, longer={LONGER: 6400}, turns=3),
+    "stories_19m": Sizes(
+        learning_rate=5e-4, steps=400, longer={TWICE: 800, LONGER: 1600}, thrice=("online hard", "ground truth")
+    ),
 }
+# What every arm starts from: a step that is too small to move anything.
+_UNTRAINED = {"training.steps": 1, "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-12}
 ARMS: dict[str, dict[str, Any]] = {
     "online hard": {},
     "online soft": {"objective.labels": "distribution"},
@@ -64,12 +69,13 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def variants_of(sizes: Sizes) -> list[Variant]:
-    """The arms, and a longer run of the first."""
-    found = [
+    """What all start from, the arms, and longer runs of the first."""
+    arms = [
         Variant(name, diff, seeds=None if sizes.thrice is None or name in sizes.thrice else _ONCE)
         for name, diff in ARMS.items()
     ]
-    return [*found, Variant("longer online hard", {"training.steps": sizes.long}, seeds=_ONCE)]
+    longer = [Variant(name, {"training.steps": steps}, seeds=_ONCE) for name, steps in sizes.longer.items()]
+    return [Variant(UNTRAINED, _UNTRAINED, seeds=_ONCE), *arms, *longer]
 
 
 def scale_of(name: str, given: Given) -> Scale:

@@ -1,7 +1,7 @@
 """The page of ``experiments.standalone``: every arm and way, speed beside quality, and what one change is worth."""
 
+import itertools
 import pathlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +9,26 @@ import numpy as np
 
 from experiments.posthoc_report import left_out
 from experiments.pretrained import INPUTS
-from experiments.sweep.arms import Arm, gain, paired
-from experiments.sweep.report import Report, Table, line, per_seed, verdict, with_interval
-from experiments.sweep.rows import SpanCounts, SpanMeasures, read_rows
+from experiments.standalone_claims import tables_of_claims
+from experiments.standalone_figures import (
+    as_teacher,
+    distinct_4grams,
+    fell,
+    kept,
+    mean_of_means,
+    names_of,
+    places_per_token,
+    same,
+    spans_of,
+    speed,
+    stood,
+    teacher_ce,
+    tokens_per_pass,
+    ways_of,
+)
+from experiments.sweep.arms import Arm
+from experiments.sweep.report import Report, Table, line, with_interval
+from experiments.sweep.rows import read_rows
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
 from experiments.sweep.spans import PLAIN
@@ -20,20 +37,9 @@ from mtpd_jax.evaluation.report import number, percent
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 
 SEEDS = (0, 1, 2)
-_LONGER = "longer online hard"
-# What claims about text are read at: spans that are believed whole, where arms are equally fast, and a loose threshold,
-# each arm with its own longest spans.
-_READ_AT = ("static 2", "static 4", "confident at 0.6")
-# The paper's claims as pairs of arms: what is said to be better, and than what.
-_CLAIMS = (
-    ("hard labels in place of soft ones", "online soft", "online hard"),
-    ("the student's own writing in place of the text's", "offline", "online hard"),
-    ("a teacher in place of the text", "ground truth", "online hard"),
-    ("random lengths in place of k = 5", "fixed k=5", "online hard"),
-    ("random lengths in place of k = 8", "fixed k=8", "online hard"),
-    ("the text's cross entropy beside it", "online hard", "prefix loss"),
-    ("spans that grow", "online hard", "growing spans"),
-)
+UNTRAINED, TWICE, LONGER = "before training", "online hard twice as long", "longer online hard"
+# The main arm by how long it was trained.
+_BY_LENGTH = (UNTRAINED, "online hard", TWICE, LONGER)
 # Heads on the same backbone, of ``experiments.posthoc``: their name there, and here.
 _HEADS = {"cascade kl pre text": "MTP-D's heads, frozen backbone", "shared kl pre text": "post-hoc head"}
 _CAVEATS = {
@@ -74,84 +80,20 @@ def report(
         text += f" {_CAVEATS[scale.name]}"
     missing, heads = left_out(arms, wanted(scale), SEEDS), heads_beside(folder, scale.inputs)
     text += f"\n\nLeft out: {missing}." if missing else ""
+    text += "\n\nIn no arm: spans whose slots read each other in both directions, and other learning rates."
     tables = [
         _drift(arms),
+        _training(arms),
         *(_ways(name, arm) for name, arm in arms.items()),
-        *(_claims(arms, way) for way in _READ_AT),
-        _lossless_claims(arms),
+        _sampled(arms),
+        *tables_of_claims(arms),
         _verified(arms),
+        _lengths(arms),
         _beside(arms, heads),
+        _chains(arms),
         _reliability(arms),
     ]
     return Report("Standalone MTP", text, tables, _panels(arms, heads))
-
-
-def spans_of(arm: Arm) -> list[SpanMeasures]:
-    """What was measured of masks, by seed."""
-    found = [row.spans for row in arm.rows]
-    assert all(one is not None for one in found)  # of students, it always is
-    return [one for one in found if one is not None]
-
-
-def ways_of(arm: Arm, way: str, mode: str = "greedy") -> list[SpanCounts]:
-    """One way, by seed; without a length in its name, at the arm's own longest spans."""
-    name = _own(arm, way)
-    assert name is not None  # or nobody asks
-    return [one.ways[mode][name] for one in spans_of(arm)]
-
-
-def tokens_per_pass(arm: Arm, way: str, mode: str = "greedy") -> Counts:
-    """The effective k, pooled over texts; the token from prefill is not counted."""
-    found = ways_of(arm, way, mode)
-    return Counts.ratio([[count - 1 for count in one.tokens] for one in found], [one.passes for one in found])
-
-
-def speed(arm: Arm, way: str, mode: str = "greedy") -> Counts:
-    """Tokens per second over those of plain decoding of the same model."""
-    fast, slow = ways_of(arm, way, mode), ways_of(arm, PLAIN, mode)
-    return Counts.ratio([one.tokens for one in fast], [one.seconds for one in fast]) * Counts.ratio(
-        [one.seconds for one in slow], [one.tokens for one in slow]
-    )
-
-
-def teacher_ce(arm: Arm, way: str) -> Counts:
-    """Nats per token of what was written, by the teacher, over those of its own greedy text: a mean over texts."""
-    return _over(ways_of(arm, way), [np.divide(one.teacher_nats, one.teacher_tokens) for one in spans_of(arm)])
-
-
-def cost_of_believing(arm: Arm, way: str) -> Counts:
-    """Teacher CE of what a way writes, over that of what the same student writes one token at a time."""
-    return _over(ways_of(arm, way), [np.divide(one.nats, one.tokens) for one in ways_of(arm, PLAIN)])
-
-
-def _over(written: Sequence[SpanCounts], others: Sequence[np.ndarray]) -> Counts:
-    """Nats per token of texts, less those of others, by seed: a mean over texts."""
-    by_text = [(np.divide(one.nats, one.tokens) - other).tolist() for one, other in zip(written, others, strict=True)]
-    return Counts.ratio(by_text, [[1.0] * len(texts) for texts in by_text])
-
-
-def as_teacher(arm: Arm, way: str) -> Counts:
-    """Share of the teacher's own greedy text before the first token that is another."""
-    return Counts.ratio(
-        [one.as_teacher for one in ways_of(arm, way)], [list(map(float, one.teacher_tokens)) for one in spans_of(arm)]
-    )
-
-
-def kept(arm: Arm, way: str) -> Counts:
-    """Share of the text before the first token that plain decoding would not have written."""
-    found, plain = ways_of(arm, way), ways_of(arm, PLAIN)
-    return Counts.ratio([one.kept for one in found], [one.tokens for one in plain])
-
-
-def _names(arm: Arm) -> list[str]:
-    return list(spans_of(arm)[0].ways["greedy"])
-
-
-def _own(arm: Arm, way: str) -> str | None:
-    """The name of a way among those of an arm, at its longest spans if ``way`` has no length; None: it is not there."""
-    strategy, at, tau = way.partition(" at ")
-    found = [name for name in _names(arm) if name == way or re.fullmatch(rf"{strategy} \d+{at}{tau}", name)]
-    return max(found, key=lambda name: int(name.split()[1]) if name != PLAIN else 0, default=None)
 
 
 def _drift(arms: Mapping[str, Arm]) -> Table:
@@ -188,90 +130,99 @@ def _over_seeds(shares: Sequence[float]) -> str:
     return mean if len(shares) == 1 else f"{mean} ({percent(min(shares))} to {percent(max(shares))})"
 
 
-def _ways(name: str, arm: Arm) -> Table:
+def _training(arms: Mapping[str, Arm]) -> Table:
+    """What more steps of the main arm bring, from before the first one."""
     rows = []
-    for way in _names(arm):
-        found = ways_of(arm, way)
-        shares = [one.distinct_4grams for one in found if one.distinct_4grams is not None]
+    for arm in (arms[name] for name in _BY_LENGTH if name in arms):
+        slots = [[one.slots["slots"][place]["agreement"] for one in spans_of(arm)] for place in (1, 3)]
+        steps = 0 if arm.name == UNTRAINED else arm.mean("steps")
+        ways = ("verified 2", "verified 3", "verified", "confident at 0.6", "confident at 0.9")
         rows.append([
-            way, "no" if found[0].lossless else "**yes**", with_interval(mean_of(tokens_per_pass(arm, way))),
-            with_interval(mean_of(speed(arm, way))), with_interval(mean_of(teacher_ce(arm, way)), signed=True),
-            with_interval(mean_of(kept(arm, way)), 100, 0), with_interval(mean_of(as_teacher(arm, way)), 100, 0),
-            number(float(np.mean(shares))),
+            f"{steps:,.0f}", " ".join(map(str, arm.seeds)), *map(_over_seeds, slots),
+            *(with_interval(mean_of(tokens_per_pass(arm, way))) for way in ways),
         ])  # fmt: skip
     columns = [
-        "way", "lossy", "tokens per pass", "wall clock over plain", "teacher CE", "kept of plain text, %",
-        "kept of the teacher's, %", "distinct 4-grams",
+        "steps", "seeds", "slot 2", "slot 4", "verified 2", "verified 3", "verified, longest", "confident at 0.6",
+        "confident at 0.9",
+    ]  # fmt: skip
+    note = "Online hard: agreement with the teacher, in per cent, and tokens per pass."
+    return Table("How far training has come", columns, rows if len(rows) > 1 else [], note)
+
+
+def _ways(name: str, arm: Arm) -> Table:
+    rows = []
+    for way in names_of(arm):
+        rows.append([
+            way, "no" if ways_of(arm, way)[0].lossless else "**yes**",
+            with_interval(mean_of(tokens_per_pass(arm, way))), number(mean_of(mean_of_means(arm, way)).mean),
+            number(mean_of(places_per_token(arm, way)).mean, 1), with_interval(mean_of(speed(arm, way))),
+            with_interval(mean_of(teacher_ce(arm, way)), signed=True), with_interval(mean_of(kept(arm, way)), 100, 0),
+            number(100 * (mean_of(same(arm, way)).mean or 0.0), 0),
+            with_interval(mean_of(as_teacher(arm, way)), 100, 0), number(distinct_4grams(arm, way)),
+        ])  # fmt: skip
+    columns = [
+        "way", "lossy", "tokens per pass", "mean over texts", "places read per token", "wall clock over plain",
+        "teacher CE", "kept of plain text, %", "texts that are plain's, %", "kept of the teacher's, %",
+        "distinct 4-grams",
     ]  # fmt: skip
     return Table(f"{name}, greedy", columns, rows)
 
 
-def _claims(arms: Mapping[str, Arm], way: str) -> Table:
-    rows = []
-    for what, before, after in _CLAIMS:
-        pair = paired(arms, after, before)
-        if pair is None or not all(_own(arm, way) for arm in pair):
-            continue
-        tokens, _ = gain(*pair, lambda arm: tokens_per_pass(arm, way))
-        ce, seeds = gain(*pair, lambda arm: teacher_ce(arm, way))
-        believing, _ = gain(*pair, lambda arm: cost_of_believing(arm, way))
-        rows.append([
-            what, f"{after} over {before}", with_interval(tokens, signed=True), with_interval(ce, signed=True),
-            per_seed(seeds, 1, 2), verdict(_less(ce), len(seeds)), with_interval(believing, signed=True),
-            verdict(_less(believing), len(seeds)),
-        ])  # fmt: skip
-    columns = [
-        "change", "arms", "gain in tokens per pass", "gain in teacher CE", "per seed", "better text",
-        "of it, what believing costs", "better guesses",
+def _sampled(arms: Mapping[str, Arm]) -> Table:
+    """Speed at temperature 1 beside what is drawn there, which a student that is sure of itself draws from fewer."""
+    rows = [
+        [
+            name, way, with_interval(mean_of(tokens_per_pass(arm, way, "sampled"))),
+            with_interval(mean_of(speed(arm, way, "sampled"))),
+            with_interval(mean_of(teacher_ce(arm, way, "sampled")), signed=True),
+            number(distinct_4grams(arm, way, "sampled")),
+        ]
+        for name, arm in arms.items()
+        for way in names_of(arm, "sampled")
     ]  # fmt: skip
+    columns = ["arm", "way", "tokens per pass", "wall clock over plain", "teacher CE", "distinct 4-grams"]
     note = (
-        "A gain in teacher CE is worse text. It has two parts: how far the student's own text, written one token at a "
-        "time, has moved from the teacher's, and what believing adds to that."
+        "Nothing is lost of the student's own distribution, which is not the teacher's: hard labels make it narrow, so "
+        f"that it draws likelier text, and is more easily guessed. Plain text of `{UNTRAINED}` is drawn by the teacher."
     )
-    return Table(f"The paper's claims, at {way}", columns, rows, note)
-
-
-def _less(gained: Interval) -> Interval:
-    """The same with its sign turned."""
-    return Interval(*(None if end is None else -end for end in (gained.mean, gained.high, gained.low)))
-
-
-def _lossless_claims(arms: Mapping[str, Arm]) -> Table:
-    """What a change is worth where nothing is lost: every guess risked, and verified."""
-    rows = []
-    for what, before, after in _CLAIMS:
-        if pair := paired(arms, after, before):
-            gained, seeds = gain(*pair, lambda arm: tokens_per_pass(arm, "verified"))
-            both = [with_interval(mean_of(tokens_per_pass(arm, "verified"))) for arm in pair]
-            rows.append([
-                what, f"{after} over {before}", *both, with_interval(gained, signed=True), per_seed(seeds, 1, 2),
-                verdict(gained, len(seeds)),
-            ])  # fmt: skip
-    columns = ["change", "arms", "tokens per pass", "before", "gain", "per seed", "more tokens per pass"]
-    note = "Each arm with its own longest spans. The text is the student's own, one token at a time: see drift."
-    return Table("The paper's claims, when all guesses are verified", columns, rows, note)
+    return Table("At temperature 1, verified", columns, rows, note)
 
 
 def _verified(arms: Mapping[str, Arm]) -> Table:
     """How much of the speed is left when nothing is lost."""
     rows = []
     for name, arm in arms.items():
-        for safe in (way for way in _names(arm) if way.startswith("verified")):
+        for safe in (way for way in names_of(arm) if way.startswith("verified")):
             lossy = safe.replace("verified", "confident")
-            drawn = [safe] if safe in spans_of(arm)[0].ways["sampled"] else []
-            figures = [tokens_per_pass(arm, way) for way in (safe, lossy) if way in _names(arm)]
+            figures = [tokens_per_pass(arm, way) for way in (safe, lossy) if way in names_of(arm)]
             share = [figures[0] * one.inverse() for one in figures[1:]]
             rows.append([
-                name, safe, with_interval(mean_of(figures[0])),
-                with_interval(mean_of(speed(arm, safe))),
-                *(_or_nothing([of(arm, way, "sampled") for way in drawn]) for of in (tokens_per_pass, speed)),
+                name, safe, with_interval(mean_of(figures[0])), with_interval(mean_of(speed(arm, safe))),
+                _or_nothing([] if " at " in safe else [fell(arm, safe)], 100, 0),
                 _or_nothing(figures[1:]), _or_nothing(share, 100, 0), _or_nothing([speed(arm, lossy)] if share else []),
             ])  # fmt: skip
     columns = [
-        "arm", "verified", "tokens per pass", "wall clock", "temperature 1: tokens per pass", "wall clock",
+        "arm", "verified", "tokens per pass", "wall clock", "passes in which a guess falls, %",
         "confident at that tau (lossy)", "verified / confident, %", "wall clock, confident",
     ]  # fmt: skip
-    return Table("Verified beside believed", columns, rows)
+    note = (
+        "A pass after one in which a guess fell has none to verify. With tau a guess is risked when its own "
+        "probability and those of the guesses before it are at least tau; `confident` asks that of a span's first "
+        "token, too, which verifying need not: hence more than 100 %."
+    )
+    return Table("Verified beside believed", columns, rows, note)
+
+
+def _lengths(arms: Mapping[str, Arm]) -> Table:
+    """Accepted lengths, with each arm's longest spans."""
+    rows = []
+    for name, arm in arms.items():
+        for way in ("verified", "confident at 0.6", "confident at 0.9"):
+            at_least = [1.0, *(mean_of(stood(arm, way, guesses)).mean or 0.0 for guesses in range(1, 5)), 0.0]
+            shares = [number(100 * (more - fewer), 0) for more, fewer in itertools.pairwise(at_least)]
+            rows.append([name, way, *shares])
+    columns = ["arm", "way", *(f"{guesses}" for guesses in range(4)), "4 or more"]
+    return Table("Guesses that stood, in per cent of passes", columns, rows)
 
 
 def _or_nothing(found: Sequence[Counts], factor: float = 1.0, digits: int = 2) -> str:
@@ -281,23 +232,39 @@ def _or_nothing(found: Sequence[Counts], factor: float = 1.0, digits: int = 2) -
 def _beside(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> Table:
     """The main arms where nothing is lost, and heads on the same backbone, which lose nothing either."""
     rows = []
-    for name in (name for name in ("online hard", _LONGER) if name in arms and heads):
+    for name in (name for name in ("online hard", LONGER) if name in arms and heads):
         arm = arms[name]
         rows += [
             [name, safe, f"{arm.mean('tokens'):,.0f}", with_interval(mean_of(tokens_per_pass(arm, safe))),
-             with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))), with_interval(mean_of(speed(arm, safe)))]
-            for safe in spans_of(arm)[0].ways["sampled"] if safe != PLAIN
+             with_interval(mean_of(tokens_per_pass(arm, safe, "sampled"))), with_interval(mean_of(speed(arm, safe))),
+             with_interval(mean_of(teacher_ce(arm, PLAIN)), signed=True)]
+            for safe in names_of(arm, "sampled") if safe != PLAIN
         ]  # fmt: skip
     for title, arm in heads.items():
         tokens = [with_interval(mean_of(arm.tokens_per_pass(mode, 3))) for mode in ("greedy", "sampled")]
         clock = with_interval(mean_of(arm.speed_over("greedy", 3, 0)))
-        rows.append([title, "3 drafts", f"{arm.mean('tokens'):,.0f}", *tokens, clock])
-    columns = ["arm", "way", "tokens trained on", "tokens per pass", "temperature 1", "wall clock over plain"]
+        rows.append([title, "3 drafts", f"{arm.mean('tokens'):,.0f}", *tokens, clock, "0, its own text"])
+    columns = [
+        "arm", "way", "tokens trained on", "tokens per pass", "temperature 1", "wall clock over plain",
+        "teacher CE, greedy",
+    ]  # fmt: skip
     note = (
-        "Heads write the backbone's own text, a student its own, which has moved. Wall clocks of heads are of another "
-        "sweep on the same kind of core."
+        "Heads write the backbone's own text, a student its own, which has moved; what it draws at temperature 1 is "
+        "worth what the table of that temperature says. Wall clocks of heads are of another sweep on the same kind of "
+        "core."
     )
     return Table("Beside heads on the same backbone, lossless", columns, rows, note)
+
+
+def _chains(arms: Mapping[str, Arm]) -> Table:
+    """How far spans go that are the teacher's all along, and how sure the student is of each slot."""
+    rows = []
+    for name, arm in arms.items():
+        for title, figure in (("all up to this one agree", "chain"), ("how sure", "confidence")):
+            found = [[one.slots["slots"][place][figure] for one in spans_of(arm)] for place in range(5)]
+            rows.append([name, title, *(_over_seeds([one for one in by_seed if one is not None]) for by_seed in found)])
+    note = "In per cent, on held-out text, each slot after the student's own tokens before it."
+    return Table("Chains and confidence", ["arm", "", *(f"slot {j}" for j in range(1, 6))], rows, note)
 
 
 def _reliability(arms: Mapping[str, Arm]) -> Table:
@@ -321,14 +288,14 @@ def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str,
     """The frontier by passes and by wall clock, heads on the same backbone in it; and what training came to."""
     found: dict[str, dict[str, Interval]] = {}
     named: dict[str, Arm] = {}
-    main = next((name for name in (_LONGER, "online hard") if name in arms), None)
+    main = next((name for name in (LONGER, "online hard") if name in arms), None)
     for name, arm in arms.items():
         named[name] = arm
-        found[name] = {way: mean_of(teacher_ce(arm, way)) for way in _names(arm) if way.startswith("confident")}
+        found[name] = {way: mean_of(teacher_ce(arm, way)) for way in names_of(arm) if way.startswith("confident")}
     if main is not None:
         safe, own = f"{main}, verified", mean_of(teacher_ce(arms[main], PLAIN))
         named[safe] = arms[main]
-        found[safe] = {way: own for way in _names(arms[main]) if way.startswith("verified")}
+        found[safe] = {way: own for way in names_of(arms[main]) if way.startswith("verified")}
     by_pass, by_clock = (
         {
             name: line({mean_of(figure(named[name], way)).mean: quality for way, quality in points.items()})
@@ -343,27 +310,26 @@ def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str,
     whole = {
         name: line({mean_of(tokens_per_pass(arm, way)).mean: mean_of(teacher_ce(arm, way)) for way in static})
         for name, arm in arms.items()
-        if (static := [way for way in _names(arm) if way.startswith("static")])
+        if (static := [way for way in names_of(arm) if way.startswith("static")])
     }
     y = "teacher CE, nats per token"
     return [
         {"title": "confident, tau 0.99 to 0.6; lossless", "x": "tokens per pass", "y": y, "lines": by_pass},
         {"title": "the same in wall clock", "x": "tokens per second over plain", "y": y, "lines": by_clock},
         {"title": "static, k of 2 to 5", "x": "tokens per pass", "y": y, "lines": whole},
-        {"title": "slot 2, verified, in training", "x": "steps", "y": "share that stands", "lines": _curves(arms)},
+        {"title": "slot 2, in training", "x": "steps", "y": "agreement with the teacher", "lines": _curves(arms)},
     ]
 
 
 def _curves(arms: Mapping[str, Arm]) -> dict[str, Any]:
-    """How often the second token of a span is what the student itself writes after the first, as it is trained: a mean
-    over seeds."""
-    figure, lines = "decoded/slot_2/conditional", {}
+    """How often the second slot's choice is the teacher's, on the text of the steps before: a mean over seeds."""
+    figure, lines = "slot_2/agreement", {}
     for name, arm in arms.items():
         by_step: dict[int, list[float]] = {}
         for point in (point for row in arm.rows for point in row.curve if point.get(figure) is not None):
             by_step.setdefault(point["step"], []).append(point[figure])
         points = [(step, float(np.mean(shares))) for step, shares in by_step.items() if len(shares) == len(arm.rows)]
-        lines |= {name: points} if points else {}
+        lines |= {name: points} if len(points) > 1 else {}
     return lines
 
 

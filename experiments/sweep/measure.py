@@ -75,14 +75,28 @@ def measure(workdir: str, heads: Sequence[int], scale: Scale) -> Measured:
 
 
 def _curve(workdir: str) -> list[dict[str, Any]]:
-    """Held-out agreement and cross entropy during training, and what decoding came to."""
+    """Held-out agreement and cross entropy during training, and what decoding came to.
+
+    How often slots agreed with the teacher, which a line has of a single step, is the mean of the lines since the
+    evaluation before.
+    """
     lines = map(json.loads, (open_workdir(workdir).path / "metrics.jsonl").read_text().splitlines())
     wanted = ("main/ce", "agreement")
 
     def is_kept(name: str) -> bool:
         return name == "step" or (name.endswith(wanted) and "eval/" in name) or name.startswith("decoded/")
 
-    return [{name: value for name, value in line.items() if is_kept(name)} for line in lines if "eval/main/ce" in line]
+    found: list[dict[str, Any]] = []
+    agreed: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith("slot_") and value is not None:
+                agreed.setdefault(name, []).append(value)
+        if "eval/main/ce" in line:
+            means = {name: float(np.mean(values)) for name, values in agreed.items()}
+            found.append({name: value for name, value in line.items() if is_kept(name)} | means)
+            agreed = {}
+    return found
 
 
 def _score(opened: Run, texts: Sequence[np.ndarray]) -> TextCounts:

@@ -1,7 +1,7 @@
 """Figures of several runs or prompts, and how sure we are of them: a paired bootstrap, seeds first and then texts."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -112,6 +112,19 @@ def difference(left: Counts, right: Counts) -> tuple[Interval, list[float]]:
     draws = _draws(left)
     per_seed = left.of_seeds() - right.of_seeds()
     return _interval(per_seed, left.resampled(*draws) - right.resampled(*draws)), per_seed.tolist()
+
+
+def derived(figure: Callable[[np.ndarray], float], counts: Sequence[Counts]) -> tuple[Interval, list[float]]:
+    """A figure that is made of several, which are resampled with the same seeds and texts; and the same per seed.
+
+    Args:
+      figure: of the figures of one seed, [C]; NaN where it is not defined.
+      counts: that it is made of, of the same seeds and texts.
+    """
+    draws = _draws(counts[0])
+    of_seeds = np.apply_along_axis(figure, 0, np.stack([one.of_seeds() for one in counts]))
+    resampled = np.apply_along_axis(figure, 0, np.stack([one.resampled(*draws) for one in counts]))
+    return _interval(of_seeds, resampled), of_seeds.tolist()
 
 
 def _draws(counts: Counts) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mtpd_jax.evaluation.statistics import Counts, difference, mean_of
+from mtpd_jax.evaluation.statistics import Counts, derived, difference, mean_of
 
 SEEDS, TEXTS = 3, 20
 
@@ -72,6 +72,16 @@ def test_a_difference_is_paired():
     assert alone.high - alone.low > 0.01
     with pytest.raises(ValueError, match="not paired"):
         difference(arm, counts(seeds=2))
+
+
+def test_what_is_derived_of_several_figures_is_resampled_together():
+    """A difference is one case; whatever else, in every resample, is of the figures of one seed."""
+    arm, other = counts(), counts(seed=1)
+    assert derived(lambda figures: figures[0] - figures[1], [arm, other]) == difference(arm, other)
+    interval, seeds = derived(lambda figures: (figures[0] / figures[1]) ** 2, [arm, arm])
+    assert (interval.mean, interval.low, interval.high) == (1, 1, 1) and seeds == [1] * SEEDS
+    squares, of_seeds = derived(lambda figures: figures[0] ** 2, [arm])
+    assert of_seeds == pytest.approx(arm.of_seeds() ** 2) and squares.low < squares.mean < squares.high
 
 
 @pytest.mark.parametrize("seeds", [1, 4])

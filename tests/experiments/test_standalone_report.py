@@ -8,15 +8,21 @@ import pytest
 
 from experiments import standalone
 from experiments.pretrained import Given
-from experiments.standalone_report import (
+from experiments.standalone_figures import (
     as_teacher,
+    at_equal_speed,
     cost_of_believing,
-    heads_beside,
+    fell,
     kept,
+    mean_of_means,
+    places_per_token,
+    same,
     speed,
+    stood,
     teacher_ce,
     tokens_per_pass,
 )
+from experiments.standalone_report import UNTRAINED, heads_beside
 from experiments.sweep.arms import Arm
 from experiments.sweep.report import differences
 from experiments.sweep.rows import Row, SpanCounts, SpanMeasures
@@ -47,6 +53,8 @@ def test_every_arm_can_be_run_and_none_twice(scale):
     assert (objectives["fixed k=5"].k_min, objectives["fixed k=5"].k_max) == (5, 5)
     assert objectives["fixed k=8"].k_min == 8 and objectives["prefix loss"].prefix_weight == 1
     assert runs["longer online hard"].config().training.steps == 4 * runs["online hard"].config().training.steps
+    untrained = runs[UNTRAINED].config()
+    assert untrained.training.steps == 1 and untrained.optimizer.learning_rate < 1e-9
 
 
 def made_up_spans(longest, confident_nats):
@@ -97,7 +105,11 @@ def test_figures_are_what_they_are_counted_from():
     assert of(teacher_ce(arm, "confident 8 at 0.9")) == pytest.approx([1.5, 1.5])  # 2 nats a token, less half a nat
     assert of(teacher_ce(arm, PLAIN)) == pytest.approx([0.5, 0.5])
     assert of(cost_of_believing(arm, "static 2")) == pytest.approx([1.0, 1.0])
+    assert of(teacher_ce(arm, "verified 2", "sampled")) == pytest.approx([0.5, 0.5])
+    assert of(places_per_token(arm, "static 4")) == [7 / 2] * 2 and of(places_per_token(arm, PLAIN)) == [1.0] * 2
+    assert of(stood(arm, "static 4", 3)) == [0.25, 0.25]
     assert of(kept(arm, "static 2")) == pytest.approx([20 / 97] * 2)
+    assert of(same(arm, "static 2")) == [0.0, 0.0] and of(same(arm, "verified 2")) == [1.0, 1.0]
     assert of(as_teacher(arm, "static 2")) == pytest.approx([10 / 97] * 2)
 
 
@@ -112,6 +124,71 @@ def test_texts_that_differ_are_counted_where_they_must_not():
         greedy[name] = dataclasses.replace(greedy[name], kept=[97] * (TEXTS - 1) + [96])
     greedy["verified 3"] = dataclasses.replace(greedy["verified 3"], tokens=[98] + [97] * (TEXTS - 1))
     assert "differ from plain decoding's: 2 of" in differences([row])
+
+
+def test_the_mean_over_texts_is_not_the_pooled_one():
+    """Nor is a text equal to plain decoding's that goes on where that ends."""
+    arm = Arm("x", [made_up(runs_of("stories_19m")["online hard"])])
+    greedy = arm.rows[0].spans.ways["greedy"]
+    passes, tokens = [96] * (TEXTS - 1) + [24], [97] * (TEXTS - 1) + [96]
+    greedy["verified 2"] = dataclasses.replace(greedy["verified 2"], passes=passes, tokens=tokens)
+    assert mean_of_means(arm, "verified 2").of_seeds() == pytest.approx([(TEXTS - 1 + 95 / 24) / TEXTS])
+    pooled = (96 * (TEXTS - 1) + 95) / sum(passes)
+    assert tokens_per_pass(arm, "verified 2").of_seeds() == pytest.approx([pooled])
+    assert same(arm, "verified 2").of_seeds() == pytest.approx([1 - 1 / TEXTS])
+
+
+@pytest.mark.parametrize("guesses", [1, 3])
+def test_guesses_that_fell_are_counted_from_passes_and_what_stood(guesses):
+    """Against the decoder's rule, played through: after a pass in which a guess fell there is none to verify."""
+    arm = Arm("x", [made_up(runs_of("stories_19m")["online hard"])])
+    rng, passes, accepted, broken = np.random.default_rng(0), [], [], []
+    for length in range(20, 20 + TEXTS):
+        at_least, fallen, ready = np.zeros(guesses, int), 0, False
+        for _ in range(length):
+            stands = int(count_leading(rng.random(guesses) < 0.7)) if ready else 0
+            at_least[:stands] += 1
+            ready, fallen = not (ready and stands < guesses), fallen + (ready and stands < guesses)
+        passes.append(length)
+        accepted.append(at_least.tolist())
+        broken.append(fallen)
+    greedy = arm.rows[0].spans.ways["greedy"]
+    name = f"verified {guesses + 1}"
+    way = dataclasses.replace(greedy["verified 2"], passes=passes, accepted=np.transpose(accepted).tolist())
+    greedy[name] = way
+    assert fell(arm, name).of_seeds() == pytest.approx([sum(broken) / sum(passes)])
+    assert len({of % 2 for of in broken}) == 2 and sum(broken) > 20
+
+
+def count_leading(true):
+    return np.cumprod(true).sum()
+
+
+def with_frontier(arm, ce_by_k, plain):
+    """An arm that believes spans of so many tokens whole, and pays so many nats per token for it."""
+    for row in arm.rows:
+        greedy = row.spans.ways["greedy"]
+        way = dataclasses.replace(greedy["static 2"], tokens=[121] * TEXTS)
+        for k, ce in {1: plain, **ce_by_k}.items():
+            name = f"static {k}" if k > 1 else PLAIN
+            greedy[name] = dataclasses.replace(way, passes=[120 // k] * TEXTS, nats=[121 * (0.5 + ce)] * TEXTS)
+        for name in [one for one in greedy if one.startswith("static") and int(one[-1]) not in ce_by_k]:
+            del greedy[name]
+    return arm
+
+
+def test_frontiers_are_compared_where_both_are_and_between_what_was_measured():
+    """Two nats per token more beside one, from a text that is half a nat worse: 0.5 + k - 1 nats apart, from 1 to 3."""
+    run = runs_of("stories_19m")["online hard"]
+    arm, base = (Arm("x", [made_up(Run(run.variant, seed, run.scale)) for seed in range(2)]) for _ in range(2))
+    with_frontier(arm, {3: 4.5}, 0.5)
+    with_frontier(base, {2: 1.0, 4: 3.0, 5: 9.0}, 0.0)
+    found = at_equal_speed(arm, base, "static")
+    assert found.reach == 3.0
+    assert found.seeds == pytest.approx([1.5, 1.5])
+    for interval, mean in ((found.ce, 1.5), (found.believing, 1.0)):
+        assert (interval.mean, interval.low, interval.high) == pytest.approx((mean,) * 3)
+    assert at_equal_speed(base, arm, "static").ce.mean == pytest.approx(-1.5)
 
 
 def test_a_way_without_a_length_is_at_the_longest_spans():
@@ -147,6 +224,10 @@ def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch,
         if line.startswith("| a teacher in place of the text")
     ]
     assert claim[3].startswith("-1.00 (") and claim[5].startswith("yes")
+    at_equal = text[text.index("at equal speed, static") :].split("##")[0]
+    (claim,) = [row.split(" | ") for row in at_equal.splitlines() if row.startswith("| a teacher in place of the text")]
+    assert claim[2] == "1 to 2.00" and claim[3].startswith("-0.50 (") and claim[5].startswith("yes")
+    assert all(f"\n| {steps} | 0" in text for steps in (0, 10))  # of what training comes to
     assert claim[6].startswith("-1.00 (") and claim[7].startswith("yes")
     believed = [line for line in text.splitlines() if line.startswith("| confident 8 at 0.9 |")]
     assert believed and all("**yes**" in line and ("+1.50" in line or "+2.50" in line) for line in believed)
@@ -175,14 +256,23 @@ def test_what_a_student_is_measured_by(tmp_path, text_file):
     from tests.builders import tiny_config
 
     base = {"data__source": "text", "data__paths": (text_file,), "heads__num_heads": 0, "training__steps": 3}
-    short = {"optimizer__warmup_steps": 1, "checkpoint__every_steps": 100, "evaluation__every_steps": 100}
+    short = {
+        "optimizer__warmup_steps": 1, "checkpoint__every_steps": 100, "evaluation__every_steps": 2,
+        "logging__every_steps": 1,
+    }  # fmt: skip
     train.run(tiny_config(**base, **short), str(tmp_path / "source"))
     student = {"objective__mode": "standalone", "objective__source": str(tmp_path / "source"), "objective__k_max": 2}
     train.run(tiny_config(**base, **short, **student), str(tmp_path / "run"))
     scale = dataclasses.replace(
         runs_of("stories_19m")["online hard"].scale, texts=2, prompt_tokens=6, new_tokens=6, held_out="", inputs=()
     )
-    found = measure(str(tmp_path / "run"), [0], scale).spans
+    measured = measure(str(tmp_path / "run"), [0], scale)
+    found = measured.spans
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    agreed = [line["slot_2/agreement"] for line in lines]
+    assert [(point["step"], point["slot_2/agreement"]) for point in measured.curve] == [
+        (2, pytest.approx(np.mean(agreed[:2]))), (3, agreed[2])
+    ]  # fmt: skip
     assert set(found.ways["greedy"]) == set(map(str, ways("greedy", 2, 6)))
     assert all(way.startswith(("plain", "verified")) for way in found.ways["sampled"])
     plain = found.ways["greedy"][PLAIN]
