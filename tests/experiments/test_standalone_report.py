@@ -224,11 +224,11 @@ def test_the_page_has_every_arm_speed_beside_quality_and_the_claims(monkeypatch,
         if line.startswith("| a teacher in place of the text")
     ]
     assert claim[3].startswith("-1.00 (") and claim[5].startswith("yes")
+    assert claim[6].startswith("-1.00 (") and claim[7].startswith("yes")
     at_equal = text[text.index("at equal speed, static") :].split("##")[0]
     (claim,) = [row.split(" | ") for row in at_equal.splitlines() if row.startswith("| a teacher in place of the text")]
     assert claim[2] == "1 to 2.00" and claim[3].startswith("-0.50 (") and claim[5].startswith("yes")
     assert all(f"\n| {steps} | 0" in text for steps in (0, 10))  # of what training comes to
-    assert claim[6].startswith("-1.00 (") and claim[7].startswith("yes")
     believed = [line for line in text.splitlines() if line.startswith("| confident 8 at 0.9 |")]
     assert believed and all("**yes**" in line and ("+1.50" in line or "+2.50" in line) for line in believed)
     (beside,) = [line for line in text.splitlines() if line.startswith("| online hard | verified 8 at 0.9 |")]
