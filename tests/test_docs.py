@@ -12,13 +12,20 @@ import pytest
 from mtpd_jax import frontdoor, train
 from mtpd_jax.conversion import to_hf
 from tests.builders import tiny_config
-from tests.commands import ALL, OUTLINES, PAGES, ROOT, commands_of
+from tests.commands import ALL, FRAGMENTS, OUTLINES, PAGES, ROOT, commands_of, fragments_of, prose_of
 
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 # What is not run here, by the beginning of its words: it takes longer than twenty seconds, or needs what is not here.
 LONG = (
-    "make", "pip install", "python -m pip", "python -m experiments",
-    "python -m mtpd_jax.train --config=configs/base.py",
+    "make docs", "make lint", "make mutants", "make quickstart", "make soak", "make test", "pip install",
+    "python -m pip install", "python -m pytest", "python -m experiments.ablations", "python -m experiments.accelerator",
+    "python -m experiments.bench.attention_tpu", "python -m experiments.bench.decode",
+    "python -m experiments.bench.interop", "python -m experiments.bench.interop_parity",
+    "python -m experiments.bench.loss", "python -m experiments.bench.loss_tpu",
+    "python -m experiments.bench.throughput", "python -m experiments.bench.training", "python -m experiments.decay",
+    "python -m experiments.distillation", "python -m experiments.freezing", "python -m experiments.head_count",
+    "python -m experiments.looped", "python -m experiments.posthoc", "python -m experiments.standalone",
+    "python -m experiments.sweep.fingerprint", "python -m mtpd_jax.train --config=configs/base.py",
 )  # fmt: skip
 # Those that are run in every test; the others are slow together.
 QUICK = ("python -m mtpd_jax.reference", "--dry_run", "runs/quickstart/prompts.jsonl --html")
@@ -56,7 +63,7 @@ def test_every_command_is_one_that_there_is(command, monkeypatch):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert all(extra in extras for extra in re.findall(r"\[(\w+)\]", words[-1]))
         return
-    if words[2] == "pip":
+    if words[2] in ("pip", "pytest"):
         return
     module = module_of(words)
     if len(words) == 3:
@@ -75,6 +82,21 @@ def test_every_command_is_one_that_there_is(command, monkeypatch):
     with pytest.raises(Parsed):
         # As it is run, but for training, whose ``run`` is put in place of above.
         train.main() if module is train else runpy.run_module(words[2], run_name="__main__")
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=" ".join)
+def test_every_flag_of_a_sentence_is_one_that_there_is(fragment, monkeypatch):
+    name, *flags = fragment
+    monkeypatch.setattr(frontdoor.Parser, "parse_args", lambda parser, *_: (_ for _ in ()).throw(Parsed(parser)))
+    with pytest.raises(Parsed) as caught:
+        importlib.import_module(name).main()
+    help_text = caught.value.args[0].format_help()
+    assert all(re.search(rf"{flag}\b", help_text) for flag in flags)
+
+
+def test_what_is_long_is_named_once_and_stands_somewhere():
+    lines = [" ".join(words) for _, *words in ALL]
+    assert len(set(LONG)) == len(LONG) and all(any(line.startswith(one) for line in lines) for one in LONG)
 
 
 SMALL = {
@@ -97,7 +119,8 @@ def world(tmp_path_factory, text_file):
     for place in ("prompts.jsonl", "runs/quickstart/prompts.jsonl", "runs/posthoc_19m/held_out.jsonl"):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text("".join(json.dumps(one) + "\n" for one in prompts))
-    for place in ("text/stories.txt", "stories/stories.txt", "stories.txt"):
+    (folder / "docs").mkdir()  # where a picture is drawn
+    for place in ("text/stories.txt", "stories/stories.txt", "stories.txt", "TinyStories-valid.txt"):
         (folder / place).parent.mkdir(exist_ok=True)
         shutil.copy(text_file, folder / place)
     plain = tiny_config(
@@ -128,13 +151,14 @@ def is_quick(words):
 
 
 def is_long(words):
-    return " ".join(words).startswith(LONG) or len(words) == 3
+    """One of those, or the name of a module in a sentence."""
+    return re.match(rf"({'|'.join(map(re.escape, LONG))})(?![\w.-])", " ".join(words)) or len(words) == 3
 
 
 def test_the_quick_ones_run(world, monkeypatch):
     monkeypatch.chdir(world)
     quick = [words for _, *words in ALL if is_quick(words) and "reference" not in words[2]]
-    assert len(quick) == 2
+    assert len(quick) == 4
     for words in quick:
         assert in_process(words, monkeypatch) == 0, words
 
@@ -171,7 +195,7 @@ def test_the_lines_of_python_in_the_readme_run(world, monkeypatch, capsys):
 
 def headings(page):
     """The anchors of a page: its headings as they are linked to, and those that it names itself."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = prose_of(page.read_text())
     found = set(re.findall(r'<a id="([^"]+)"', text))
     for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
         found.add(re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-"))
@@ -180,8 +204,7 @@ def headings(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page.read_text())):
         if link.startswith(("http://", "https://")):
             continue
         path, _, anchor = link.partition("#")
@@ -211,5 +234,17 @@ def test_the_readme_is_short():
 
 
 def test_commands_are_found():
-    text = "`make a\nb` and\n```\npython -m x --y=1 \\\n    --z='a b'   # why\nprint(1)\n```\n`python -m n.NAME`\n"
-    assert commands_of(text) == [["python", "-m", "x", "--y=1", "--z=a b"], ["make", "a", "b"]]
+    """Between blocks of other languages, too, after variables, and by the names that sentences have for them."""
+    text = (
+        "`make a\nb` and\n```python\nmake = 1\n```\n`make d`\n```\npython -m x --y=1 \\\n    --z='a b'   # why\n"
+        "print(1)\n```\n`python -m n.NAME` `A=b .venv/bin/python -m y` `mtpd_jax.evaluate --a=1\n--b` `generate it`\n"
+        "```json\nmake e\n```\n```bash\nmake f\n```\n"
+    )
+    assert commands_of(text) == [
+        ["python", "-m", "x", "--y=1", "--z=a b"], ["make", "f"], ["make", "a", "b"], ["make", "d"],
+        ["python", "-m", "y"],
+    ]  # fmt: skip
+    assert fragments_of(text) == [("mtpd_jax.evaluate", "--a", "--b")]
+    # Of a page with blocks of Python between its commands: what once was missed.
+    shown = [" ".join(words) for words in commands_of((ROOT / "docs" / "running.md").read_text())]
+    assert sum("mtpd_jax.generate" in line for line in shown) == 4 and any("--json=plan.json" in line for line in shown)
