@@ -54,6 +54,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet -r requirements.txt)
 	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet --no-deps -e .,$(BIN)/pip install --quiet -e ".[dev]")
 	$(if $(DEVICE),$(BIN)/pip install --quiet "jax[$(DEVICE)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')")
+	@$(if $(DEVICE),$(BIN)/python -c 'import jax; jax.default_backend() == "cpu" and print("JAX finds no device with DEVICE=$(DEVICE), and runs on the CPU; DEVICE=cuda12 is for older drivers")' 2> /dev/null)
 	touch $@
 
 # Compiles for TPUs that are not here; apart from .venv, where JAX would look for a TPU at every start. Not for every
@@ -62,7 +63,7 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ libtpu==$(LIBTPU) || mkdir -p $@
 	touch $@
 
-# What exported and imported models are compared with; apart from .venv, whose packages are the quickstart's text. PyTorch
+# What exported and imported models are compared with; apart from .venv, which stays what users have. PyTorch
 # for CPUs: from the package index where that has it (200 MB), else from PyTorch's own. Without it, the tests that need it
 # are skipped, and the next time it is tried again.
 PEER_INSTALL = $(BIN)/pip install --quiet --no-deps --target $(@D)

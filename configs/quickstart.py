@@ -1,9 +1,9 @@
 """A small MTP-D model on the standard library's source: six and a half minutes on two CPU cores, and drafting pays.
 
 What was tried, on two cores, 512 tokens per step: bits per byte of all held-out files, seconds of training, and the
-best speed-up, greedy and at temperature 1 (one process each: the same run differs by a tenth from one to the next). The
-last line is the config as it stands, three times, since tokens are drawn by inversion and everything is timed three
-times.
+best speed-up, greedy and at temperature 1 (one process each, everything timed once: the same run differs by a fifth
+from one to the next). The last line is the config as it stands, three times, since tokens are drawn by inversion and
+everything is timed three times.
 
     width x layers, steps                                    bits per byte   seconds   x plain
     256 x 6, 930                                             1.904           305       1.29, 1.45

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.sweep.arms import Arm
 from experiments.sweep.rows import SpanCounts, SpanMeasures
-from experiments.sweep.spans import PLAIN
+from mtpd_jax.evaluation.quality import PLAIN
 from mtpd_jax.evaluation.statistics import Counts, Interval, derived, mean_of
 
 _GRID = 33  # places at which two frontiers are compared

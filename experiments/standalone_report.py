@@ -31,8 +31,8 @@ from experiments.sweep.report import Report, Table, line, with_interval
 from experiments.sweep.rows import read_rows
 from experiments.sweep.runs import Variant
 from experiments.sweep.scale import Scale
-from experiments.sweep.spans import PLAIN
 from mtpd_jax.data.files import read_json
+from mtpd_jax.evaluation.quality import PLAIN
 from mtpd_jax.evaluation.report import number, percent
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 

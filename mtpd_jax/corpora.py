@@ -112,6 +112,10 @@ class Corpus:
         tasks, _ = self._tasks()
         return self._run.note_of([task.first for task in tasks], self._options)
 
+    def announce(self, say: Callable[[str], None]) -> None:
+        """Has ``say`` told what is compiled, before that keeps everybody waiting."""
+        self._run.decoder.on_compile = lambda options: say(f"compiling {options.words} …")
+
     def manifest(self) -> dict[str, Any]:
         """What decides every byte of the answers: another of any of these is another corpus."""
         prompts = sorted((row.id, json.dumps(row.prompt, sort_keys=True)) for row in self.rows)

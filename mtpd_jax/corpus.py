@@ -69,6 +69,7 @@ def run(
     with Progress("answering prompts", len(corpus.rows)) as progress:
         if note := corpus.note():
             progress.say(note)
+        corpus.announce(progress.show)
         return corpus.write(pathlib.Path(output).expanduser(), progress.advance)
 
 

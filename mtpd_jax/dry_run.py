@@ -174,16 +174,21 @@ def show(console: rich.console.Console, found: DryRun) -> None:
     table.add_row("FLOPs per token", f"{found.flops_per_token / 1e6:,.1f} million")
     table.add_row("FLOPs per step", f"{found.flops_per_step / 1e9:,.1f} billion")
     table.add_section()
-    for name, size in (("state", found.state_bytes), ("temporary, as compiled", found.temporary_bytes)):
-        table.add_row(f"memory per device: {name}", "not known" if size is None else f"{number(size / 2**20, 1)} MiB")
-    table.add_row("memory of a device", f"{number(found.device_bytes / 2**20, 0)} MiB")
+    together = found.state_bytes + (found.temporary_bytes or 0)
+    fits = "" if together <= found.device_bytes else ": DOES NOT FIT"
+    for name, size, more in (
+        ("state", found.state_bytes, ""), ("temporary, as compiled", found.temporary_bytes, ""),
+        ("together", together, fits), ("there is", found.device_bytes, ""),
+    ):  # fmt: skip
+        shown = "not known" if size is None else f"{number(size / 2**20, 1)} MiB{more}"
+        table.add_row(f"memory per device: {name}", shown)
     console.print(table)
     for place, row in enumerate(found.rows[:_SHOWN_ROWS], 1):
         kept = sum(segment.tokens for segment in row)
         console.print(f"row {place} of {len(found.rows)}: {kept:,} tokens, {len(row)} segments", style="bold")
         for segment in row:
             console.print(_shown(segment), soft_wrap=True)
-    console.print("nothing was created", style="dim")
+    console.print(f"nothing was created in {found.workdir}", style="dim", soft_wrap=True)
 
 
 def _shown(segment: Segment) -> rich.text.Text:

@@ -7,7 +7,7 @@ differs from plain decoding's by more than a tie exits with status 1.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,88 +24,20 @@ from mtpd_jax.decoding.options import MASKS, Options, check_seed
 from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.decoding.stops import transitions_of
 from mtpd_jax.decoding.strategies import STRATEGIES
-from mtpd_jax.evaluation.decoding import (
-    PADDED_PLAIN,
-    DecodingScore,
-    Ways,
-    compare_ways,
-    decode_prompts,
-    score_ways,
-)
-from mtpd_jax.evaluation.page import Sample, page, samples_of
-from mtpd_jax.evaluation.quality import Reader, SpanScore, score_spans
+from mtpd_jax.evaluation.decoding import Ways, compare_ways, decode_prompts, score_ways
+from mtpd_jax.evaluation.page import page
+from mtpd_jax.evaluation.quality import Reader, score_spans
 from mtpd_jax.evaluation.report import acceptance_table, decoding_table, place_table, text_table, write_file, write_json
+from mtpd_jax.evaluation.results import PromptReport, Report, Settings
+from mtpd_jax.evaluation.samples import samples_of
 from mtpd_jax.evaluation.scoring import TextScore, windows
 from mtpd_jax.evaluation.slots import SlotReport, TextRow, score_slots
-from mtpd_jax.evaluation.span_report import slot_table, span_table
+from mtpd_jax.evaluation.span_report import length_table, reliability_table, slot_table, span_table
 from mtpd_jax.evaluation.ways import Asked
 from mtpd_jax.run import Run, check_stop, open_run
 from mtpd_jax.runs.origin import held_out_note
 from mtpd_jax.runs.progress import Progress
 from mtpd_jax.validation import check_flag, check_integer
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptReport:
-    """The decoding of one prompt file.
-
-    Attributes:
-      heads: scores by number of heads, as text ("0", "1", …); "0" is the fastest plain decoding.
-      padded_plain: plain decoding at the width of the others' passes; None without ``bit_exact``.
-      others: scores of who else drafts, by name and length of a draft: ``{"lookup": {"4": …}}``.
-      spans: of ways to fill in masks, by name, plain decoding among them; see ``evaluation.quality``.
-      samples: the first prompts, and what was written after them; see ``page.samples_of``.
-    """
-
-    heads: dict[str, DecodingScore]
-    padded_plain: DecodingScore | None = None
-    others: dict[str, dict[str, DecodingScore]] = dataclasses.field(default_factory=dict)
-    spans: dict[str, SpanScore] = dataclasses.field(default_factory=dict)
-    samples: tuple[Sample, ...] = ()
-
-    @classmethod
-    def of(
-        cls, scores: Mapping[int | str, DecodingScore], ways: Ways, spans: Mapping[str, SpanScore]
-    ) -> "PromptReport":
-        """From scores by the names of their ways; those of spans are what ``spans`` has."""
-        heads = {str(name): score for name, score in scores.items() if isinstance(name, int)}
-        others: dict[str, dict[str, DecodingScore]] = {}
-        for name, score in scores.items():
-            if not isinstance(name, int) and name != PADDED_PLAIN and name not in spans:
-                others.setdefault(ways[name].drafter, {})[str(ways[name].num_drafts)] = score
-        return cls(heads, scores.get(PADDED_PLAIN), others, dict(spans))
-
-    @property
-    def by_way(self) -> dict[str, DecodingScore]:
-        """All scores, by the name of the way: numbers of heads, who else drafts, and spans."""
-        others = {f"{who} {length}": one for who, scores in self.others.items() for length, one in scores.items()}
-        return {**self.heads, **others, **{name: one.decoding for name, one in self.spans.items()}}
-
-    @property
-    def failed(self) -> bool:
-        """Whether any greedy text differs from plain decoding's by more than rounding explains."""
-        return any(score.failed for score in self.by_way.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What ``run`` measured.
-
-    Attributes:
-      text: by file name, or the split's name.
-      decoding: by prompt file.
-      teacher: as ``text``, of the model that taught this one, where the run keeps it: how far it has moved.
-      slots: of a model that fills in masks, by the same names; see ``evaluation.slots``.
-    """
-
-    text: dict[str, TextScore]
-    decoding: dict[str, PromptReport]
-    teacher: dict[str, TextScore] = dataclasses.field(default_factory=dict)
-    slots: dict[str, SlotReport] = dataclasses.field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as ``--json`` writes it; a part that was not asked for is left out."""
-        return {name: part for name, part in dataclasses.asdict(self).items() if part}
 
 
 def run(
@@ -135,8 +67,7 @@ def run(
     """Measures a checkpoint of a workdir.
 
     Args:
-      workdir: of a trained run.
-      text: files, or globs; each file is one document.
+      workdir, text: of a trained run; files, or globs, each file one document.
       split_name: "validation" scores the run's own held-out documents.
       prompts: a JSON-lines file with a field "prompt" or "messages".
       heads: numbers of drafts, one by each head, to decode with; 0 (plain) and 1 always run; more than the model has
@@ -167,19 +98,29 @@ def run(
     decoding = _Decoding.of(opened, written, drafts, of_spans, batch_size, seed, turns, stop) if prompts else None
     documents |= {split_name: list(opened.trained.held_out_documents())[:limit]} if split_name else {}
     scored = _score(opened, documents, batch_size, held_out_note(opened.trained.sources) if split_name else "")
-    return dataclasses.replace(scored, decoding={prompts: decoding.run(opened)} if prompts and decoding else {})
+    decoded = {prompts: decoding.run(opened)} if prompts and decoding else {}
+    return Report(_settings(opened, options, seed, batch_size, turns, bit_exact), decoding=decoded, **scored)
 
 
-def _score(opened: Run, documents: dict[str, list[Document]], batch_size: int, note: str) -> Report:
-    """What a model, and the one that taught it, make of texts."""
+def _settings(opened: Run, options: Options, seed: int, batch_size: int, turns: int, bit_exact: bool) -> Settings:
+    devices = f"{opened.mesh.size} x {opened.mesh.devices.flat[0].device_kind}"
+    return Settings(
+        str(opened.trained.folder.path), opened.step, options.sampling, seed, options.max_new_tokens, batch_size, turns,
+        bit_exact, devices,
+    )  # fmt: skip
+
+
+def _score(opened: Run, documents: dict[str, list[Document]], batch_size: int, note: str) -> dict[str, Any]:
+    """What a model, and the one that taught it, make of texts: parts of a report."""
     if not documents:
-        return Report({}, {})
+        return {"text": {}}
     length, teacher = opened.config.training.sequence_length, opened.teacher
     scores = _score_text(opened, documents, batch_size, length, note)
     if teacher is None:
-        return Report(scores, {})
+        return {"text": scores}
     of_teacher = _score_text(teacher, documents, batch_size, length, "")  # with as much text before it
-    return Report(scores, {}, of_teacher, _score_slots(opened, teacher, documents, batch_size))
+    slots = _score_slots(opened, teacher, documents, batch_size)
+    return {"text": scores, "teacher": of_teacher, "slots": slots}
 
 
 def _check_decoding(seed: int, bit_exact: bool, stop: Sequence[str]) -> None:
@@ -217,6 +158,7 @@ def _score_text(
     with Progress("scoring", sum(map(len, documents.values()))) as progress:
         if note:
             progress.say(note)
+        progress.show("compiling the scoring of text …")
 
         def counted(texts: list[Document]) -> Iterator[Document]:
             for text in texts:
@@ -321,13 +263,16 @@ class _Decoding:
 
 def show(console: rich.console.Console, report: Report) -> None:
     """Prints the report as tables."""
+    console.print(report.settings.words, style="dim", markup=False)
     if report.text:
         console.print(text_table(report.text))
     for name, slots in report.slots.items():
         console.print(slot_table(name, slots, report.text[name], report.teacher[name]))
+        console.print(reliability_table(name, slots))
     for name, mode_report in report.decoding.items():
         if mode_report.spans:
             console.print(span_table(name, mode_report.spans))
+            console.print(length_table(name, mode_report.spans))
             if not mode_report.others and len(mode_report.heads) == 1:
                 continue
         console.print(decoding_table(name, mode_report.heads, mode_report.padded_plain, mode_report.others))
@@ -380,10 +325,7 @@ def main() -> int:
     if flags.json:
         write_json(flags.json, report.to_json())
     if flags.html:
-        by_way = {name: one.by_way for name, one in report.decoding.items()}
-        samples = {name: one.samples for name, one in report.decoding.items()}
-        spans = {name: one.spans for name, one in report.decoding.items()}
-        write_file(flags.html, page(flags.workdir, report.text, by_way, samples, spans), "--html")
+        write_file(flags.html, page(report), "--html")
     return int(any(mode_report.failed for mode_report in report.decoding.values()))
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import shutil
 import textwrap
 import tokenize
 import typing
@@ -98,14 +99,14 @@ def _parts() -> Iterator[tuple[str, str, type[Section]]]:
 
 
 def help_text() -> str:
-    """Every field, a line each, for a terminal."""
-    lines = []
+    """Every field, a line each, for a terminal of the width that there is."""
+    lines, width = [], shutil.get_terminal_size().columns
     for name, chosen_by, section in _parts():
         lines.append(f"\n  with --config.{chosen_by}:" if chosen_by else "")
         for one in field_words(section):
             lines.append(f"  --config.{name}.{one.name}={one.default}")
             words = "; ".join(filter(None, [one.comment.rstrip("."), one.expected and f"expected: {one.expected}"]))
-            lines += textwrap.wrap(words, 100, initial_indent="      ", subsequent_indent="      ")
+            lines += textwrap.wrap(words, width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
 
 

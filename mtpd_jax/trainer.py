@@ -106,7 +106,7 @@ class Trainer:
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
         self._begin = time.monotonic()
-        self._evaluated = True
+        self._evaluated, self._evaluations = True, 0
 
     def run(self, state: TrainState, done: int, tokens: int, seconds: float) -> int:
         """Trains until the last step or until asked to stop; returns the step reached.
@@ -211,6 +211,9 @@ class Trainer:
         self._meter.pause()
         assert self._evaluate is not None  # or none would be due
         parameters = self._method.merge(state.evaluated, state.frozen)
+        if not self._evaluations:
+            self._progress.show("compiling the evaluation …")
+        self._evaluations += 1
         scores = self._evaluate(parameters, lambda: not self._stop.asked())
         self._evaluated = scores is not None
         if scores is not None:

@@ -1,16 +1,18 @@
 """``train --dry_run``: what it says is what training does, and nothing is left behind."""
 
 import dataclasses
+import io
 import json
 import pathlib
 
 import jax
 import pytest
+import rich.console
 
 from mtpd_jax import frontdoor, train
 from mtpd_jax.data.pipeline import TrainingData
 from mtpd_jax.data.sources import open_source
-from mtpd_jax.dry_run import dry_run
+from mtpd_jax.dry_run import dry_run, show
 from mtpd_jax.methods.method import method_of
 from mtpd_jax.runs.workdir import open_workdir
 from mtpd_jax.sharding import make_mesh
@@ -104,6 +106,16 @@ def test_what_training_refuses_is_refused(small, tmp_path):
     config["mesh"]["data"] = 3
     with pytest.raises(ValueError, match="mesh"):
         dry_run(config, str(tmp_path / "run"))
+
+
+def test_memory_is_added_up_and_compared_with_the_device(small, text_file, tmp_path):
+    found = dry_run(small, str(tmp_path / "run"))
+    together = found.state_bytes + found.temporary_bytes
+    for device, said in ((together, ""), (together - 1, ": DOES NOT FIT")):
+        console = rich.console.Console(width=120, file=io.StringIO())
+        show(console, dataclasses.replace(found, device_bytes=device))
+        (line,) = [line for line in console.file.getvalue().splitlines() if "together" in line]
+        assert line.split("together")[1].strip() == f"{together / 2**20:,.1f} MiB{said}"
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_evaluate_writes_what_is_documented(call, workdir, tmp_path, text_file):
     status, output, _ = call("evaluate", f"--workdir={workdir}", f"--text={text_file}", "--split=validation",
                              f"--prompts={prompts}", "--heads=2", "--max_new_tokens=10", "--batch_size=2",
                              f"--json={tmp_path / 'e.json'}")  # fmt: skip
-    assert status == 0 and "agreement" in output and "tokens/pass" in output
+    assert status == 0 and "agreement" in output and "tok/pass" in output
     report = json.loads((tmp_path / "e.json").read_text())
     for score in (report["text"][text_file], report["text"]["validation"]):
         assert set(score) == {"main", "heads", "tokens", "bytes"}

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 
 import pytest
+import rich.console
 
 from mtpd_jax import frontdoor, generate, session
 from mtpd_jax.run import open_run
@@ -71,6 +74,38 @@ def test_a_session_continues_what_is_typed_until_an_empty_line(call, workdir):
     assert call("--interactive")[0] == 0  # nothing is typed at all
 
 
+def test_a_session_shows_who_proposed_what(call):
+    """In colours, and once more in a line of words."""
+    output = call("--interactive", typed="the cat\n")[1]
+    assert "proposed by: main head" in output
+
+
+@pytest.mark.parametrize(("number", "status", "asked"), [(signal.SIGINT, 0, 3), (signal.SIGTERM, 143, 1)])
+def test_a_signal_stops_a_text(monkeypatch, workdir, number, status, asked):
+    """Ctrl-C only that, after what is written already; the next prompt is asked for. SIGTERM the session, too."""
+    opened, typed, seen = open_run(str(workdir)), ["the cat", "a big dog", ""], []
+    stream, console = opened.stream, rich.console.Console(file=io.StringIO(), width=200)
+    whole = opened.generate(["the cat"], heads=0, max_new_tokens=28)[0]
+
+    def stopped_after_two(prompt, **options):
+        for count, newest in enumerate(stream(prompt, **options), 1):
+            if count == 2 and not seen[1:]:
+                os.kill(os.getpid(), number)
+            yield newest
+
+    def ask():
+        seen.append(typed[len(seen)])
+        return seen[-1]
+
+    monkeypatch.setattr(type(opened), "stream", lambda _, prompt, **options: stopped_after_two(prompt, **options))
+    monkeypatch.setattr(session, "_ask", ask)
+    options = {"max_new_tokens": 28, "heads": 0}
+    found = frontdoor.status_of(lambda: session.converse(opened, console, options) or 0)
+    assert found == status and len(seen) == asked
+    written = [int(number) for number in re.findall(r"^(\d+) tokens in", console.file.getvalue(), re.MULTILINE)]
+    assert len(written) == asked - 1 and (not written or 0 < written[0] < len(whole.tokens))
+
+
 def test_a_session_survives_what_it_cannot_continue(call):
     status, output, _ = call("--interactive", typed=f"{'the cat ' * 60}\nthe cat\n")
     assert status == 0 and "context" in output and output.count("per pass") == 1
@@ -98,10 +133,11 @@ def test_a_conversation_grows(monkeypatch):
         def __init__(self, text):
             self.text = text
 
-    monkeypatch.setattr(session, "show_stream", lambda console, shown, generations, decode: Found(f"<{generations}>"))
+    monkeypatch.setattr(session, "show_stream", lambda console, shown, parts, decode: Found(f"<{''.join(parts)}>"))
+    monkeypatch.setattr(session, "show_legend", lambda *_: None)
     monkeypatch.setattr(session, "figures_line", lambda found: "")
     typed = iter(["one", "bad", "two", ""])
-    monkeypatch.setattr(session, "_ask", lambda console: next(typed))
+    monkeypatch.setattr(session, "_ask", lambda: next(typed))
     session.converse(Opened(), session.rich.console.Console(file=io.StringIO()), {}, chat=True, system="be brief")
     system, one = {"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}
     answer, two = {"role": "assistant", "content": "<one>"}, {"role": "user", "content": "two"}

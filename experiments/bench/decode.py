@@ -58,10 +58,11 @@ def rounds_table(name: str, rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 
 def verify_table(name: str, rows: Sequence[dict[str, Any]], widths: Sequence[int]) -> rich.table.Table:
     """Passes of the backbone by width and batch, in microseconds."""
-    table = new_table(f"{name}: microseconds per verify pass, by width", ("batch", *map(str, widths)))
     verify = {(row["batch"], row["width"]): row["seconds"] for row in rows if row["part"] == "verify"}
-    for batch in sorted({batch for batch, _ in verify}):
-        table.add_row(str(batch), *(number(1e6 * verify[batch, width], 0) for width in widths))
+    batches = sorted({batch for batch, _ in verify})
+    table = new_table(f"{name}: microseconds per verify pass", ("width", *(f"batch {batch}" for batch in batches)))
+    for width in widths:
+        table.add_row(str(width), *(number(1e6 * verify[batch, width], 0) for batch in batches))
     return table
 
 

@@ -169,7 +169,7 @@ def table_of(rows: list[dict[str, Any]]) -> rich.table.Table:
     figures = ("K", "V", "N", "seconds (range)", "x mtp", "x floor", "MB", "TF")
     table = new_table(
         f"loss and gradients, {first['rows']} rows, width {first['width']}, {first['dtype']}",
-        ("form", "loss", *figures), left=("form", "loss"), whole=figures, padding=(0, 1, 0, 0),
+        ("form", "loss", *figures), left=("form", "loss"), whole=figures,
     )  # fmt: skip
     for row in rows:
         ran = row["seconds"] is not None

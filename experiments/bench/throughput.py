@@ -105,7 +105,7 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
     """Both ways beside each other."""
     first = rows[0]
     title = f"{first['prompts']} prompts, {first['batch']} at a time, temperature {first['temperature']:g}"
-    columns = ("heads", "way", "rounds", "s", "predicted s", "tokens/s", "x batches", "predicted", "x plain")
+    columns = ("heads", "way", "rounds", "s", "expected s", "tokens/s", "x batches", "expected", "x plain")
     made = new_table(title, columns)
     by_case = {(row["heads"], row["way"]): row for row in rows}
     for row in rows:

@@ -12,7 +12,7 @@ import rich.markdown
 from experiments.figures import curves
 from experiments.sweep.arms import Arm
 from experiments.sweep.rows import Row
-from experiments.sweep.spans import PLAIN
+from mtpd_jax.evaluation.quality import PLAIN
 from mtpd_jax.evaluation.report import number
 from mtpd_jax.evaluation.statistics import Interval
 

@@ -9,10 +9,10 @@ from experiments.sweep.rows import SpanCounts, SpanMeasures
 from experiments.sweep.scale import MODES, Scale
 from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.options import MASKS, Options
-from mtpd_jax.decoding.strategies import STRATEGIES
+from mtpd_jax.decoding.strategies import is_lossless
 from mtpd_jax.evaluation.comparison import common, distinct_ngrams
 from mtpd_jax.evaluation.decoding import decode_prompts
-from mtpd_jax.evaluation.quality import nats_of, span_ways
+from mtpd_jax.evaluation.quality import PLAIN, nats_of, span_ways
 from mtpd_jax.evaluation.scoring import Scorer
 from mtpd_jax.evaluation.slots import score_slots
 from mtpd_jax.run import Run
@@ -21,12 +21,10 @@ from mtpd_jax.run import Run
 CONFIDENCES, LENGTHS = (0.6, 0.8, 0.9, 0.95, 0.99), (2, 3, 4, 5)
 # k of spans that are verified, beside the longest: a pass over fewer places costs less.
 SHORT = (2, 3)
-# Plain decoding among the ways.
-PLAIN = "plain"
 
 
 def ways(mode: str, longest: int, new_tokens: int) -> dict[int | str, Options]:
-    """All that is decoded in a mode. What is believed is greedy: only what is verified can be sampled."""
+    """All that is decoded in a mode. What is believed is greedy here: ``static`` cannot be sampled."""
     options = Options(0, new_tokens, MODES[mode], drafter=MASKS)
     verified = [*(length for length in SHORT if length < longest), longest]
     found: dict[int | str, Options] = {PLAIN: options.fastest_plain, **span_ways(options, ["verified"], verified, [])}
@@ -87,7 +85,7 @@ def _counts(
             kept=[common(one.tokens, other.tokens) for one, other in zip(texts, written[PLAIN], strict=True)],
             as_teacher=[common(one.tokens, other.tokens) for one, other in zip(texts, own, strict=True)],
             distinct_4grams=distinct_ngrams([one.tokens for one in texts]),
-            lossless=STRATEGIES[options[name].strategy].lossless,
+            lossless=is_lossless(options[name]),
         )
         for name, texts in written.items()
     }

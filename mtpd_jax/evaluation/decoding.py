@@ -12,7 +12,7 @@ import numpy as np
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.drafters.drafter import heads_that_draft
 from mtpd_jax.decoding.options import Options
-from mtpd_jax.decoding.strategies import STRATEGIES
+from mtpd_jax.decoding.strategies import is_lossless
 from mtpd_jax.evaluation.acceptance import (
     Acceptance,
     PlaceScore,
@@ -229,7 +229,7 @@ def _score(found: Decoded, compared: Mapping[int | str, Decoded], batch_size: in
         distinct_4grams=distinct_ngrams([continuation.tokens for continuation in continuations]),
         prompts=len(continuations),
         turns=turns,
-        lossless=STRATEGIES[found.options.strategy].lossless,
+        lossless=is_lossless(found.options),
         by_place=by_place(continuations) if found.options.num_drafts else (),
     )
 

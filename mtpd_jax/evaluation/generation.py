@@ -10,7 +10,7 @@ from mtpd_jax.data.tokenizer import Tokenizer
 from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options, check_seed
 from mtpd_jax.decoding.stops import transitions_of
-from mtpd_jax.decoding.strategies.strategy import STRATEGIES
+from mtpd_jax.decoding.strategies import is_lossless
 from mtpd_jax.evaluation.acceptance import Acceptance, acceptance_of, tokens_per_pass
 from mtpd_jax.evaluation.comparison import Divergence, first_divergence
 from mtpd_jax.evaluation.decoding import PADDED_PLAIN, decode_prompts, ways_of
@@ -160,7 +160,7 @@ def _generation(
         seconds=written.seconds,
         tokens_per_second=len(written.tokens) / written.seconds,
         acceptance=acceptance_of([written]),
-        lossless=STRATEGIES[options.strategy].lossless,
+        lossless=is_lossless(options),
         strategy=options.strategy,
     )
     if plain is None:

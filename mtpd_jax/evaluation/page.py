@@ -1,10 +1,8 @@
 """A report as a page of HTML that needs nothing else: text in colours, acceptance by head, the speed model's curve."""
 
-import dataclasses
 import importlib.resources
 import io
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -13,81 +11,19 @@ import matplotlib.axes
 import matplotlib.figure
 import numpy as np
 
-from mtpd_jax.data.tokenizer import Decode, Tokenizer
-from mtpd_jax.decoding.decoder import Continuation
 from mtpd_jax.decoding.drafters.drafter import COPIED
-from mtpd_jax.decoding.strategies import STRATEGIES
-from mtpd_jax.evaluation.decoding import PADDED_PLAIN, DecodingScore, Ways
-from mtpd_jax.evaluation.generation import cut_before
-from mtpd_jax.evaluation.quality import SpanScore
+from mtpd_jax.evaluation.decoding import DecodingScore
+from mtpd_jax.evaluation.quality import PLAIN
 from mtpd_jax.evaluation.report import bounded, number, percent, what_was_timed
-from mtpd_jax.evaluation.scoring import TextScore
+from mtpd_jax.evaluation.results import PromptReport, Report
+from mtpd_jax.evaluation.span_report import lengths_of
 from mtpd_jax.evaluation.speed import RoundCosts
 from mtpd_jax.evaluation.statistics import Interval
-from mtpd_jax.evaluation.transcript import pieces, proposer_name
+from mtpd_jax.evaluation.transcript import proposer_name
 
 # Okabe and Ito's palette, which people who see colours differently tell apart; the main head is not coloured.
 _COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
 _COPIED = "#999999"
-# Texts that a report shows. Our choice.
-_SAMPLES = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A prompt and what was written after it.
-
-    Attributes:
-      prompt: its text.
-      way, strategy: of decoding.
-      pieces: of the continuation: text, and who proposed it (see ``Continuation``).
-      tokens, passes: what it took.
-    """
-
-    prompt: str
-    way: str
-    strategy: str
-    pieces: tuple[tuple[str, int], ...]
-    tokens: int
-    passes: int
-
-    @classmethod
-    def of(
-        cls,
-        prompt: str,
-        way: str,
-        strategy: str,
-        written: Continuation,
-        decode: Decode,
-        stop: Sequence[str] = (),
-    ) -> "Sample":
-        """From token ids, without the stop string among them."""
-        left, found = len(cut_before(decode(written.tokens), stop)), []
-        for text, proposer, _ in pieces(written.tokens, written.proposers, decode):
-            found += [(text[:left], proposer)] if left else []
-            left -= len(text[:left])
-        return cls(prompt, way, strategy, tuple(found), len(written.tokens), written.passes)
-
-
-def samples_of(
-    tokenizer: Tokenizer,
-    prompts: Sequence[np.ndarray],
-    ways: Ways,
-    decoded: Mapping[int | str, Sequence[Continuation]],
-    stop: Sequence[str],
-) -> tuple[Sample, ...]:
-    """The first prompts, and what the longest drafts wrote after them: of those that lose nothing, if there are any,
-    and that risk every guess."""
-
-    def worth(name: int | str) -> tuple[bool, bool, bool, int]:
-        way = ways[name]
-        return way.num_drafts > 0, STRATEGIES[way.strategy].lossless, not way.min_confidence, way.num_drafts
-
-    best = max((name for name in ways if name != PADDED_PLAIN), key=worth)
-    return tuple(
-        Sample.of(tokenizer.decode(prompt), str(best), ways[best].strategy, written, tokenizer.text_after(prompt), stop)
-        for prompt, written in zip(prompts[:_SAMPLES], decoded[best], strict=False)
-    )
 
 
 def model_of(by_heads: Mapping[str, DecodingScore]) -> list[tuple[int, float]]:
@@ -107,45 +43,32 @@ def model_of(by_heads: Mapping[str, DecodingScore]) -> list[tuple[int, float]]:
     return [(heads, rounds.tokens_per_second(heads, cumulative) / plain) for heads in range(most + 1)]
 
 
-def page(
-    title: str,
-    text: Mapping[str, TextScore],
-    decoding: Mapping[str, Mapping[str, DecodingScore]],
-    samples: Mapping[str, Sequence[Sample]],
-    spans: Mapping[str, Mapping[str, SpanScore]] = MappingProxyType({}),
-) -> str:
-    """The page.
-
-    Args:
-      title: what was measured.
-      text: as in the report.
-      decoding: by prompt file, by way: numbers of heads as text, and what else decoded.
-      samples: by prompt file.
-      spans: by prompt file, by way: of a model that fills in masks, what its texts are worth.
-    """
-    parts = []
-    for name, all_ways in decoding.items():
-        ways = {way: score for way, score in all_ways.items() if way != "plain" or "0" not in all_ways}
-        by_heads = {way: score for way, score in ways.items() if way.isdigit()}
-        drafted = max(map(int, by_heads), default=0) > 0
-        charts = [_acceptance_chart(by_heads), _speed_chart(by_heads)] if drafted else []
-        lossless, lossy = (_fastest(ways, lossless=kind) for kind in (True, False))
-        quality = {"0" if way == "plain" else way: one.quality for way, one in spans.get(name, {}).items()}
-        parts.append(
-            {
-                "name": name, "timed": what_was_timed(next(iter(ways.values()))), "best": lossless, "lossy": lossy,
-                "charts": list(map(_svg, charts)), "ways": ways, "samples": samples.get(name, ()),
-                "quality": {way: one for way, one in quality.items() if one is not None},
-            }
-        )  # fmt: skip
+def page(report: Report) -> str:
+    """The page: what the tables say, texts in colours, and charts."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
         "bounded": bounded, "number": number, "percent": percent, "colour": colour_of, "proposer": proposer_name,
         "named": lambda way: "plain decoding" if way == "0" else f"{way} drafts per round" if way.isdigit() else way,
         "shares": lambda rates: " ".join(number(None if rate.mean is None else 100 * rate.mean, 0) for rate in rates),
+        "lengths": lengths_of,
     }  # fmt: skip
     template = importlib.resources.files("mtpd_jax.evaluation").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(title=title, text=text, parts=parts)
+    parts = [_part(name, one) for name, one in report.decoding.items()]
+    return environment.from_string(template).render(report=report, parts=parts)
+
+
+def _part(name: str, decoded: PromptReport) -> dict[str, Any]:
+    """What the template shows of a file of prompts."""
+    ways = {way: score for way, score in decoded.by_way.items() if way != PLAIN or "0" not in decoded.heads}
+    drafted = max(map(int, decoded.heads), default=0) > 0
+    charts = [_acceptance_chart(decoded.heads), _speed_chart(decoded.heads)] if drafted else []
+    lossless, lossy = (_fastest(ways, lossless=kind) for kind in (True, False))
+    spans = {"0" if way == PLAIN else way: one for way, one in decoded.spans.items()}
+    return {
+        "name": name, "timed": what_was_timed(next(iter(ways.values()))), "best": lossless, "lossy": lossy,
+        "charts": list(map(_svg, charts)), "ways": ways, "samples": decoded.samples, "spans": spans,
+        "places": ways[max(decoded.heads, key=int)].by_place if drafted else (),
+    }  # fmt: skip
 
 
 def _fastest(ways: Mapping[str, DecodingScore], lossless: bool) -> str | None:

@@ -17,6 +17,9 @@ from mtpd_jax.evaluation.scoring import Scorer
 from mtpd_jax.evaluation.statistics import Counts, Interval, mean_of
 from mtpd_jax.shapes import Parameters
 
+# Plain decoding among the ways that write spans.
+PLAIN = "plain"
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
@@ -137,7 +140,7 @@ def score_spans(
     own = compared.get(PADDED_PLAIN, compared[0]).continuations
     plain: dict[int | str, Options] = {0: compared[0].options}
     return {
-        "plain" if name == 0 else str(name): _span_score(options, scores[name], compared[name], own, reader)
+        PLAIN if name == 0 else str(name): _span_score(options, scores[name], compared[name], own, reader)
         for name, options in (plain | dict(ways)).items()
     }
 
@@ -156,7 +159,7 @@ def _span_score(
     going = [one for one in written if one.passes]
     means = [(len(one.tokens) - 1) / one.passes for one in going]
     return SpanScore(
-        "plain" if not options.num_drafts else options.strategy, options.num_drafts + 1, options.min_confidence, score,
+        PLAIN if not options.num_drafts else options.strategy, options.num_drafts + 1, options.min_confidence, score,
         mean_of(Counts.of_prompts([means], [[1.0] * len(means)])), lengths,
         passes * options.width / max(1, sum(len(one.tokens) - 1 for one in written)),
         None if reader is None else _quality(written, own if options.sampling.greedy else None, reader),

@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 import rich.box
+import rich.console
+import rich.measure
 import rich.table
 from etils import epath
 
@@ -35,12 +37,58 @@ def bounded(interval: Interval, factor: float = 1.0, digits: int = 2) -> str:
     return f"{mean} ±{number(factor * (interval.high - interval.low) / 2, digits)}"
 
 
+class _Table(rich.table.Table):
+    """A table that gives every column the room of its longest word first, and then shares out what is left.
+
+    rich makes wide columns narrower until all fit, be it in the middle of a word.
+
+    Attributes:
+      whole: names of columns whose cells stay on one line if the words of all have room.
+    """
+
+    whole: Collection[str] = ()
+
+    def __rich_console__(
+        self, console: rich.console.Console, options: rich.console.ConsoleOptions
+    ) -> rich.console.RenderResult:
+        words, lines = [], []
+        for column in self.columns:
+            cells = [rich.measure.Measurement.get(console, options, cell) for cell in (column.header, *column.cells)]
+            words.append(max(1, *(cell.minimum for cell in cells)))
+            lines.append(max(1, *(cell.maximum for cell in cells)))
+        whole = [column.header in self.whole for column in self.columns]
+        least = [line if one else word for one, word, line in zip(whole, words, lines, strict=True)]
+        for padding in ((0, 1, 0, 1), (0, 1, 0, 0)):
+            self.padding = padding
+            # Beside cells and padding there is the box, between columns and at both ends.
+            room = options.max_width - len(least) * (sum(padding) + 1) - 1
+            if sum(least) <= room:
+                break
+        else:
+            least = words  # cells that were to stay on one line give way before words do
+        for column, width, line in zip(self.columns, _shared_out(room, least, lines), lines, strict=True):
+            column.width, column.no_wrap = width, width >= line
+        yield from super().__rich_console__(console, options)
+
+
+def _shared_out(room: int, least: Sequence[int], most: Sequence[int]) -> list[int]:
+    """Widths of columns that together have so much room: what they need at least, and more for those that want most."""
+    widths = list(least)
+    while sum(widths) > room and max(widths) > 1:  # no room even for the words: the longest are broken
+        widths[widths.index(max(widths))] -= 1
+    while sum(widths) < min(room, sum(most)):
+        wanted = [wish / width for wish, width in zip(most, widths, strict=True)]
+        widths[wanted.index(max(wanted))] += 1
+    return widths
+
+
 def new_table(
     title: str, columns: Iterable[str], *, left: Collection[str] = (), whole: Collection[str] = (), **options: Any
 ) -> rich.table.Table:
     """A table without rows, for terminals of 80 columns and of more: what has no room takes several lines.
 
-    Nothing is ever cut off, for a figure that has lost its last digits reads as another one.
+    Nothing is ever cut off, nor broken within a word that has room, for a figure that has lost its last digits reads as
+    another one.
 
     Args:
       title: above it.
@@ -49,10 +97,11 @@ def new_table(
       whole: those whose cells stay on one line, while others can give way.
       options: what ``rich.table.Table`` takes.
     """
-    made = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, **options)
+    made = _Table(title=title, box=rich.box.SIMPLE_HEAD, **options)
+    made.whole = whole
     for column in columns:
         side = "left" if column in left else "right"
-        made.add_column(column, justify=side, no_wrap=column in whole, overflow="fold")
+        made.add_column(column, justify=side, overflow="fold")
     return made
 
 
@@ -84,12 +133,11 @@ def decoding_table(
     With ``padded_plain``, plain decoding at the width of all passes has a row and a column, in place of one head's.
     Who else drafts has a row per length of a draft, below.
     """
-    # Narrow enough for a terminal of 80 columns at four heads; rates of more take several lines there.
     second = "x K=1" if padded_plain is None else "x padded"
-    whole = ("tokens/pass", "tok/s", "x plain", second, "same")
+    whole = ("tok/pass", "tok/s", "x plain", second, "same")
     title = f"decoding: {name} ({what_was_timed(next(iter(by_heads.values())))}, ± 95 % interval)"
     columns = ("heads", "accepted %", "cumulative", *whole)
-    table = new_table(title, columns, whole=("heads", *whole), padding=(0, 1, 0, 0))
+    table = new_table(title, columns, whole=("heads", *whole))
     # Plain decoding first, then heads, then who else drafts.
     rows = list(by_heads.items())
     if padded_plain is not None:

@@ -13,9 +13,9 @@ from mtpd_jax.decoding.strategies.strategy import STRATEGIES
 from mtpd_jax.evaluation.generation import Generation
 from mtpd_jax.evaluation.report import new_table, percent
 
-# Main head first; then the heads, in turn; and what was copied.
-_COLOURS = ("default", "green", "cyan", "magenta", "yellow", "blue", "red")
-_COPIED_COLOUR = "reverse"
+# The main head's, and what was copied; the heads take theirs in turn.
+_MAIN_COLOUR, _COPIED_COLOUR = "default", "reverse"
+_COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red")
 
 
 def pieces(
@@ -95,14 +95,20 @@ class _Printed:
 
 def show_figures(console: rich.console.Console, generation: Generation) -> None:
     """Prints who is which colour, and what the continuation took."""
-    if generation.acceptance.conditional:
-        legend = rich.text.Text("main head", style=_COLOURS[0])
-        for k in range(1, 1 + max(0, *generation.proposers)):
-            legend.append("  ").append(proposer_name(generation.strategy, k), style=_colour(k))
-        if COPIED in generation.proposers:
-            legend.append("  ").append(proposer_name(generation.strategy, COPIED), style=_COPIED_COLOUR)
-        console.print(rich.text.Text("proposed by: ").append(legend))
+    show_legend(console, generation)
     console.print(_table(generation))
+
+
+def show_legend(console: rich.console.Console, generation: Generation) -> None:
+    """Prints who is which colour, where somebody but the main head proposed."""
+    if not generation.acceptance.conditional:
+        return
+    legend = rich.text.Text("proposed by: ").append("main head", style=_MAIN_COLOUR)
+    for k in range(1, 1 + max(0, *generation.proposers)):
+        legend.append("  ").append(proposer_name(generation.strategy, k), style=_colour(k))
+    if COPIED in generation.proposers:
+        legend.append("  ").append(proposer_name(generation.strategy, COPIED), style=_COPIED_COLOUR)
+    console.print(legend)
 
 
 def figures_line(generation: Generation) -> str:
@@ -113,7 +119,7 @@ def figures_line(generation: Generation) -> str:
         f"{len(generation.tokens)} tokens in {generation.passes} passes{passes}"
         + (f", accepted {accepted} %" if accepted else "")
         + f", {generation.tokens_per_second:,.0f} tokens/s"
-        + ("" if generation.lossless else f", LOSSY: {generation.strategy} may write another text than plain")
+        + ("" if generation.lossless else f", LOSSY: {_lossy(generation)}")
     )
 
 
@@ -126,7 +132,9 @@ def proposer_name(strategy: str, proposer: int) -> str:
 
 
 def _colour(proposer: int) -> str:
-    return _COPIED_COLOUR if proposer == COPIED else _COLOURS[proposer % len(_COLOURS)]
+    if proposer <= 0:
+        return _COPIED_COLOUR if proposer == COPIED else _MAIN_COLOUR
+    return _COLOURS[(proposer - 1) % len(_COLOURS)]
 
 
 def _table(generation: Generation) -> rich.table.Table:
@@ -145,12 +153,14 @@ def _table(generation: Generation) -> rich.table.Table:
         table.add_row("tokens/s, plain, padded passes", f"{generation.padded_plain.tokens_per_second:,.0f}")
         table.add_row("speed-up over plain, padded", f"{generation.speedup_over_padded_plain:.2f}x")
     if not generation.lossless:
-        table.add_row(
-            "lossless", f"no: {generation.strategy} believes its guesses, and may write another text than plain"
-        )
+        table.add_row("LOSSY", _lossy(generation))
     if generation.identical is not None:
         table.add_row("identical to plain", "yes" if generation.identical else _explain(generation))
     return table
+
+
+def _lossy(generation: Generation) -> str:
+    return f"{generation.strategy} believes its guesses, and may write another text than plain"
 
 
 def _explain(generation: Generation) -> str:

@@ -1,7 +1,6 @@
 """What a run reports while it trains: metrics.jsonl, TensorBoard, and model FLOP utilisation."""
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import math
@@ -10,6 +9,7 @@ import pathlib
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,9 +84,10 @@ class _WeightsAndBiases:
     def __init__(self, project: str, workdir: Workdir, config: Mapping[str, Any]):
         import wandb  # pyright: ignore[reportMissingImports]  # here, for who does not ask for it need not have it
 
-        # The same folder is the same run.
-        name = workdir.path.name
-        identity = hashlib.sha256(str(workdir.path).encode()).hexdigest()[:16]
+        # The folder knows its run there; one that is trained anew in its place is another.
+        if not workdir.wandb_file.exists():
+            write_atomically(workdir.wandb_file, uuid.uuid4().hex)
+        name, identity = workdir.path.name, workdir.wandb_file.read_text()
         try:
             self._run = wandb.init(project=project, name=name, id=identity, resume="allow", config=dict(config))
         except Exception as error:  # a library of many kinds of errors

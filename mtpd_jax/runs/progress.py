@@ -66,7 +66,9 @@ class Progress:
         self._bar.update(self._task, completed=self._done, description=self._label)
 
     def show(self, what: str) -> None:
-        """Shows what is being done, in place of the bar's label, until the job moves on."""
+        """Shows what is being done, in place of the bar's label, until the job moves on; in a log, as a line."""
+        if self._bar.disable and not self._console.is_jupyter:
+            self.say(what)
         self._bar.update(self._task, description=what)
 
     def say(self, text: str) -> None:

@@ -39,6 +39,10 @@ class Workdir:
         return self.path / "metrics.jsonl"
 
     @property
+    def wandb_file(self) -> epath.Path:
+        return self.path / "wandb_id"
+
+    @property
     def lock_file(self) -> epath.Path:
         return self.path / "lock"
 

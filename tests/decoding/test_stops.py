@@ -13,7 +13,7 @@ from mtpd_jax.decoding.decoder import Continuation, Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.stops import Stops, transitions_of
 from mtpd_jax.evaluation.generation import cut_before
-from mtpd_jax.evaluation.page import Sample
+from mtpd_jax.evaluation.samples import Sample
 from tests.decoding.models import PROMPTS, small_vocabulary
 
 PIECES = [b"", b"a", b"b", b"ab", b"ba", b"aab", b"c", "ß".encode()[:1], "ß".encode()[1:], b"abcabc"]

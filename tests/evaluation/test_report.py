@@ -11,6 +11,7 @@ import rich.console
 
 from experiments.quickstart import summarise, summary_table
 from mtpd_jax import evaluate
+from mtpd_jax.decoding.sampling import GREEDY, Sampling
 from mtpd_jax.evaluation.acceptance import Acceptance, Interval, PlaceScore
 from mtpd_jax.evaluation.comparison import Divergence
 from mtpd_jax.evaluation.decoding import DecodingScore
@@ -26,11 +27,13 @@ from mtpd_jax.evaluation.report import (
     text_table,
     write_json,
 )
+from mtpd_jax.evaluation.results import PromptReport, Report, Settings
 from mtpd_jax.evaluation.scoring import HeadScore, MainScore, TextScore
-from mtpd_jax.evaluation.slots import SlotReport, SlotScore
-from mtpd_jax.evaluation.span_report import slot_table, span_table
+from mtpd_jax.evaluation.slots import Bin, SlotReport, SlotScore
+from mtpd_jax.evaluation.span_report import length_table, reliability_table, slot_table, span_table
 
 NOTHING = Interval(None, None, None)
+SETTINGS = Settings("/runs/a run", 650, Sampling(1.0, top_p=0.9), 7, 128, 4, 3, True, "1 x cpu")
 PARTED = Divergence(3, 0.5, 0.5, 0.0, False)
 
 
@@ -98,8 +101,22 @@ def test_heads_are_judged_only_where_some_draft():
     """A model without heads has no table of them, be it empty."""
     for by_heads, judged in (({"0": score()}, False), ({"0": score(), "2": score()}, True)):
         console = rich.console.Console(width=120, record=True, file=io.StringIO())
-        evaluate.show(console, evaluate.Report({}, {"x": evaluate.PromptReport(by_heads)}))
+        evaluate.show(console, Report(SETTINGS, {}, {"x": PromptReport(by_heads)}))
         assert ("heads, %" in console.export_text()) is judged
+
+
+def test_a_report_says_what_was_measured_and_how():
+    """A page at a temperature is not to be taken for a greedy one."""
+    assert SETTINGS.words == (
+        "step 650, temperature 1, seed 7, top 0.9 of probability, at most 128 new tokens, 4 at a time, bit for bit, "
+        "1 x cpu"
+    )
+    greedy = dataclasses.replace(SETTINGS, sampling=GREEDY, bit_exact=False)
+    assert greedy.words == "step 650, greedy, at most 128 new tokens, 4 at a time, 1 x cpu"
+    console = rich.console.Console(width=200, record=True, file=io.StringIO())
+    evaluate.show(console, Report(greedy, {}, {}))
+    assert console.export_text().strip() == greedy.words
+    assert Report(greedy, {}, {}).to_json()["settings"]["sampling"]["temperature"] == 0
 
 
 def test_scores_of_text():
@@ -146,9 +163,12 @@ def places(rates):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-@pytest.mark.parametrize("name", ["text", "decoding", "padded", "acceptance", "places", "spans", "slots", "quickstart"])
+@pytest.mark.parametrize(
+    "name",
+    ["text", "decoding", "padded", "acceptance", "places", "spans", "lengths", "slots", "reliability", "quickstart"],
+)
 def test_no_figure_is_cut_off(name, width):
-    """On a narrow terminal a table takes more lines; every letter of it is there, and no line is longer."""
+    """On a narrow terminal a table takes more lines; every word of it is there, whole, and no line is longer."""
     long, wide = "/home/somebody/projects/stories/prompts_of_tinystories_validation.jsonl", sixteen_heads()
     plain = score(acceptance=Acceptance((), ()), agreement=())
     head, text = HeadScore(4.5431, 0.1441, 0.7181), TextScore(MainScore(4.389, 1.853), (), 123_456_789, 1)
@@ -157,7 +177,9 @@ def test_no_figure_is_cut_off(name, width):
         name: SpanScore("static", 16, 0.95, decoding, Interval(1.5, 1.4, 1.6), (3, 4), 31.0, quality)
         for name, decoding in (("plain", plain), ("confident 16 at 0.95", dataclasses.replace(wide, lossless=False)))
     }
-    slots = SlotReport(tuple(SlotScore(0.9, 0.8, 0.7, 123_456) for _ in range(8)), ())
+    slots = SlotReport(
+        tuple(SlotScore(0.9, 0.8, 0.7, 123_456) for _ in range(8)), (Bin(0.9, 1.0, 0.95, 0.93, 123_456),)
+    )
     part = summarise({"0": plain, "4": wide, "16": wide})
     summary = {
         "parameters": 123_456_789, "train_seconds": 1234.5, "main": {"ce": 4.389, "bits_per_byte": 1.853},
@@ -170,11 +192,13 @@ def test_no_figure_is_cut_off(name, width):
         "acceptance": lambda: acceptance_table(long, {"16": wide}),
         "places": lambda: place_table(long, {"16": wide}),
         "spans": lambda: span_table(long, ways),
+        "lengths": lambda: length_table(long, ways),
+        "reliability": lambda: reliability_table(long, slots),
         "slots": lambda: slot_table(long, slots, text, text),
         "quickstart": lambda: summary_table(summary),
     }[name]()  # fmt: skip
 
-    assert letters(table, width) == letters(table, 400)
+    check_all_is_there(table, width)
 
 
 def lines_of(table, columns):
@@ -183,10 +207,15 @@ def lines_of(table, columns):
     return console.export_text().splitlines()
 
 
-def letters(table, columns):
-    lines = lines_of(table, columns)
-    assert max(map(len, lines)) <= columns
-    return collections.Counter(letter for line in lines for letter in line if letter not in " ─")
+def check_all_is_there(table, columns):
+    """Every letter is, and every word that a column can hold stands on one line."""
+    letters, words = [], []
+    for width in (columns, 400):
+        lines = [line.replace("─", " ").split() for line in lines_of(table, width)]
+        words.append(collections.Counter(word for line in lines for word in line if len(word) <= 20))
+        letters.append(collections.Counter("".join(word for line in lines for word in line)))
+    assert letters[0] == letters[1] and not words[1] - words[0]
+    assert max(map(len, lines_of(table, columns))) <= columns
 
 
 @pytest.mark.parametrize("whole", [(), ("rate", "rates")])
@@ -195,7 +224,8 @@ def test_tables_take_the_room_that_there_is(whole):
     table = new_table("of things", ("thing", "rate", "rates"), left=("thing",), whole=whole)
     rates = " ".join(map(str, range(10, 26)))
     table.add_row("a_name_that_is_as_long_as_only_names_of_files_can_be", "1,234.56", rates)
-    assert len({frozenset(letters(table, width).items()) for width in (80, 100, 400)}) == 1
+    for width in (80, 100):
+        check_all_is_there(table, width)
     assert len(lines_of(table, 400)) == len(lines_of(table, 120)) < len(lines_of(table, 80))
     assert any(rates in line for line in lines_of(table, 120))
 

@@ -197,6 +197,27 @@ def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_pa
     assert shown == [opened.tokenizer.decode(tokens) for tokens in own]
 
 
+def test_lengths_are_also_those_of_the_texts_themselves(student, prompts):
+    """The mean of their own figures beside the pooled one; and the places that were read for a token: five by five."""
+    report = evaluate.run(str(student), prompts=str(prompts), max_new_tokens=12, spans=["verified"], slots=[3])
+    spans, opened = report.decoding[str(prompts)].spans, open_run(str(student))
+    texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    for name, width, way in (("verified 3", 5, {"strategy": "verified", "slots": 3}), ("plain", 1, {"heads": 0})):
+        found = opened.generate(texts, **way, max_new_tokens=12)
+        sizes, passes = np.array([len(one.tokens) - 1 for one in found]), np.array([one.passes for one in found])
+        assert spans[name].effective_k_mean_of_means.mean == pytest.approx((sizes / passes).mean())
+        assert spans[name].tokens_read == pytest.approx(width * passes.sum() / sizes.sum())
+
+
+def test_without_a_guess_nothing_is_believed(student):
+    """Spans of one token are plain decoding's, whatever the strategy; another text would be a failure."""
+    opened = open_run(str(student))
+    for strategy in ("static", "confident", "verified"):
+        (one,) = opened.generate(["the cat"], strategy=strategy, slots=1, max_new_tokens=12, compare=True)
+        assert one.lossless and one.identical
+    assert not opened.generate(["the cat"], strategy="static", slots=2, max_new_tokens=12)[0].lossless
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from experiments.bench import checkpoints, decode, training
+from experiments.bench import checkpoints, decode, interop, interop_parity, throughput, training
 from experiments.sweep.scale import SCALES
+from tests.evaluation.test_report import check_all_is_there
 from tests.experiments.test_sweep import tiny_scale
 
 
@@ -28,6 +29,43 @@ def test_a_batch_needs_as_many_prompts(tmp_path):
         decode.main([*flags, "--batches=1,64"])
     with pytest.raises(ValueError, match="holds no run"):
         decode.main([*flags, "--batches=1,3"])
+
+
+INTEROP = {"program": "transformers", "heads": 4, "tokens_per_second": 1234.5, "conditional_acceptance": [0.5] * 4}
+PARITY = {"model": "/models/tinystories-656k", "format": "exaone_moe", "heads": 4, "logits_apart": 1.2e-6}
+COUNTED = {"prompts": 32, "same_text": 31, "rounds": 1234, "drafts": 2345, "same": True}
+WAY = {"heads": 4, "batch": 16, "temperature": 1.0, "rounds": 1234, "seconds": 1234.5, "tokens": 123_456}
+PARTS = [
+    {"batch": 64, "part": part, "heads": heads, "width": width, "seconds": 0.123, "over_plain": 1.23}
+    for part, heads, width in (
+        ("round", 0, None), ("bookkeeping", 0, None), *(("verify", None, width) for width in range(1, 12))
+    )
+]  # fmt: skip
+PREDICTED = {"batch": 64, "drafter": "lookup", "tokens_per_pass": 2.3, "predicted": 12345.0, "measured": 12345.0}
+STEP = {
+    "case": "standalone, ground truth", "tokens": 16384, "seconds": 1234.5, "over_first": 1.5, "model_flops": 1e12,
+    "temp_bytes": 1e11, "state_bytes": 1e11,
+}  # fmt: skip
+TABLES = {
+    "interop": lambda: interop.table([
+        INTEROP | COUNTED | {"program": program, "heads": heads}
+        for program in (interop.OURS, interop.THEIRS) for heads in (0, 4)
+    ]),
+    "parity": lambda: interop_parity.table([PARITY | COUNTED]),
+    "throughput": lambda: throughput.table([
+        WAY | COUNTED | {"way": way, "heads": heads, "predicted_seconds": 1234.5}
+        for way in ("batches", "queue") for heads in (0, 4)
+    ]),
+    "rounds": lambda: decode.rounds_table("stories", PARTS),
+    "verify": lambda: decode.verify_table("stories", PARTS, list(range(1, 12))),
+    "predictions": lambda: decode.prediction_table([PREDICTED | {"temperature": 1.0, "heads": 0}]),
+    "training": lambda: training.table_of([STEP]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_fit_a_terminal(name):
+    check_all_is_there(TABLES[name](), 80)
 
 
 @pytest.mark.slow

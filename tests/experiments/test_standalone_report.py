@@ -29,8 +29,9 @@ from experiments.sweep.rows import Row, SpanCounts, SpanMeasures
 from experiments.sweep.runner import Code
 from experiments.sweep.runs import Run
 from experiments.sweep.scale import MODES
-from experiments.sweep.spans import PLAIN, ways
+from experiments.sweep.spans import ways
 from mtpd_jax import frontdoor
+from mtpd_jax.evaluation.quality import PLAIN
 from tests.experiments.rows import TEXTS, made_up_row
 
 DIGESTS = {"backbone": "b" * 64, "text": "t" * 64, "held_out": "h" * 64}

@@ -10,6 +10,7 @@ import pytest
 
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.data.pipeline import Batch
+from mtpd_jax.decoding.network import Network
 from mtpd_jax.losses.dense import dense_divergence
 from mtpd_jax.losses.terms import Distillation
 from mtpd_jax.methods import spans
@@ -22,6 +23,7 @@ from tests.builders import (
     gradients,
     method_on,
     packed_batch,
+    platform,
     random_parameters,
     tiny_config,
     with_micro_batches,
@@ -231,6 +233,44 @@ def test_a_student_that_is_its_teacher_diverges_at_masks_only():
         own = jnp.take_along_axis(done.states, laid_out.slots[:, :, None], axis=1)
         difference = np.abs(np.asarray(own - done.teacher))[np.asarray(done.taught)]
         assert bool(difference.max() < 1e-5) is alike
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_before_its_first_step_a_student_has_to_learn_from_masks_only(k, monkeypatch):
+    """By the teacher's distribution: with spans of one token, which are plain text, the loss is nothing."""
+    config = student_config(objective__labels="distribution")
+    method = method_on(config)
+    monkeypatch.setattr(type(method), "spans_of", lambda self, rows, _: self.lay_out(rows, k, jnp.arange(8) % 5))
+    student, rows = random_parameters(method.model, seed=1), rows_of(config)
+    context = StepContext(jnp.int32(4), jax.random.key(7), jax.random.split(jax.random.key(8), 8))
+    loss, sums = method.loss(student, method.frozen_of(student), rows, method.count(rows, context), context)
+    assert [bool(learned) for learned in sums.learned] == [j <= k for j in range(1, 5)]
+    assert abs(float(loss)) < 1e-6 if k == 1 else float(loss) > 1e-2
+
+
+def test_slots_are_what_decoding_computes_with_a_cache():
+    """A text is read, all but its last token; then a pass reads that and masks, as the decoder has them."""
+    method = method_on(student_config())
+    student, rows, k = random_parameters(method.model, seed=1), rows_of(method.config), 4
+    laid_out = method.lay_out(rows, k, jnp.arange(8) % 5)
+    states = method.student(student, rows, laid_out)
+    network = Network(method.model, platform())
+    parameters = network.parameters(student)
+
+    @network.jit
+    def spans_after(parameters, text, length):
+        _, cache = network.extend(parameters, text, jnp.zeros(1, int), network.empty_cache(1, 48))
+        last = jax.lax.dynamic_slice(text, (0, length - 1), (1, 1))
+        masks = jnp.full((1, k - 1), method.model.config.vocabulary_size)
+        return network.extend(parameters, jnp.concatenate([last, masks], axis=1), length[None] - 1, cache)[0][0]
+
+    places = [(row, *one) for row in range(3) for one in slots_of(laid_out, method, row)]
+    for row, j, _, slot, anchor in places:
+        text = document_up_to(rows, row, anchor)
+        padded = jnp.asarray(np.pad(text, (0, 40 - len(text))))[None]
+        found = spans_after(parameters, padded, jnp.int32(len(text)))
+        np.testing.assert_allclose(states[row, slot], found[j - 1], atol=2e-5)
+    assert sum(j > 1 for _, j, *_ in places) > 10
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import struct
 import sys
 
@@ -181,6 +182,18 @@ def test_weights_and_biases_is_told_what_the_file_is(run_config, tmp_path, monke
     for line in lines(tmp_path / "run"):
         kept = {name: value for name, value in line.items() if value is not None and name != "step"}
         assert told[line["step"]] == kept
+
+
+def test_a_run_in_the_place_of_another_is_another_one_there(run_config, tmp_path, monkeypatch):
+    """Which would else take its first lines for old ones, and drop them."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    fake.__spec__ = importlib.util.spec_from_loader("wandb", loader=None)
+    for _ in range(2):
+        train.run(replace(run_config, logging__wandb="project", training__steps=3), str(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run")
+    first, second = fake.begun
+    assert first["id"] != second["id"] and first["name"] == second["name"]
 
 
 def test_weights_and_biases_that_is_not_there_is_said_before_anything_is_created(run_config, tmp_path, monkeypatch):

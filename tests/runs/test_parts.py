@@ -65,6 +65,8 @@ def test_time_left_is_that_of_the_steps_made_here(monkeypatch):
 class Bar:
     """Stands in for the library's bar, which has a clock of its own."""
 
+    disable = False
+
     def __init__(self, *_, console, **__):
         self.console = console
 
@@ -104,6 +106,16 @@ def test_what_is_being_done_is_shown_until_the_job_moves_on(monkeypatch):
     assert (progress._bar.description, progress._bar.completed) == ("compiling", 0)
     progress.advance(3)
     assert (progress._bar.description, progress._bar.completed) == ("decoding", 3)
+
+
+@pytest.mark.parametrize(("jupyter", "said"), [(False, "compiling\n"), (True, "")])
+def test_without_a_bar_what_is_being_done_is_a_line(jupyter, said):
+    """But not in a notebook, where functions are called in the middle of a page."""
+    progress, output = Progress("decoding", 10), io.StringIO()
+    console = rich.console.Console(file=output, force_jupyter=jupyter)
+    progress._console = progress._bar.live.console = console
+    progress.show("compiling")
+    assert output.getvalue() == said
 
 
 def test_lines_are_shown_as_they_are(monkeypatch):

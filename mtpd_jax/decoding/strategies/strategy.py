@@ -75,3 +75,8 @@ class Strategy(abc.ABC):
 def strategy_of(network: Network, options: Options) -> Strategy:
     """The strategy that options name."""
     return STRATEGIES[options.strategy](network, options)
+
+
+def is_lossless(options: Options) -> bool:
+    """Whether a way of decoding promises plain decoding's text, or its distribution: without guesses every one does."""
+    return not options.num_drafts or STRATEGIES[options.strategy].lossless
