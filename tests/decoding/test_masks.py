@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtpd_jax.config import MeshConfig
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.sharding import data_mesh, make_mesh, replicated
 from tests.builders import model_of, random_parameters, tiny_config
 from tests.decoding.models import END, PROMPTS, forward, mask_model, small_vocabulary, with_vocabulary
 from tests.decoding.test_distribution import LEVEL, SAMPLES, VOCABULARY, enumerate_texts, p_value, sample_texts
@@ -180,6 +183,22 @@ def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
     for strategy in ("static", "confident"):
         alone = options_of(strategy, 0, 0.0, 60, pass_width=shared.width)
         assert texts(decoder.run(prompts, alone)) == texts(plain), strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "confidence"), [("verified", 0.0), pytest.param("confident", 0.5, marks=pytest.mark.slow)]
+)
+def test_copies_and_parts_of_a_model_fill_in_masks_the_same(strategy, confidence):
+    """Three devices with a copy each share the rows; and two share the model, whose vocabulary is split."""
+    model, parameters = mask_model()
+    prompts = many_prompts(9)
+    copies, parts = data_mesh(jax.devices()[1:4]), make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    options = options_of(strategy, 3, confidence, 12)
+    alone = Decoder(model, parameters, [END]).run(prompts, options)
+    assert sum(sum(one.accepted) for one in alone) > 5
+    for mesh in (copies, parts):
+        spread = Decoder(model, jax.device_put(parameters, replicated(mesh)), [END], mesh)
+        assert texts(spread.run(prompts, options)) == texts(alone), mesh.shape
 
 
 @pytest.mark.slow
