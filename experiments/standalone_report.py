@@ -135,10 +135,9 @@ def _training(arms: Mapping[str, Arm]) -> Table:
     rows = []
     for arm in (arms[name] for name in _BY_LENGTH if name in arms):
         slots = [[one.slots["slots"][place]["agreement"] for one in spans_of(arm)] for place in (1, 3)]
-        steps = 0 if arm.name == UNTRAINED else arm.mean("steps")
         ways = ("verified 2", "verified 3", "verified", "confident at 0.6", "confident at 0.9")
         rows.append([
-            f"{steps:,.0f}", " ".join(map(str, arm.seeds)), *map(_over_seeds, slots),
+            f"{_steps(arm):,.0f}", " ".join(map(str, arm.seeds)), *map(_over_seeds, slots),
             *(with_interval(mean_of(tokens_per_pass(arm, way))) for way in ways),
         ])  # fmt: skip
     columns = [
@@ -318,7 +317,23 @@ def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str,
         {"title": "the same in wall clock", "x": "tokens per second over plain", "y": y, "lines": by_clock},
         {"title": "static, k of 2 to 5", "x": "tokens per pass", "y": y, "lines": whole},
         {"title": "slot 2, in training", "x": "steps", "y": "agreement with the teacher", "lines": _curves(arms)},
+        {"title": "online hard, by steps", "x": "steps", "y": "tokens per pass", "lines": _by_steps(arms)},
     ]
+
+
+def _by_steps(arms: Mapping[str, Arm]) -> dict[str, Any]:
+    """The main arm's tokens per pass by how long it was trained: what believing comes to, and verifying."""
+    trained = {_steps(arms[name]): arms[name] for name in _BY_LENGTH if name in arms}
+    ways = ("verified", "verified 3", "verified 2", "confident at 0.6", "confident at 0.9")
+    return {
+        way: line({steps: mean_of(tokens_per_pass(arm, way)) for steps, arm in trained.items()})
+        for way in ways if len(trained) > 1
+    }  # fmt: skip
+
+
+def _steps(arm: Arm) -> float:
+    """That an arm was trained for; what none has learned from is none."""
+    return 0.0 if arm.name == UNTRAINED else arm.mean("steps")
 
 
 def _curves(arms: Mapping[str, Arm]) -> dict[str, Any]:
