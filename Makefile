@@ -54,7 +54,8 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet -r requirements.txt)
 	$(if $(filter pinned,$(JAX)),$(BIN)/pip install --quiet --no-deps -e .,$(BIN)/pip install --quiet -e ".[dev]")
 	$(if $(DEVICE),$(BIN)/pip install --quiet "jax[$(DEVICE)]==$$($(BIN)/python -c 'import jax; print(jax.__version__)')")
-	@test -z "$(DEVICE)" || $(BIN)/python -c 'import jax; jax.default_backend() == "cpu" and print("JAX finds no device with DEVICE=$(DEVICE), and runs on the CPU; DEVICE=cuda12 is for older drivers")' 2> /dev/null
+	@test -z "$(DEVICE)" || $(BIN)/python -c 'import jax; exit(jax.default_backend() == "cpu")' 2> /dev/null || \
+	    echo "JAX finds no device with DEVICE=$(DEVICE), and runs on the CPU if at all; DEVICE=cuda12 is for older drivers"
 	touch $@
 
 # Compiles for TPUs that are not here; apart from .venv, where JAX would look for a TPU at every start. Not for every

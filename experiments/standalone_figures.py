@@ -136,9 +136,10 @@ def stood(arm: Arm, way: str, guesses: int) -> Counts:
 
 
 def fell(arm: Arm, way: str) -> Counts:
-    """Share of passes in which a guess fell, where spans of one length are risked whole and verified.
+    """Share of passes in which a guess fell, where spans of one length are risked whole and verified; at most.
 
-    Of the others all guesses stand, or there are none: in the first pass, and after every one in which a guess fell.
+    Of the others all guesses stand, or there are none: in the first pass, and after every one in which a guess fell. A
+    last span that the length limit cuts is counted as fallen.
     """
     found = ways_of(arm, way)
     broken = [
@@ -152,7 +153,7 @@ class EqualSpeed:
     """How much worse an arm's text is than another's where both write as many tokens per pass.
 
     Attributes:
-      reach: tokens per pass that both come to; they are compared from 1 to it.
+      reach: tokens per pass that both come to, over all seeds; every seed is compared from 1 to its own.
       ce: the difference in teacher CE, and ``seeds`` the same per seed.
       believing: that without what the two students' own texts, written one token at a time, differ by.
     """

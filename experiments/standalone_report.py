@@ -205,7 +205,8 @@ def _verified(arms: Mapping[str, Arm]) -> Table:
         "confident at that tau (lossy)", "verified / confident, %", "wall clock, confident",
     ]  # fmt: skip
     note = (
-        "A pass after one in which a guess fell has none to verify. With tau a guess is risked when its own "
+        "A pass after one in which a guess fell has none to verify; a text's last span, which the limit cuts, counts as "
+        "fallen. With tau a guess is risked when its own "
         "probability and those of the guesses before it are at least tau; `confident` asks that of a span's first "
         "token, too, which verifying need not: hence more than 100 %."
     )
@@ -289,6 +290,8 @@ def _panels(arms: Mapping[str, Arm], heads: Mapping[str, Arm]) -> list[dict[str,
     named: dict[str, Arm] = {}
     main = next((name for name in (LONGER, "online hard") if name in arms), None)
     for name, arm in arms.items():
+        if name == UNTRAINED:  # whose text, believed, can be so bad that the others would be one line
+            continue
         named[name] = arm
         found[name] = {way: mean_of(teacher_ce(arm, way)) for way in names_of(arm) if way.startswith("confident")}
     if main is not None:
@@ -339,7 +342,7 @@ def _steps(arm: Arm) -> float:
 def _curves(arms: Mapping[str, Arm]) -> dict[str, Any]:
     """How often the second slot's choice is the teacher's, on the text of the steps before: a mean over seeds."""
     figure, lines = "slot_2/agreement", {}
-    for name, arm in arms.items():
+    for name, arm in ((name, arm) for name, arm in arms.items() if name != "ground truth"):  # which knows no teacher
         by_step: dict[int, list[float]] = {}
         for point in (point for row in arm.rows for point in row.curve if point.get(figure) is not None):
             by_step.setdefault(point["step"], []).append(point[figure])

@@ -174,11 +174,11 @@ def show(console: rich.console.Console, found: DryRun) -> None:
     table.add_row("FLOPs per token", f"{found.flops_per_token / 1e6:,.1f} million")
     table.add_row("FLOPs per step", f"{found.flops_per_step / 1e9:,.1f} billion")
     table.add_section()
-    together = found.state_bytes + (found.temporary_bytes or 0)
-    fits = "" if together <= found.device_bytes else ": DOES NOT FIT"
+    together = None if found.temporary_bytes is None else found.state_bytes + found.temporary_bytes
+    fits = ": DOES NOT FIT" if (together or found.state_bytes) > found.device_bytes else ""
     for name, size, more in (
         ("state", found.state_bytes, ""), ("temporary, as compiled", found.temporary_bytes, ""),
-        ("together", together, fits), ("there is", found.device_bytes, ""),
+        ("together", together, fits), ("that a device has", found.device_bytes, ""),
     ):  # fmt: skip
         shown = "not known" if size is None else f"{number(size / 2**20, 1)} MiB{more}"
         table.add_row(f"memory per device: {name}", shown)

@@ -99,14 +99,15 @@ def run(
     documents |= {split_name: list(opened.trained.held_out_documents())[:limit]} if split_name else {}
     scored = _score(opened, documents, batch_size, held_out_note(opened.trained.sources) if split_name else "")
     decoded = {prompts: decoding.run(opened)} if prompts and decoding else {}
-    return Report(_settings(opened, options, seed, batch_size, turns, bit_exact), decoding=decoded, **scored)
+    times = {"seed": seed, "batch_size": batch_size, "turns": turns, "bit_exact": bit_exact}
+    return Report(_settings(opened, options, stop, **times), decoding=decoded, **scored)
 
 
-def _settings(opened: Run, options: Options, seed: int, batch_size: int, turns: int, bit_exact: bool) -> Settings:
-    devices = f"{opened.mesh.size} x {opened.mesh.devices.flat[0].device_kind}"
+def _settings(opened: Run, options: Options, stop: Sequence[str], **others: Any) -> Settings:
     return Settings(
-        str(opened.trained.folder.path), opened.step, options.sampling, seed, options.max_new_tokens, batch_size, turns,
-        bit_exact, devices,
+        workdir=opened.trained.folder.shown, step=opened.step, sampling=options.sampling, strategy=options.strategy,
+        min_confidence=options.min_confidence, stop=tuple(stop), max_new_tokens=options.max_new_tokens,
+        devices=f"{opened.mesh.size} x {opened.mesh.devices.flat[0].device_kind}", **others,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from mtpd_jax.data.chat import Message, Prompt
 from mtpd_jax.evaluation.generation import Generation
 from mtpd_jax.evaluation.transcript import figures_line, show_legend, show_stream
 from mtpd_jax.run import Run
-from mtpd_jax.runs.interruption import StopRequest
+from mtpd_jax.runs.interruption import StopRequest, keep_terminal
 
 with contextlib.suppress(ImportError):  # not on every platform
     import readline  # noqa: F401  # what is typed can be edited, and found again
@@ -39,6 +39,7 @@ def converse(
       chat: whether prompts are messages, which the model answers.
       system: with ``chat``, what the model is told before.
     """
+    keep_terminal()
     said: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     console.print(f"{opened.trained.folder.shown}, step {opened.step:,}; {_HELP}", style="dim")
     while text := _ask():

@@ -59,7 +59,9 @@ def page(report: Report) -> str:
 
 def _part(name: str, decoded: PromptReport) -> dict[str, Any]:
     """What the template shows of a file of prompts."""
-    ways = {way: score for way, score in decoded.by_way.items() if way != PLAIN or "0" not in decoded.heads}
+    ways = {way: score for way, score in decoded.by_way.items() if way != PLAIN}
+    if decoded.padded_plain is not None:
+        ways = {"0": ways.pop("0"), "plain decoding, padded": decoded.padded_plain, **ways}
     drafted = max(map(int, decoded.heads), default=0) > 0
     charts = [_acceptance_chart(decoded.heads), _speed_chart(decoded.heads)] if drafted else []
     lossless, lossy = (_fastest(ways, lossless=kind) for kind in (True, False))

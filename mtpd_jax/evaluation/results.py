@@ -61,6 +61,8 @@ class Settings:
     Attributes:
       workdir, step: of the run, and its checkpoint.
       sampling: how tokens were chosen.
+      strategy, min_confidence: of drafts; ways that fill in masks have their own.
+      stop: strings that end a text.
       seed: of what was drawn.
       max_new_tokens: after a prompt, at most.
       batch_size: prompts decoded together, and rows of text scored together.
@@ -72,6 +74,9 @@ class Settings:
     workdir: str
     step: int
     sampling: Sampling
+    strategy: str
+    min_confidence: float
+    stop: tuple[str, ...]
     seed: int
     max_new_tokens: int
     batch_size: int
@@ -81,15 +86,17 @@ class Settings:
 
     @property
     def words(self) -> str:
-        """All of it in a line, the folder left out."""
+        """In a line; the folder is left out, and turns, which the tables have."""
         sampling = self.sampling
         drawn = [f"temperature {sampling.temperature:g}, seed {self.seed}"]
         drawn += [f"top {sampling.top_k}"] if sampling.top_k is not None else []
         drawn += [f"top {sampling.top_p:g} of probability"] if sampling.top_p is not None else []
         drawn += ["greedy drafts"] if sampling.greedy_drafts else []
+        limits = [f"at most {self.max_new_tokens:,} new tokens"]
+        limits += [f"up to {', '.join(map(repr, self.stop))}"] if self.stop else []
+        limits += [f"drafts surer than {self.min_confidence:g}"] if self.min_confidence else []
         return ", ".join([
-            f"step {self.step:,}", *(["greedy"] if sampling.greedy else drawn),
-            f"at most {self.max_new_tokens:,} new tokens", f"{self.batch_size} at a time",
+            f"step {self.step:,}", *(["greedy"] if sampling.greedy else drawn), *limits, f"{self.batch_size} at a time",
             *(["bit for bit"] if self.bit_exact else []), self.devices,
         ])  # fmt: skip
 

@@ -18,6 +18,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 60.0
 # Whoever ends the process says one last line, and nobody else says another.
 _speaking, _last_line_said = threading.Lock(), False
+# The terminal as it was before somebody typed into it, if somebody does.
+_terminal: list[Any] | None = None
 # The run that is to stop by itself, if there is one.
 _heeding: "StopRequest | None" = None
 
@@ -131,6 +133,15 @@ def _wait(reader: int) -> None:
             leave(128 + arrived, "interrupted")
 
 
+def keep_terminal() -> None:
+    """Remembers how the terminal is, for ``leave``: whoever lets a user edit what is typed changes it meanwhile."""
+    global _terminal
+    with contextlib.suppress(ImportError, OSError):  # another platform; or closed
+        import termios
+
+        _terminal = termios.tcgetattr(0) if os.isatty(0) else None
+
+
 def leave(status: int, line: str | None = None) -> NoReturn:
     """Ends the process here and now: what other threads and libraries would still say has been said in one line.
 
@@ -142,6 +153,10 @@ def leave(status: int, line: str | None = None) -> NoReturn:
     with contextlib.suppress(OSError):  # closed, or full, and there is nobody left to tell
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+        if _terminal is not None:
+            import termios
+
+            termios.tcsetattr(0, termios.TCSANOW, _terminal)
         if line is not None and not _last_line_said:
             os.write(2, f"{line}\n".encode())
     os._exit(status)

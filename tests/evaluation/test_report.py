@@ -33,7 +33,9 @@ from mtpd_jax.evaluation.slots import Bin, SlotReport, SlotScore
 from mtpd_jax.evaluation.span_report import length_table, reliability_table, slot_table, span_table
 
 NOTHING = Interval(None, None, None)
-SETTINGS = Settings("/runs/a run", 650, Sampling(1.0, top_p=0.9), 7, 128, 4, 3, True, "1 x cpu")
+SETTINGS = Settings(
+    "runs/a run", 650, Sampling(1.0, top_p=0.9), "speculative", 0.4, ("\n",), 7, 128, 4, 3, True, "1 x cpu"
+)
 PARTED = Divergence(3, 0.5, 0.5, 0.0, False)
 
 
@@ -108,10 +110,10 @@ def test_heads_are_judged_only_where_some_draft():
 def test_a_report_says_what_was_measured_and_how():
     """A page at a temperature is not to be taken for a greedy one."""
     assert SETTINGS.words == (
-        "step 650, temperature 1, seed 7, top 0.9 of probability, at most 128 new tokens, 4 at a time, bit for bit, "
-        "1 x cpu"
+        "step 650, temperature 1, seed 7, top 0.9 of probability, at most 128 new tokens, up to '\\n', "
+        "drafts surer than 0.4, 4 at a time, bit for bit, 1 x cpu"
     )
-    greedy = dataclasses.replace(SETTINGS, sampling=GREEDY, bit_exact=False)
+    greedy = dataclasses.replace(SETTINGS, sampling=GREEDY, bit_exact=False, stop=(), min_confidence=0.0)
     assert greedy.words == "step 650, greedy, at most 128 new tokens, 4 at a time, 1 x cpu"
     console = rich.console.Console(width=200, record=True, file=io.StringIO())
     evaluate.show(console, Report(greedy, {}, {}))
