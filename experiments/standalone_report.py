@@ -205,10 +205,10 @@ def _verified(arms: Mapping[str, Arm]) -> Table:
         "confident at that tau (lossy)", "verified / confident, %", "wall clock, confident",
     ]  # fmt: skip
     note = (
-        "A pass after one in which a guess fell has none to verify; a text's last span, which the limit cuts, counts as "
-        "fallen. With tau a guess is risked when its own "
-        "probability and those of the guesses before it are at least tau; `confident` asks that of a span's first "
-        "token, too, which verifying need not: hence more than 100 %."
+        "A pass after one in which a guess fell has none to verify; a text's last span, which the limit cuts, counts "
+        "as fallen. With tau a guess is risked when its own probability and those of the guesses before it are at "
+        "least tau; `confident` asks that of a span's first token, too, which verifying need not: hence more than "
+        "100 %."
     )
     return Table("Verified beside believed", columns, rows, note)
 

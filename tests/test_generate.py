@@ -3,9 +3,13 @@
 import io
 import json
 import os
+import pty
 import re
 import signal
+import subprocess
 import sys
+import termios
+import time
 
 import pytest
 import rich.console
@@ -104,6 +108,22 @@ def test_a_signal_stops_a_text(monkeypatch, workdir, number, status, asked):
     assert found == status and len(seen) == asked
     written = [int(number) for number in re.findall(r"^(\d+) tokens in", console.file.getvalue(), re.MULTILINE)]
     assert len(written) == asked - 1 and (not written or 0 < written[0] < len(whole.tokens))
+
+
+@pytest.mark.slow
+def test_a_terminal_is_left_as_it_was(workdir):
+    """Also by Ctrl-C at the prompt, where a line is edited that the terminal does not show by itself meanwhile."""
+    master, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    command = [sys.executable, "-m", "mtpd_jax.generate", f"--workdir={workdir}", "--interactive"]
+    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal)
+    shown = b""
+    while not shown.endswith(b"> "):
+        shown += os.read(master, 4096)
+    while termios.tcgetattr(terminal) == before:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and termios.tcgetattr(terminal) == before
 
 
 def test_a_session_survives_what_it_cannot_continue(call):
