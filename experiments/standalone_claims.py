@@ -21,6 +21,8 @@ _CLAIMS = (
     ("spans that grow", "online hard", "growing spans"),
 )
 
+_OF_TEXT = ("gain in teacher CE", "per seed", "better text", "of it, what believing costs", "better guesses")
+
 
 def tables_of_claims(arms: Mapping[str, Arm]) -> list[Table]:
     """What one change is worth: at single lengths, over whole frontiers, and when all guesses are verified."""
@@ -40,15 +42,9 @@ def _claims(arms: Mapping[str, Arm], way: str) -> Table:
         tokens, _ = gain(*pair, lambda arm: tokens_per_pass(arm, way))
         ce, seeds = gain(*pair, lambda arm: teacher_ce(arm, way))
         believing, _ = gain(*pair, lambda arm: cost_of_believing(arm, way))
-        rows.append([
-            what, f"{after} over {before}", with_interval(tokens, signed=True), with_interval(ce, signed=True),
-            per_seed(seeds, 1, 2), verdict(_less(ce), len(seeds)), with_interval(believing, signed=True),
-            verdict(_less(believing), len(seeds)),
-        ])  # fmt: skip
-    columns = [
-        "change", "arms", "gain in tokens per pass", "gain in teacher CE", "per seed", "better text",
-        "of it, what believing costs", "better guesses",
-    ]  # fmt: skip
+        speed = with_interval(tokens, signed=True)
+        rows.append([what, f"{after} over {before}", speed, *_of_text(ce, seeds, believing)])
+    columns = ["change", "arms", "gain in tokens per pass", *_OF_TEXT]
     note = (
         "A gain in teacher CE is worse text. It has two parts: how far the student's own text, written one token at a "
         "time, has moved from the teacher's, and what believing adds to that."
@@ -62,20 +58,22 @@ def _equal_speed(arms: Mapping[str, Arm], strategy: str) -> Table:
     for what, before, after in _CLAIMS:
         if pair := paired(arms, after, before):
             found = at_equal_speed(*pair, strategy)
-            rows.append([
-                what, f"{after} over {before}", f"1 to {found.reach:.2f}", with_interval(found.ce, signed=True),
-                per_seed(found.seeds, 1, 2), verdict(_less(found.ce), len(found.seeds)),
-                with_interval(found.believing, signed=True), verdict(_less(found.believing), len(found.seeds)),
-            ])  # fmt: skip
-    columns = [
-        "change", "arms", "tokens per pass", "gain in teacher CE", "per seed", "better text",
-        "of it, what believing costs", "better guesses",
-    ]  # fmt: skip
+            text = _of_text(found.ce, found.seeds, found.believing)
+            rows.append([what, f"{after} over {before}", f"1 to {found.reach:.2f}", *text])
+    columns = ["change", "arms", "tokens per pass", *_OF_TEXT]
     note = (
         "The mean distance of the two frontiers over the tokens per pass that both come to, from plain decoding on: "
         "the area between them over its breadth. A gain is worse text."
     )
     return Table(f"The paper's claims at equal speed, {strategy}", columns, rows, note)
+
+
+def _of_text(ce: Interval, seeds: list[float], believing: Interval) -> list[str]:
+    """Cells under ``_OF_TEXT``: what a change does to text, of which a gain in nats is a loss."""
+    return [
+        with_interval(ce, signed=True), per_seed(seeds, 1, 2), verdict(_less(ce), len(seeds)),
+        with_interval(believing, signed=True), verdict(_less(believing), len(seeds)),
+    ]  # fmt: skip
 
 
 def _lossless_claims(arms: Mapping[str, Arm]) -> Table:
