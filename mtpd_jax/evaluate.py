@@ -73,8 +73,7 @@ def run(
       heads: numbers of drafts, one by each head, to decode with; 0 (plain) and 1 always run; more than the model has
         loops them. None: 0, 1, 2, 4, … and all.
       limit: at most this many documents of the split and prompts.
-      batch_size, turns: prompts decoded together, and rows of text scored together; and how often everything is
-        decoded: of a prompt's times the median counts.
+      batch_size, turns: rows decoded or scored together; times that all is decoded, of which the median counts.
       bit_exact: run all passes at one width, see ``Options.pass_width``.
       drafters: who drafts, in turn; see ``decoding.drafters``.
       max_new_tokens, sampling, seed, min_confidence, strategy, past_trained_length, stop: see ``Run.generate``.

@@ -27,6 +27,7 @@ from mtpd_jax.editing import check_name, chosen_cases, fit_cases
 from mtpd_jax.reference import help_text
 from mtpd_jax.runs.choice import BEST, NEWEST
 from mtpd_jax.runs.interruption import end_on_signals, leave, say_last
+from mtpd_jax.runs.progress import command
 from mtpd_jax.training.state import DivergedError
 
 _CONFIG_HELP = """  --config=FILE: a config file, such as configs/quickstart.py
@@ -80,7 +81,8 @@ def status_of(main: Callable[[], int]) -> int:
     """
     try:
         try:
-            status = main()
+            with command():
+                status = main()
             _flush_output()
             return status
         # Whoever stopped listening, or asked to stop, is told by the status alone.

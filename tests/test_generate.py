@@ -84,7 +84,9 @@ def test_a_session_shows_who_proposed_what(call):
     assert "proposed by: main head" in output
 
 
-@pytest.mark.parametrize(("number", "status", "asked"), [(signal.SIGINT, 0, 3), (signal.SIGTERM, 143, 1)])
+@pytest.mark.parametrize(
+    ("number", "status", "asked"), [(signal.SIGINT, 0, 3), pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_a_text(monkeypatch, workdir, number, status, asked):
     """Ctrl-C only that, after what is written already; the next prompt is asked for. SIGTERM the session, too."""
     opened, typed, seen = open_run(str(workdir)), ["the cat", "a big dog", ""], []

@@ -3,11 +3,26 @@
 import contextlib
 import importlib.util
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import rich.console
 import rich.progress
+
+# Whether a command runs, whose user waits for it; functions that somebody's program calls say nothing of their own.
+_in_command = False
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """Within it, what is compiled is said where there is no bar to show it."""
+    global _in_command
+    before, _in_command = _in_command, True
+    try:
+        yield
+    finally:
+        _in_command = before
 
 
 def say(text: str) -> None:
@@ -66,8 +81,8 @@ class Progress:
         self._bar.update(self._task, completed=self._done, description=self._label)
 
     def show(self, what: str) -> None:
-        """Shows what is being done, in place of the bar's label, until the job moves on; in a log, as a line."""
-        if self._bar.disable and not self._console.is_jupyter:
+        """Shows what is being done, in place of the bar's label, until the job moves on; in a command's log, a line."""
+        if self._bar.disable and _in_command:
             self.say(what)
         self._bar.update(self._task, description=what)
 

@@ -185,9 +185,8 @@ def test_passes_of_one_width_are_equal_bit_for_bit(dtype):
         assert texts(decoder.run(prompts, alone)) == texts(plain), strategy
 
 
-@pytest.mark.parametrize(
-    ("strategy", "confidence"), [("verified", 0.0), pytest.param("confident", 0.5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "confidence"), [("verified", 0.0), ("confident", 0.5)])
 def test_copies_and_parts_of_a_model_fill_in_masks_the_same(strategy, confidence):
     """Three devices with a copy each share the rows; and two share the model, whose vocabulary is split."""
     model, parameters = mask_model()

@@ -235,7 +235,7 @@ def test_a_student_that_is_its_teacher_diverges_at_masks_only():
         assert bool(difference.max() < 1e-5) is alike
 
 
-@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("k", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_before_its_first_step_a_student_has_to_learn_from_masks_only(k, monkeypatch):
     """By the teacher's distribution: with spans of one token, which are plain text, the loss is nothing."""
     config = student_config(objective__labels="distribution")

@@ -184,6 +184,7 @@ def test_weights_and_biases_is_told_what_the_file_is(run_config, tmp_path, monke
         assert told[line["step"]] == kept
 
 
+@pytest.mark.slow
 def test_a_run_in_the_place_of_another_is_another_one_there(run_config, tmp_path, monkeypatch):
     """Which would else take its first lines for old ones, and drop them."""
     fake = FakeWandb()

@@ -108,14 +108,15 @@ def test_what_is_being_done_is_shown_until_the_job_moves_on(monkeypatch):
     assert (progress._bar.description, progress._bar.completed) == ("decoding", 3)
 
 
-@pytest.mark.parametrize(("jupyter", "said"), [(False, "compiling\n"), (True, "")])
-def test_without_a_bar_what_is_being_done_is_a_line(jupyter, said):
-    """But not in a notebook, where functions are called in the middle of a page."""
+def test_without_a_bar_a_command_says_what_is_being_done():
+    """And a function that somebody's program calls does not."""
     progress, output = Progress("decoding", 10), io.StringIO()
-    console = rich.console.Console(file=output, force_jupyter=jupyter)
-    progress._console = progress._bar.live.console = console
-    progress.show("compiling")
-    assert output.getvalue() == said
+    progress._bar.live.console = rich.console.Console(file=output)
+    progress.show("loading")
+    with progress_module.command():
+        progress.show("compiling")
+    progress.show("writing")
+    assert output.getvalue() == "compiling\n"
 
 
 def test_lines_are_shown_as_they_are(monkeypatch):
