@@ -17,7 +17,8 @@ from tests.commands import ALL, FRAGMENTS, OUTLINES, PAGES, ROOT, commands_of, f
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 # What is not run here, by the beginning of its words: it takes longer than twenty seconds, or needs what is not here.
 LONG = (
-    "make docs", "make lint", "make mutants", "make quickstart", "make soak", "make test", "pip install",
+    "make docs", "make lint", "make mutants", "make quickstart", "make soak", "make test", "make test-all",
+    "pip install",
     "python -m pip install", "python -m pytest", "python -m experiments.ablations", "python -m experiments.accelerator",
     "python -m experiments.bench.attention_tpu", "python -m experiments.bench.decode",
     "python -m experiments.bench.interop", "python -m experiments.bench.interop_parity",
