@@ -26,6 +26,7 @@ LONG = (
     "python -m experiments.bench.throughput", "python -m experiments.bench.training", "python -m experiments.decay",
     "python -m experiments.distillation", "python -m experiments.freezing", "python -m experiments.head_count",
     "python -m experiments.looped", "python -m experiments.posthoc", "python -m experiments.standalone",
+    "python -m experiments.stories",
     "python -m experiments.sweep.fingerprint", "python -m mtpd_jax.train --config=configs/base.py",
 )  # fmt: skip
 # Those that are run in every test; the others are slow together.
@@ -117,11 +118,16 @@ def world(tmp_path_factory, text_file):
     )
     train.run(small, str(folder / "runs" / "quickstart"))
     prompts = [{"prompt": "the cat"}, {"prompt": "a big dog"}]
-    for place in ("prompts.jsonl", "runs/quickstart/prompts.jsonl", "runs/posthoc_19m/held_out.jsonl"):
+    for place in (
+        "prompts.jsonl",
+        "runs/quickstart/prompts.jsonl",
+        "runs/posthoc_19m/held_out.jsonl",
+        "data/tinystories/prompts.jsonl",
+    ):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_text("".join(json.dumps(one) + "\n" for one in prompts))
     (folder / "docs").mkdir()  # where a picture is drawn
-    for place in ("text/stories.txt", "stories/stories.txt", "stories.txt", "TinyStories-valid.txt"):
+    for place in ("text/stories.txt", "stories/stories.txt", "stories.txt"):
         (folder / place).parent.mkdir(exist_ok=True)
         shutil.copy(text_file, folder / place)
     plain = tiny_config(
