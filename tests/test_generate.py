@@ -128,6 +128,21 @@ def test_a_terminal_is_left_as_it_was(workdir):
     assert process.wait(60) == 130 and termios.tcgetattr(terminal) == before
 
 
+def test_a_terminal_that_is_gone_keeps_nobody():
+    """Such as one of a connection that broke: what was asked to end ends."""
+    master, terminal = pty.openpty()
+    program = (
+        "import time; from mtpd_jax.runs import interruption; interruption.end_on_signals(); "
+        "interruption.keep_terminal(); print('ready', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=terminal, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    os.close(terminal)
+    os.close(master)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+
+
 def test_a_session_survives_what_it_cannot_continue(call):
     status, output, _ = call("--interactive", typed=f"{'the cat ' * 60}\nthe cat\n")
     assert status == 0 and "context" in output and output.count("per pass") == 1

@@ -1,12 +1,14 @@
 """Being asked to stop: SIGTERM or Ctrl-C, which end a command at once, and a run of training where it can go on."""
 
 import contextlib
+import functools
 import os
 import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -18,8 +20,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 60.0
 # Whoever ends the process says one last line, and nobody else says another.
 _speaking, _last_line_said = threading.Lock(), False
-# The terminal as it was before somebody typed into it, if somebody does.
-_terminal: list[Any] | None = None
+# Makes the terminal what it was before somebody typed into it, if somebody does.
+_restore_terminal: Callable[[], None] | None = None
 # The run that is to stop by itself, if there is one.
 _heeding: "StopRequest | None" = None
 
@@ -135,11 +137,13 @@ def _wait(reader: int) -> None:
 
 def keep_terminal() -> None:
     """Remembers how the terminal is, for ``leave``: whoever lets a user edit what is typed changes it meanwhile."""
-    global _terminal
-    with contextlib.suppress(ImportError, OSError):  # another platform; or closed
+    global _restore_terminal
+    with contextlib.suppress(ImportError):  # another platform
         import termios
 
-        _terminal = termios.tcgetattr(0) if os.isatty(0) else None
+        with contextlib.suppress(termios.error):  # no terminal
+            before = termios.tcgetattr(0)
+            _restore_terminal = functools.partial(termios.tcsetattr, 0, termios.TCSANOW, before)
 
 
 def leave(status: int, line: str | None = None) -> NoReturn:
@@ -153,10 +157,9 @@ def leave(status: int, line: str | None = None) -> NoReturn:
     with contextlib.suppress(OSError):  # closed, or full, and there is nobody left to tell
         if os.isatty(2):
             os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
-        if _terminal is not None:
-            import termios
-
-            termios.tcsetattr(0, termios.TCSANOW, _terminal)
+        with contextlib.suppress(Exception):  # it is gone, which is no error of the system's: this goes on to the end
+            if _restore_terminal is not None:
+                _restore_terminal()
         if line is not None and not _last_line_said:
             os.write(2, f"{line}\n".encode())
     os._exit(status)
