@@ -213,7 +213,7 @@ def constrain(values: jax.Array, *axes: str | None) -> jax.Array:
     # Within ``shard_map`` over some of the axes, of which there is nothing to say.
     parts = zip(axes, spec, strict=True)
     left = [None if by_hand.intersection(RULES.mesh_axes(axis)) else part for axis, part in parts]
-    return jax.lax.with_sharding_constraint(values, PartitionSpec(*left)) if any(left) else values
+    return jax.lax.with_sharding_constraint(values, PartitionSpec(*left))
 
 
 def sum_over(values: Any, axis: str) -> Any:

@@ -240,7 +240,7 @@ class Decoder:
         # A program of many heads written out would take minutes to compile.
         heads = heads_that_draft(options)
         scanned_heads = heads > 0 and (options.adaptive or heads > _MOST_WRITTEN_OUT)
-        split = self._mesh if self._mesh.size > self._copies else None
+        split = of_copies(self._mesh, 1) if self._mesh.size > self._copies else None
         network = Network(
             self._model, platform_of(self._mesh), self._scanned, True if scanned_heads else None, mesh=split
         )

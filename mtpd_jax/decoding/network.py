@@ -64,7 +64,7 @@ class Network:
       scanned: the layout of the backbone, see ``DecodingParameters``; None: the platform's choice.
       scanned_heads: the layout of the heads, which only a stack lets run to a depth that is not known beforehand;
         None: as the backbone.
-      mesh: whose devices share the parameters; None where each has all of them.
+      mesh: of the devices that share the parameters of one copy; None where each has all of them.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mtpd_jax.shapes import Array, Bool, Float, Int
-from mtpd_jax.sharding import WHOLE
+from mtpd_jax.sharding import WHOLE, constrain
 from mtpd_jax.validation import check_integer, check_number
 
 
@@ -64,7 +64,9 @@ GREEDY = Sampling()
 
 def probabilities(logits: Float[Array, "*rows V"], sampling: Sampling) -> Float[Array, "*rows V"]:
     """The distribution that tokens are drawn from: temperature, then top-k, then top-p, renormalised (float32)."""
-    logits = logits.astype(jnp.float32)
+    # Whole rows on every device that has a part of them. Sorts, blocks and draws go across a row, and what the
+    # partitioner makes of those waits for the devices of other copies of the model, which may have nothing left to do.
+    logits = constrain(logits.astype(jnp.float32), *("batch", *(None,) * (logits.ndim - 1)))
     # Differences first: however cold, the largest is 0 and the others fall to minus infinity, where quotients of large
     # numbers would all be infinite.
     coldest = float(jnp.finfo(jnp.float32).tiny)

@@ -23,17 +23,18 @@ def with_vocabulary(config, vocabulary):
 
 
 @functools.cache
-def small_vocabulary(kind="cascade", trained=True, num_heads=4):
+def small_vocabulary(kind="cascade", trained=True, num_heads=4, vocabulary=7):
     """A model of seven tokens, trained until its heads agree with it more often than not.
 
-    Training is on a noisy chain, t -> 3t + 1 modulo 7. The kind ``shared`` is a recurrent head with one cache.
+    Training is on a noisy chain, t -> 3t + 1 modulo 7. The kind ``shared`` is a recurrent head with one cache. A larger
+    vocabulary has tokens that are never seen.
     """
     shared = kind == "shared"
     config = tiny_config(
         heads__num_heads=num_heads, heads__kind="recurrent" if shared else kind, heads__pass_normed=kind == "cascade",
         heads__cache="shared" if shared else "per_depth", model__context=CONTEXT,
     )  # fmt: skip
-    config = with_vocabulary(config, 7)
+    config = with_vocabulary(config, vocabulary)
     method = method_on(config)
     model = method.model
     parameters = random_parameters(model, seed=2, scale=0.4)
@@ -43,14 +44,14 @@ def small_vocabulary(kind="cascade", trained=True, num_heads=4):
 
 
 @functools.cache
-def mask_model(trained=True):
+def mask_model(trained=True, vocabulary=7):
     """A model of seven tokens without heads, trained on the same chain to fill in up to three masks."""
     config = tiny_config(
         heads__num_heads=0, objective__mode="standalone", objective__source="-", objective__labels="data",
         objective__k_max=4, objective__regions=4, objective__prefix_weight=1.0, model__mask_embedding=True,
         model__context=CONTEXT, training__sequence_length=40,
     )  # fmt: skip
-    method = method_on(with_vocabulary(config, 7))
+    method = method_on(with_vocabulary(config, vocabulary))
     parameters = random_parameters(method.model, seed=2, scale=0.4)
     return method.model, _train(method, parameters, 5 * _STEPS) if trained else parameters
 
