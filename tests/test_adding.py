@@ -25,7 +25,7 @@ FILES = {
     "A family of pretrained models": ("mtpd_jax/interop/fused.py", "mtpd_jax/interop/families.py", 2),
     "An experiment": ("experiments/depth.py", None, 0),
 }
-QUICK = ("A drafter", "A family of pretrained models")
+QUICK = ("A family of pretrained models",)
 # Run in the copy; ``tree`` is a tiny config, ``run`` a trained run's folder.
 PROGRAMS = {
     "A divergence": """

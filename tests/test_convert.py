@@ -159,6 +159,7 @@ def test_what_is_imported_is_evaluated_and_extended(call, exported, text_file, t
     assert np.array_equal(frozen["embedding"], extended["embedding"])
 
 
+@pytest.mark.slow
 def test_short_numbers_stay_short_and_are_not_trained(workdir, exported, folder, text_file, tmp_path):
     """bfloat16 in memory and on disk; the backbone as it is below new heads in float32; no training of it itself."""
     import ml_dtypes

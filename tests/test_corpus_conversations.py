@@ -76,6 +76,7 @@ def test_a_conversation_that_comes_to_no_end_fails_as_a_whole(talker, tmp_path):
     assert left["none"]["status"] == "skipped" and {row["id"] for row in written(tmp_path / "out")} == {"long"}
 
 
+@pytest.mark.slow
 def test_a_stop_string_is_not_part_of_the_history(talker, tmp_path):
     """As whoever reads an answer sees it: cut before the string."""
     rows = [{"id": k, "messages": [say("user", "the"), say("user", "cat"), say("assistant", ""), say("user", "b")]}

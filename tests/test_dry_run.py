@@ -53,7 +53,7 @@ def test_a_new_run(small, text_file, tmp_path):
     assert any(len(row) > 1 for row in found.rows)
 
 
-@pytest.mark.parametrize(("checkpoint", "step"), [("newest", 3), (1, 1)])
+@pytest.mark.parametrize(("checkpoint", "step"), [pytest.param("newest", 3, marks=pytest.mark.slow), (1, 1)])
 def test_a_run_that_goes_on_is_given_its_next_batch(small, tmp_path, checkpoint, step):
     small = dataclasses.replace(small, checkpoint=dataclasses.replace(small.checkpoint, every_steps=1, keep=3))
     train.run(small, str(tmp_path / "run"))

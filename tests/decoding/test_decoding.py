@@ -56,15 +56,26 @@ def many_prompts(count):
     return [rng.integers(1, 7, rng.choice([1, 2, 5, 20])).astype(np.int32) for _ in range(count)]
 
 
+SOME_HEADS = [(1, 0.0), (16, 0.0), (4, 0.5)]
+MORE_HEADS = [*SOME_HEADS, (3, 0.0), (4, 0.0), (8, 0.9)]
+
+
 @pytest.mark.optimised
 @pytest.mark.parametrize(
-    ("batch_size", "trained"),
-    [(7, True), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, True), (1, False), (7, False)])],
+    ("batch_size", "trained", "count", "cases"),
+    [
+        (7, True, 91, SOME_HEADS),
+        *(
+            pytest.param(size, trained, 203, MORE_HEADS, marks=pytest.mark.slow)
+            for size in (1, 7)
+            for trained in (True, False)
+        ),
+    ],
 )
-def test_greedy_text_is_plain_decodings(batch_size, trained):
-    """203 prompts, 1 to 16 heads (looped past 4), fixed and adaptive; ends and lengths reached anywhere in a block."""
+def test_greedy_text_is_plain_decodings(batch_size, trained, count, cases):
+    """Many prompts, 1 to 16 heads (looped past 4), fixed and adaptive; ends and lengths reached anywhere in a block."""
     model, parameters = small_vocabulary(trained=trained)
-    decoder, prompts = decoder_of(model, parameters, scanned=True), many_prompts(203)
+    decoder, prompts = decoder_of(model, parameters, scanned=True), many_prompts(count)
 
     def run(options):
         return decoder.run(prompts, options, rows=batch_size)
@@ -75,7 +86,7 @@ def test_greedy_text_is_plain_decodings(batch_size, trained):
         assert END not in continuation.tokens[:-1]
         assert continuation.passes == len(continuation.tokens) - 1
     endings = set()
-    for num_heads, confidence in [(1, 0.0), (3, 0.0), (4, 0.0), (16, 0.0), (4, 0.5), (8, 0.9)]:
+    for num_heads, confidence in cases:
         found = run(Options(num_heads, 20, min_confidence=confidence))
         assert texts(found) == texts(plain), (num_heads, confidence)
         for continuation in found:
@@ -264,7 +275,11 @@ def test_perfect_drafts_are_all_accepted():
     assert found.proposers == (0, *(1, 2, 3, 4, 0) * 4, 1)
 
 
-@pytest.mark.parametrize("options", [Options(2, 12, Sampling(1.0)), Options(3, 12, Sampling(1.0), 0.4)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(Options(2, 12, Sampling(1.0)), marks=pytest.mark.slow), Options(3, 12, Sampling(1.0), 0.4)],
+    ids=["fixed", "adaptive"],
+)
 def test_a_seed_reproduces_whatever_the_batch(options):
     model, parameters = small_vocabulary()
     decoder = decoder_of(model, parameters)

@@ -101,7 +101,6 @@ CASES = [
     Options(2, 5, Sampling(2.0, top_k=2)),
     Options(2, 5, Sampling(2.0, top_p=0.9)),
     Options(2, 5, Sampling(1.0), min_confidence=0.6),
-    Options(4, 7, Sampling(2.0)),
     Options(2, 6, Sampling(1.0), drafter="lookup"),
     Options(2, 7, Sampling(1.0), drafter="both"),
 ]
@@ -180,8 +179,8 @@ MUTANTS = [
     (speculative, "accept_drafts", no_residual),
     (speculative, "accept_drafts", bonus_from_the_row_before),
     (heads, "choose", draft_at_another_temperature),
-    (chain, "choose", draft_at_another_temperature),
-    (chain, "fold", lambda keys, number: fold(keys, 1)),
+    pytest.param(chain, "choose", draft_at_another_temperature, marks=pytest.mark.slow),
+    pytest.param(chain, "fold", lambda keys, number: fold(keys, 1), marks=pytest.mark.slow),
 ]
 
 

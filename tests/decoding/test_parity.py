@@ -70,7 +70,7 @@ def check_parity(kind, options, scanned, strategy_of=Speculative, trained=True):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("kind", ["cascade", "recurrent", "shared"])
+@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow), "shared"])
 @pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_draft_logits_equal_training_logits(kind, scanned):
     """After acceptances and rejections of every length, for several prompts."""
@@ -79,7 +79,10 @@ def test_draft_logits_equal_training_logits(kind, scanned):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize(("kind", "min_confidence"), [("cascade", 0.3), ("cascade", 0.5), ("shared", 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "min_confidence"),
+    [("cascade", 0.5), ("shared", 0.5), pytest.param("cascade", 0.3, marks=pytest.mark.slow)],
+)
 def test_parity_after_rounds_that_stopped_early(kind, min_confidence):
     """Heads that several short rounds did not reach draft as if they had been run all along."""
     seen = check_parity(kind, Options(4, LONG, min_confidence=min_confidence), True)
@@ -87,7 +90,7 @@ def test_parity_after_rounds_that_stopped_early(kind, min_confidence):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_parity_of_heads_that_fell_as_far_behind_as_they_may(kind):
     """Two heads that are never sure: every round makes one draft, so that the second head runs only when it is due. It
     is due at the last moment: one token later, an entry that a rejected draft made would stay in its cache."""

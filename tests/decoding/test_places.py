@@ -67,7 +67,8 @@ def test_rounds_are_counted_where_they_begin(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows"), [("cascade", 2), ("shared", 4), pytest.param("shared", 1, marks=pytest.mark.slow)]
+    ("kind", "rows"),
+    [("shared", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("cascade", 2), ("shared", 1)])],
 )
 def test_beyond_what_was_trained_text_is_plain(kind, rows):
     """Before, it is drafted as ever; and the text is the same, whoever else is in the batch."""
@@ -87,7 +88,9 @@ def test_beyond_what_was_trained_text_is_plain(kind, rows):
     assert sum(one.by_place[2].tried[0] for one in free) > 0
 
 
-@pytest.mark.parametrize("options", [{"min_confidence": 0.4}, {"drafter": "both", "pass_width": 8}])
+@pytest.mark.parametrize(
+    "options", [{"min_confidence": 0.4}, pytest.param({"drafter": "both", "pass_width": 8}, marks=pytest.mark.slow)]
+)
 def test_all_that_heads_draft_is_bound(options):
     model, parameters = small_vocabulary()
     decoder, bound = Decoder(model, parameters, []), Options(4, LONG, draft_until=60, **options)
@@ -99,6 +102,7 @@ def test_all_that_heads_draft_is_bound(options):
     assert any(place.tried[0] for one in copied for place in one.by_place[1:])  # which nobody trained
 
 
+@pytest.mark.slow
 def test_sampled_text_beyond_is_the_main_heads(monkeypatch):
     """Its draws are those of plain decoding, which begins at the same text."""
     model, parameters = small_vocabulary()

@@ -188,6 +188,7 @@ def test_who_drafts_without_heads_drafts_unasked():
     assert list(drafts) == [0, "lookup 1", "lookup 2", "lookup 4"]
 
 
+@pytest.mark.slow
 def test_scores_of_what_is_copied(decoder):
     """Held to plain decoding as the heads are; no head agrees with anything."""
     ways = ways_of(Options(0, 12), [0, 2], ["heads", "lookup", "both"])

@@ -88,10 +88,10 @@ def wrong_token(real):
     "part",
     [
         "positions",
-        "a mask without the chain",
-        "a mask without documents",
+        pytest.param("a mask without the chain", marks=pytest.mark.slow),
+        pytest.param("a mask without documents", marks=pytest.mark.slow),
         "states of the round before",
-        "the wrong token",
+        pytest.param("the wrong token", marks=pytest.mark.slow),
     ],
 )
 def test_heads_that_would_not_decode_as_they_are_trained_are_not_trained(part, config, tmp_path, monkeypatch):

@@ -137,6 +137,7 @@ def prompts(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_what_is_written_is_worth_what_the_teacher_says(student, prompts, tmp_path, monkeypatch, capsys):
     """Speed and quality in one table; lossy ways say so, and are no failure; JSON holds all of it."""
     arguments = [

@@ -127,7 +127,7 @@ def test_every_draft_of_every_round_is_ours(name, format, runs, played, tmp_path
         assert sum(map(len, theirs)) > 0.8 * sum(map(len, drafts))
 
 
-@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow)])
 def test_drafts_that_are_accepted_go_on_alike(kind, tmp_path):
     """Of a model that was trained until its heads agree with it: caches are kept and cut back alike."""
     model, parameters = small_vocabulary(kind)

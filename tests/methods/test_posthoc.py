@@ -200,6 +200,7 @@ def test_its_greedy_text_is_the_backbones(base, heads):
     assert found.identical and found.tokens == plain.tokens and len(found.acceptance.conditional) == 2
 
 
+@pytest.mark.slow
 def test_another_backbone_is_refused_and_a_moved_one_is_named(base, base_config, heads, tmp_path, capsys):
     """By its bits: not by its name, nor by its config."""
     moved = shutil.copytree(base, tmp_path / "moved")
@@ -306,6 +307,7 @@ def test_a_folder_serves_as_its_import_does(folder, config, tmp_path):
     assert_bitwise(*found)
 
 
+@pytest.mark.slow
 def test_what_an_import_would_say_of_a_folder_is_said(folder, config, tmp_path, capsys):
     odd = shutil.copytree(folder, tmp_path / "odd")
     settings = json.loads((odd / "config.json").read_text())

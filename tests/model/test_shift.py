@@ -9,9 +9,12 @@ from mtpd_jax.model.shift import shift
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 3), st.integers(-4, 4))
-def test_against_a_loop(lengths, padding, by):
-    segment_ids = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(padding, int)])[None]
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.booleans(), st.integers(-4, 4))
+def test_against_a_loop(lengths, padded, by):
+    """Rows of one length, whose end is padding or another document."""
+    segment_ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    rest = np.full(22 - segment_ids.size, 0 if padded else len(lengths) + 1)
+    segment_ids = np.concatenate([segment_ids, rest])[None]
     values = np.arange(1, segment_ids.size + 1)[None]
     moved, valid = shift(jnp.asarray(values), jnp.asarray(segment_ids), by)
     for i in range(segment_ids.size):

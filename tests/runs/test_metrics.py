@@ -51,7 +51,7 @@ def test_metrics_have_the_documented_names(whole_run):
     assert list((whole_run / "tb").glob("events*"))
 
 
-@pytest.mark.parametrize("beta", [0.0, (0.0, 0.5)], ids=str)
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.slow), (0.0, 0.5)], ids=str)
 def test_a_head_without_a_kl_in_its_loss_reports_none(run_config, tmp_path, beta):
     train.run(replace(run_config, objective__beta=beta, training__steps=5), str(tmp_path))
     (line,) = lines(tmp_path)

@@ -180,6 +180,7 @@ def test_a_model_is_read_without_its_optimizer(averaged, tmp_path):
         mtpd_jax.open_run(str(copy))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_item_is_read_and_gone_on_from(averaged, tmp_path):
     """As they were written before fields of a state were items of their own."""
     copy = shutil.copytree(averaged, tmp_path / "run")

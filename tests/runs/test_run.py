@@ -276,6 +276,7 @@ def test_stopped_in_an_evaluation_it_is_done_after_resuming(run_config, tmp_path
     assert comparable(tmp_path) == comparable(uninterrupted)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_last_evaluation_a_run_is_not_finished(run_config, uninterrupted, tmp_path, monkeypatch, capsys):
     """It says so, and the same command does what is left."""
     real, calls = Scorer.sum_documents, []
@@ -328,8 +329,8 @@ def test_a_run_that_diverges_ends(run_config, tmp_path):
 
 
 @pytest.mark.optimised
-def test_sigterm_saves_then_exits(run_config, uninterrupted, tmp_path):
-    """A real process, a real signal; the same command then ends with the uninterrupted run's parameters."""
+def test_sigterm_saves_then_exits(run_config, uninterrupted, tmp_path, capsys):
+    """A real process, a real signal; the same run then ends with the uninterrupted one's parameters."""
     slow = command(run_config, tmp_path / "run", checkpoint__every_steps=1000, logging__every_steps=1)
     process = subprocess.Popen(slow, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -340,9 +341,8 @@ def test_sigterm_saves_then_exits(run_config, uninterrupted, tmp_path):
     assert process.returncode in (128 + signal.SIGTERM, 0), errors
     assert process.returncode == 128 + signal.SIGTERM, "the run ended before the signal came"
     assert "asked to stop; saved step" in errors and "Traceback" not in errors
-    again = subprocess.run(slow, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "resuming from step" in again.stderr
+    train.run(replace(run_config, checkpoint__every_steps=1000, logging__every_steps=1), str(tmp_path / "run"))
+    assert "resuming from step" in capsys.readouterr().err
     assert_bitwise(restored(tmp_path / "run", run_config)[0], restored(uninterrupted, run_config)[0])
 
 
@@ -361,7 +361,7 @@ KILLED_IN_A_SAVE = """
 
 
 @pytest.mark.optimised
-def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path):
+def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path, capsys):
     """Killed when the files of step 10 are written and not yet renamed, a run goes on from step 5."""
     arguments = command(run_config, tmp_path / "run", checkpoint__every_steps=5)[3:]
     killed = subprocess.run(
@@ -373,16 +373,8 @@ def test_kill_in_the_middle_of_a_save(run_config, uninterrupted, tmp_path):
     assert "5" in names and "10" not in names
     assert any(name.startswith("10.") for name in names), "it was not killed in the middle of a save"
     # From here on step 10 is not saved any more, which would replace what is left of it.
-    arguments = command(run_config, tmp_path / "run", checkpoint__every_steps=15)[3:]
-    again = subprocess.run(
-        [sys.executable, "-m", "mtpd_jax.train", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert again.returncode == 0, again.stderr
-    assert "resuming from step 5" in again.stderr
+    train.run(replace(run_config, checkpoint__every_steps=15), str(tmp_path / "run"))
+    assert "resuming from step 5" in capsys.readouterr().err
     left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
     assert left == {"15", "20"}, left  # nothing of the save that was killed
     assert_bitwise(restored(tmp_path / "run", run_config)[0], restored(uninterrupted, run_config)[0])
