@@ -1,6 +1,6 @@
 """The paper's claims on standalone MTP, as pairs of arms: text at equal speed, and speed where nothing is lost."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from experiments.standalone_figures import at_equal_speed, cost_of_believing, own_name, teacher_ce, tokens_per_pass
 from experiments.sweep.arms import Arm, gain, paired
@@ -33,17 +33,23 @@ def tables_of_claims(arms: Mapping[str, Arm]) -> list[Table]:
     ]
 
 
+def _pairs(arms: Mapping[str, Arm]) -> Iterator[tuple[tuple[str, str], tuple[Arm, Arm]]]:
+    """The claims, each in the words of the first two columns, of which both arms were run."""
+    for what, before, after in _CLAIMS:
+        if pair := paired(arms, after, before):
+            yield (what, f"{after} over {before}"), pair
+
+
 def _claims(arms: Mapping[str, Arm], way: str) -> Table:
     rows = []
-    for what, before, after in _CLAIMS:
-        pair = paired(arms, after, before)
-        if pair is None or not all(own_name(arm, way) for arm in pair):
+    for claim, pair in _pairs(arms):
+        if not all(own_name(arm, way) for arm in pair):
             continue
         tokens, _ = gain(*pair, lambda arm: tokens_per_pass(arm, way))
         ce, seeds = gain(*pair, lambda arm: teacher_ce(arm, way))
         believing, _ = gain(*pair, lambda arm: cost_of_believing(arm, way))
         speed = with_interval(tokens, signed=True)
-        rows.append([what, f"{after} over {before}", speed, *_of_text(ce, seeds, believing)])
+        rows.append([*claim, speed, *_of_text(ce, seeds, believing)])
     columns = ["change", "arms", "gain in tokens per pass", *_OF_TEXT]
     note = (
         "A gain in teacher CE is worse text. It has two parts: how far the student's own text, written one token at a "
@@ -55,11 +61,9 @@ def _claims(arms: Mapping[str, Arm], way: str) -> Table:
 def _equal_speed(arms: Mapping[str, Arm], strategy: str) -> Table:
     """The paper's claims on whole frontiers, and at no one threshold."""
     rows = []
-    for what, before, after in _CLAIMS:
-        if pair := paired(arms, after, before):
-            found = at_equal_speed(*pair, strategy)
-            text = _of_text(found.ce, found.seeds, found.believing)
-            rows.append([what, f"{after} over {before}", f"1 to {found.reach:.2f}", *text])
+    for claim, pair in _pairs(arms):
+        found = at_equal_speed(*pair, strategy)
+        rows.append([*claim, f"1 to {found.reach:.2f}", *_of_text(found.ce, found.seeds, found.believing)])
     columns = ["change", "arms", "tokens per pass", *_OF_TEXT]
     note = (
         "The mean distance of the two frontiers over the tokens per pass that both come to, from plain decoding on: "
@@ -79,14 +83,11 @@ def _of_text(ce: Interval, seeds: list[float], believing: Interval) -> list[str]
 def _lossless_claims(arms: Mapping[str, Arm]) -> Table:
     """What a change is worth where nothing is lost: every guess risked, and verified."""
     rows = []
-    for what, before, after in _CLAIMS:
-        if pair := paired(arms, after, before):
-            gained, seeds = gain(*pair, lambda arm: tokens_per_pass(arm, "verified"))
-            both = [with_interval(mean_of(tokens_per_pass(arm, "verified"))) for arm in pair]
-            rows.append([
-                what, f"{after} over {before}", *both, with_interval(gained, signed=True), per_seed(seeds, 1, 2),
-                verdict(gained, len(seeds)),
-            ])  # fmt: skip
+    for claim, pair in _pairs(arms):
+        gained, seeds = gain(*pair, lambda arm: tokens_per_pass(arm, "verified"))
+        both = [with_interval(mean_of(tokens_per_pass(arm, "verified"))) for arm in pair]
+        gain_of_both = [with_interval(gained, signed=True), per_seed(seeds, 1, 2), verdict(gained, len(seeds))]
+        rows.append([*claim, *both, *gain_of_both])
     columns = ["change", "arms", "tokens per pass", "before", "gain", "per seed", "more tokens per pass"]
     note = "Each arm with its own longest spans. The text is the student's own, one token at a time: see drift."
     return Table("The paper's claims, when all guesses are verified", columns, rows, note)

@@ -263,7 +263,7 @@ class _Decoding:
 
 def show(console: rich.console.Console, report: Report) -> None:
     """Prints the report as tables."""
-    console.print(report.settings.words, style="dim", markup=False)
+    console.print(report.words, style="dim", markup=False)
     if report.text:
         console.print(text_table(report.text))
     for name, slots in report.slots.items():

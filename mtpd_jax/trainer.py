@@ -106,7 +106,7 @@ class Trainer:
         self._unread: collections.deque[tuple[int, StepResult]] = collections.deque()
         self._tokens = 0
         self._begin = time.monotonic()
-        self._evaluated, self._evaluations = True, 0
+        self._evaluated, self._evaluates = True, False
 
     def run(self, state: TrainState, done: int, tokens: int, seconds: float) -> int:
         """Trains until the last step or until asked to stop; returns the step reached.
@@ -211,9 +211,9 @@ class Trainer:
         self._meter.pause()
         assert self._evaluate is not None  # or none would be due
         parameters = self._method.merge(state.evaluated, state.frozen)
-        if not self._evaluations:
+        if not self._evaluates:
             self._progress.show("compiling the evaluation …")
-        self._evaluations += 1
+        self._evaluates = True
         scores = self._evaluate(parameters, lambda: not self._stop.asked())
         self._evaluated = scores is not None
         if scores is not None:

@@ -85,8 +85,8 @@ class Settings:
     devices: str
 
     @property
-    def words(self) -> str:
-        """In a line; the folder is left out, and turns, which the tables have."""
+    def of_decoding(self) -> list[str]:
+        """How texts were continued, in words; turns, which the tables have, are left out."""
         sampling = self.sampling
         drawn = [f"temperature {sampling.temperature:g}, seed {self.seed}"]
         drawn += [f"top {sampling.top_k}"] if sampling.top_k is not None else []
@@ -95,10 +95,8 @@ class Settings:
         limits = [f"at most {self.max_new_tokens:,} new tokens"]
         limits += [f"up to {', '.join(map(repr, self.stop))}"] if self.stop else []
         limits += [f"drafts surer than {self.min_confidence:g}"] if self.min_confidence else []
-        return ", ".join([
-            f"step {self.step:,}", *(["greedy"] if sampling.greedy else drawn), *limits, f"{self.batch_size} at a time",
-            *(["bit for bit"] if self.bit_exact else []), self.devices,
-        ])  # fmt: skip
+        limits += ["bit for bit"] if self.bit_exact else []
+        return [*(["greedy"] if sampling.greedy else drawn), *limits]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +116,13 @@ class Report:
     decoding: dict[str, PromptReport]
     teacher: dict[str, TextScore] = dataclasses.field(default_factory=dict)
     slots: dict[str, SlotReport] = dataclasses.field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """The settings in a line: of what was measured, without the folder."""
+        settings = self.settings
+        how = settings.of_decoding if self.decoding else []
+        return ", ".join([f"step {settings.step:,}", *how, f"{settings.batch_size} at a time", settings.devices])
 
     def to_json(self) -> dict[str, Any]:
         """The report as ``--json`` writes it; a part that was not asked for is left out."""

@@ -79,7 +79,7 @@ def test_texts_stand_there_as_they_are_and_drafts_are_marked():
     assert "if a < b: return <b>\nagain" in "".join(reader.text)
     assert reader.marked[:3] == [(" <b>", "head 1"), ("\n", "head 2"), ("again", "copied")]
     text = "".join(reader.text)
-    assert "5 tokens in 2 passes" in text and SETTINGS.workdir in text and SETTINGS.words in text
+    assert "5 tokens in 2 passes" in text and SETTINGS.workdir in text and ", ".join(SETTINGS.of_decoding) in text
 
 
 def test_it_needs_nothing_else():

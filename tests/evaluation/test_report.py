@@ -109,15 +109,16 @@ def test_heads_are_judged_only_where_some_draft():
 
 def test_a_report_says_what_was_measured_and_how():
     """A page at a temperature is not to be taken for a greedy one."""
-    assert SETTINGS.words == (
+    decoded = {"x": PromptReport({"0": score()})}
+    assert Report(SETTINGS, {}, decoded).words == (
         "step 650, temperature 1, seed 7, top 0.9 of probability, at most 128 new tokens, up to '\\n', "
-        "drafts surer than 0.4, 4 at a time, bit for bit, 1 x cpu"
+        "drafts surer than 0.4, bit for bit, 4 at a time, 1 x cpu"
     )
     greedy = dataclasses.replace(SETTINGS, sampling=GREEDY, bit_exact=False, stop=(), min_confidence=0.0)
-    assert greedy.words == "step 650, greedy, at most 128 new tokens, 4 at a time, 1 x cpu"
+    assert Report(greedy, {}, decoded).words == "step 650, greedy, at most 128 new tokens, 4 at a time, 1 x cpu"
     console = rich.console.Console(width=200, record=True, file=io.StringIO())
-    evaluate.show(console, Report(greedy, {}, {}))
-    assert console.export_text().strip() == greedy.words
+    evaluate.show(console, Report(greedy, {}, {}))  # where no text was continued
+    assert console.export_text().strip() == "step 650, 4 at a time, 1 x cpu"
     assert Report(greedy, {}, {}).to_json()["settings"]["sampling"]["temperature"] == 0
 
 
