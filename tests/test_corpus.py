@@ -85,6 +85,7 @@ def test_an_answer_depends_on_its_prompt_and_id_alone(answers, workdir, tmp_path
     assert written(tmp_path / "drafted") == written(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_the_same_prompt_with_another_id_has_another_answer(workdir, tmp_path):
     rows = [{"id": k, "prompt": "the cat"} for k in range(6)]
     write(workdir, file_of(tmp_path / "prompts.jsonl", rows), tmp_path / "out")
@@ -149,6 +150,7 @@ def test_other_prompts_and_other_weights_are_another_corpus(answers, workdir, tm
         write(workdir, folder / "prompts.jsonl", tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_folder_without_answers_is_begun_anew(answers, workdir, tmp_path):
     """As one is whose first batch did not fit into memory, say."""
     folder, counts = answers

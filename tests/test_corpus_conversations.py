@@ -62,6 +62,7 @@ def test_a_conversation_is_answered_on_its_own_history(talker, tmp_path):
     assert np.all(np.diff(mask) >= 0) and mask[-1] == 1
 
 
+@pytest.mark.slow
 def test_a_conversation_that_comes_to_no_end_fails_as_a_whole(talker, tmp_path):
     """Its second turn has no room: no row of it is written, and the others are."""
     rows = [

@@ -117,6 +117,7 @@ def test_documents_that_changed_are_not_held_out(call, workdir, text_file, tmp_p
     assert call("evaluate", f"--workdir={copy}", f"--text={moved}")[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 def test_bit_exact_names_both_plain_decoders(call, workdir, tmp_path, monkeypatch):
     """The speed-up is over the fastest plain decoding; plain decoding of padded passes, whose bits are those of the
@@ -365,7 +366,7 @@ def test_damaged_runs_are_one_line(call, workdir, tmp_path):
     "flags",
     [
         ["--heads=5"],
-        ["--heads=2", "--min_confidence=0.5"],
+        pytest.param(["--heads=2", "--min_confidence=0.5"], marks=pytest.mark.slow),
         ["--heads=2", "--bit_exact"],
         ["--heads=2", "--temperature=0.8", "--top_k=9", "--greedy_drafts"],
     ],

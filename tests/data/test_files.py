@@ -199,7 +199,10 @@ def test_plain_text_is_cut_into_documents(tmp_path):
     assert len(open_source(data_config(source="text", paths=(str(tmp_path / "essay.txt"),)))) == 2
 
 
-@pytest.mark.parametrize(("documents", "fraction"), [(["the cat sat on a mat " * 20] * 9, 0.2), (["one", "two"], 0)])
+@pytest.mark.parametrize(
+    ("documents", "fraction"),
+    [(["the cat sat on a mat " * 20] * 9, 0.2), pytest.param(["one", "two"], 0, marks=pytest.mark.slow)],
+)
 def test_nothing_held_out_is_said_once(tmp_path, capsys, documents, fraction):
     """And trained all the same, on all of it."""
     path = tmp_path / "a.txt"

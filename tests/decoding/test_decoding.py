@@ -28,7 +28,7 @@ def texts(continuations):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("kind", ["cascade", "recurrent"])
+@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("num_heads", "scanned"),
     [*(pytest.param(*one, marks=pytest.mark.slow) for one in [(1, True), (4, False)]), (4, True)],
@@ -155,6 +155,7 @@ def test_batch_neighbours_change_nothing():
         assert dataclasses.replace(alone, seconds=0.0) == dataclasses.replace(together, seconds=0.0)
 
 
+@pytest.mark.slow
 def test_many_rows_are_each_decoded_as_alone():
     """More rows than are written to the caches one by one, of several lengths."""
     model, parameters = small_vocabulary()
@@ -166,11 +167,10 @@ def test_many_rows_are_each_decoded_as_alone():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.optimised
 @pytest.mark.parametrize(
-    "options",
-    [Options(2, 20, Sampling(1.0)), pytest.param(Options(3, 20, min_confidence=0.5), marks=pytest.mark.slow)],
-    ids=["sampled", "adaptive"],
+    "options", [Options(2, 20, Sampling(1.0)), Options(3, 20, min_confidence=0.5)], ids=["sampled", "adaptive"]
 )
 def test_devices_share_the_rows(options):
     """Three devices that hold the parameters decode eight prompts: the texts of one device, for a third of its work."""

@@ -96,7 +96,6 @@ PROPOSERS = {
 }
 
 CASES = [
-    Options(1, 4, Sampling(0.5)),
     Options(2, 5, Sampling(1.0)),
     Options(2, 5, Sampling(2.0, top_k=2)),
     Options(2, 5, Sampling(2.0, top_p=0.9)),
@@ -143,7 +142,13 @@ def test_speculation_samples_the_plain_distribution(options):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("options", [Options(4, 7, Sampling(1.0)), Options(2, 5, Sampling(1.0), min_confidence=0.5)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(4, 7, Sampling(1.0)),
+        pytest.param(Options(2, 5, Sampling(1.0), min_confidence=0.5), marks=pytest.mark.slow),
+    ],
+)
 def test_a_shared_cache_samples_the_plain_distribution(options):
     """Each depth draws with a key of its own: drafts that share one are no draws from what they say."""
     model, parameters = tiny_model(shared=True)
@@ -175,7 +180,7 @@ def draft_at_another_temperature(keys, logits, sampling):
 
 
 MUTANTS = [
-    (speculative, "accept_drafts", accept_always),
+    pytest.param(speculative, "accept_drafts", accept_always, marks=pytest.mark.slow),
     (speculative, "accept_drafts", no_residual),
     (speculative, "accept_drafts", bonus_from_the_row_before),
     (heads, "choose", draft_at_another_temperature),

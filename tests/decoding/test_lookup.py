@@ -48,7 +48,7 @@ def test_look_up_by_its_definition():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("drafter", ["lookup", "both"])
+@pytest.mark.parametrize("drafter", [pytest.param("lookup", marks=pytest.mark.slow), "both"])
 def test_what_is_copied_loses_nothing(drafter):
     """Greedy text is plain decoding's, in fewer passes; where who is better drafts, it is no worse than the heads."""
     model, parameters = small_vocabulary(trained=False)  # heads are no good, and text repeats itself

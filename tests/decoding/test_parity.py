@@ -106,7 +106,7 @@ class Alternating(Both, name="alternating"):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("kind", ["cascade", "shared"])
+@pytest.mark.parametrize("kind", [pytest.param("cascade", marks=pytest.mark.slow), "shared"])
 def test_parity_beside_prompt_lookup(kind):
     """Heads draft as if they had been run all along, also where drafts were confirmed that they did not make.
 
@@ -208,7 +208,7 @@ def test_parity_notices_chains_that_are_not_what_was_trained(drafter):
         check_parity("shared", Options(4, NEW_TOKENS), True, Strategy)
 
 
-@pytest.mark.parametrize("kind", ["cascade", "recurrent", "shared"])
+@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow), "shared"])
 def test_parity_is_measured(kind):
     """By the library as by this file: nothing beyond rounding, at any depth, and as many drafts as rounds take."""
     model, parameters = small_vocabulary(kind)

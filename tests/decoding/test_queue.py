@@ -34,7 +34,7 @@ def untimed(continuations):
     [
         Options(3, 20),
         Options(2, 20, Sampling(1.0)),
-        Options(3, 20, min_confidence=0.5),
+        pytest.param(Options(3, 20, min_confidence=0.5), marks=pytest.mark.slow),
         pytest.param(Options(3, 20, drafter="both"), marks=pytest.mark.slow),
     ],
     ids=["greedy", "sampled", "adaptive", "both"],

@@ -55,7 +55,7 @@ def test_bad_strings_are_refused(stop):
         transitions_of(PIECES, [stop])
 
 
-@pytest.mark.parametrize("drafter", ["heads", "lookup"])
+@pytest.mark.parametrize("drafter", [pytest.param("heads", marks=pytest.mark.slow), "lookup"])
 def test_any_of_the_end_tokens_ends_a_text(drafter):
     model, parameters = small_vocabulary()
     plain = Decoder(model, parameters, [-1]).run(PROMPTS, Options(0, 30))

@@ -171,7 +171,10 @@ def test_scoring_can_be_ended(scored):
     assert scorer.sum_documents(parameters, ["a cat " * 200], lambda: True) is not None
 
 
-@pytest.mark.parametrize(("shape", "chunk"), [((-1, 1, 1, 1), None), ((2, 2, 2, 1), None), ((1, 1, 1, 1), 24)])
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [((-1, 1, 1, 1), None), ((2, 2, 2, 1), None), pytest.param((1, 1, 1, 1), 24, marks=pytest.mark.slow)],
+)
 def test_every_token_of_a_text_is_scored_in_its_place(scored, shape, chunk, monkeypatch):
     """Whatever is scored beside it, wherever windows and chunks are cut, on any mesh: against the training path."""
     _, model, parameters, tokenizer = scored
@@ -318,9 +321,10 @@ def test_a_divergence_in_bfloat16_is_held_to_float32(scored):
     assert first_divergence(decoder, [5, 6, 7], plain, second).tie == (found.margin < 2 * found.rounding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scanned", "chunk"),
-    [(False, 16), pytest.param(False, 512, marks=pytest.mark.slow), pytest.param(True, 16, marks=pytest.mark.slow)],
+    [(False, 16), (False, 512), (True, 16)],
 )
 def test_agreement_beside_acceptance(scanned, chunk):
     """Per prompt and head, on what plain decoding wrote, against the training path; the token from prefill is none.

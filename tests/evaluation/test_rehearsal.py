@@ -90,7 +90,7 @@ def wrong_token(real):
         "positions",
         pytest.param("a mask without the chain", marks=pytest.mark.slow),
         pytest.param("a mask without documents", marks=pytest.mark.slow),
-        "states of the round before",
+        pytest.param("states of the round before", marks=pytest.mark.slow),
         pytest.param("the wrong token", marks=pytest.mark.slow),
     ],
 )
@@ -247,6 +247,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_opened(rated):
     assert candidates(folder, None) == [10, 20] and candidates(folder, "newest") == [20, 10]
 
 
+@pytest.mark.slow
 def test_the_best_stays_the_best_after_a_restart(config, rated, tmp_path, monkeypatch):
     """It is read from the metrics, and a later one that is worse does not take its place."""
     again = shutil.copytree(rated, tmp_path / "run")
@@ -257,6 +258,7 @@ def test_the_best_stays_the_best_after_a_restart(config, rated, tmp_path, monkey
     assert ratings[25] < 1.5
 
 
+@pytest.mark.slow
 def test_where_the_text_changes_the_newest_is_opened(text_file, tmp_path, monkeypatch):
     """A main head that repeats itself is easy to draft for: joint training is not rated by its drafts alone."""
     with_ratings(monkeypatch, [2.0, 1.0])

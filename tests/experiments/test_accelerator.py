@@ -228,9 +228,9 @@ def test_results_are_of_one_device_and_one_size(tmp_path):
     ("flags", "said"),
     [
         (["--only=nothing"], "--only=nothing: expected some of device, exactness"),
-        (["--minutes=0"], "--minutes=0: expected more than none"),
-        (["--seed=-1"], "--seed=-1: expected 0 to 999"),
-        (["--tiny", "--page"], "tiny sizes give none"),
+        pytest.param(["--minutes=0"], "--minutes=0: expected more than none", marks=pytest.mark.slow),
+        pytest.param(["--seed=-1"], "--seed=-1: expected 0 to 999", marks=pytest.mark.slow),
+        pytest.param(["--tiny", "--page"], "tiny sizes give none", marks=pytest.mark.slow),
     ],
 )
 def test_bad_flags_are_one_line(flags, said, tmp_path):

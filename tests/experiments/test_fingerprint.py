@@ -38,7 +38,7 @@ def test_rounding_is_no_new_version_and_anything_else_is():
 
 
 # In every run of the tests; the others take half a minute each.
-_QUICK = ("extension",)
+_QUICK = ("divergences",)
 
 
 @pytest.mark.optimised

@@ -91,7 +91,7 @@ def test_split_and_merge_are_inverse():
     assert joint.split(parameters) == (parameters, None) and joint.merge(parameters, None) is parameters
 
 
-@pytest.mark.parametrize("pass_normed", [True, False])
+@pytest.mark.parametrize("pass_normed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_two_parts_are_the_whole_model(pass_normed):
     config = extension_config(heads__pass_normed=pass_normed)
     model, parameters = model_and_parameters(config)
@@ -106,7 +106,9 @@ def test_two_parts_are_the_whole_model(pass_normed):
     assert_trees_close((parts.main, parts.heads, parts.carried), (whole.main, whole.heads[2:], whole.carried), 1e-6)
 
 
-@pytest.mark.parametrize(("shape", "kl"), [(None, "forward"), ((2, 2, 2, 1), "lk")], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "kl"), [pytest.param(None, "forward", marks=pytest.mark.slow), ((2, 2, 2, 1), "lk")], ids=str
+)
 def test_new_heads_have_the_gradient_of_joint_training(shape, kl):
     """The same terms in a joint objective whose other coefficients are zero; there, all heads are differentiated."""
     config = extension_config(objective__kl=kl, objective__alpha=(0.1, 0.2, 0.3), objective__beta=(0.5, 0.6, 0.7))

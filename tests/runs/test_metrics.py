@@ -165,6 +165,7 @@ class FakeWandb:
         self.finished += 1
 
 
+@pytest.mark.slow
 def test_weights_and_biases_is_told_what_the_file_is(run_config, tmp_path, monkeypatch):
     """Once for every step, nothing that is null; a run that goes on is the same one there."""
     fake = FakeWandb()

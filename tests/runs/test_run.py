@@ -228,6 +228,7 @@ def test_interrupted_equals_uninterrupted_on_a_mesh(run_config, tmp_path, monkey
     assert_bitwise(*(restored(tmp_path / name, split, mesh=mesh)[0] for name in ("whole", "parts")))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_clear_error(run_config, tmp_path):
     train.run(replace(run_config, training__steps=5), str(tmp_path))
     for path in (tmp_path / "checkpoints" / "5" / "parameters").rglob("*"):
@@ -319,6 +320,7 @@ def test_a_state_is_saved_before_it_is_evaluated(run_config, tmp_path, monkeypat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["10"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends(run_config, tmp_path):
     """A real process: what is still on its way through the devices, with weights that are no numbers, ends as well."""
     wild = command(run_config, tmp_path / "run", optimizer__learning_rate=1e10, optimizer__warmup_steps=0)

@@ -68,7 +68,8 @@ def test_eight_devices_equal_one(reference, shape):
     assert_trees_close(found, expected, 1e-5)
 
 
-@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_equals_one_batch(reference, parts):
     """The parts hold different numbers of supervised tokens; weighting each part alone would not give this."""
     config, parameters, batch, expected = reference
@@ -84,7 +85,10 @@ def test_accumulation_equals_one_batch(reference, parts):
 
 @pytest.mark.parametrize(
     ("kl", "parts"),
-    [("forward", 1), ("lk", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("forward", 4), ("lk", 1)])],
+    [
+        ("lk", 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("forward", 1), ("forward", 4), ("lk", 1)]),
+    ],
 )
 def test_heads_without_a_supervised_token_have_no_loss_and_no_gradient(kl, parts):
     """Documents of two tokens, one of three: all steps have a main loss, head 1 has one token, head 2 has none."""
@@ -176,6 +180,7 @@ def test_clipping_bounds_the_global_norm(reference):
     assert float(optax.global_norm(state[1][0].mu)) == pytest.approx(0.1 * 0.5, rel=1e-4)  # (1 - b1) * clipped
 
 
+@pytest.mark.slow
 def test_plain_mtp_costs_what_a_dense_step_costs(reference):
     """FLOPs of the compiled gradients, in one chunk, because the compiler counts a loop's body once."""
     config, parameters, batch, _ = reference
