@@ -122,6 +122,7 @@ def test_a_template_that_writes_the_day_writes_the_first_one(talker, tmp_path, m
     assert contents(tmp_path / "later") != whole
 
 
+@pytest.mark.slow
 def test_half_a_conversation_is_taken_back(talker, tmp_path):
     rows = [{"id": k, "messages": [say("user", "a"), say("assistant", ""), say("user", "b")]} for k in range(3)]
     prompts = file_of(tmp_path / "p.jsonl", rows)

@@ -275,10 +275,9 @@ def test_perfect_drafts_are_all_accepted():
     assert found.proposers == (0, *(1, 2, 3, 4, 0) * 4, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "options",
-    [pytest.param(Options(2, 12, Sampling(1.0)), marks=pytest.mark.slow), Options(3, 12, Sampling(1.0), 0.4)],
-    ids=["fixed", "adaptive"],
+    "options", [Options(2, 12, Sampling(1.0)), Options(3, 12, Sampling(1.0), 0.4)], ids=["fixed", "adaptive"]
 )
 def test_a_seed_reproduces_whatever_the_batch(options):
     model, parameters = small_vocabulary()

@@ -97,7 +97,6 @@ PROPOSERS = {
 
 CASES = [
     Options(2, 5, Sampling(1.0)),
-    Options(2, 5, Sampling(2.0, top_k=2)),
     Options(2, 5, Sampling(2.0, top_p=0.9)),
     Options(2, 5, Sampling(1.0), min_confidence=0.6),
     Options(2, 6, Sampling(1.0), drafter="lookup"),
@@ -105,6 +104,7 @@ CASES = [
 ]
 MORE_CASES = [
     *(Options(k, k + 3, Sampling(temperature)) for k in (1, 2, 4) for temperature in (0.5, 1.0, 2.0)),
+    Options(2, 5, Sampling(2.0, top_k=2)),
     Options(4, 7, Sampling(2.0, top_k=2)),
     Options(4, 7, Sampling(2.0, top_p=0.9)),
     Options(2, 5, Sampling(2.0, greedy_drafts=True)),
@@ -183,7 +183,7 @@ MUTANTS = [
     pytest.param(speculative, "accept_drafts", accept_always, marks=pytest.mark.slow),
     (speculative, "accept_drafts", no_residual),
     (speculative, "accept_drafts", bonus_from_the_row_before),
-    (heads, "choose", draft_at_another_temperature),
+    pytest.param(heads, "choose", draft_at_another_temperature, marks=pytest.mark.slow),
     pytest.param(chain, "choose", draft_at_another_temperature, marks=pytest.mark.slow),
     pytest.param(chain, "fold", lambda keys, number: fold(keys, 1), marks=pytest.mark.slow),
 ]

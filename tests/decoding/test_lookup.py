@@ -147,7 +147,8 @@ def test_bad_drafters_are_refused(options, message):
         decoder.run(PROMPTS, options)
 
 
-@pytest.mark.parametrize("drafter", [pytest.param("lookup", marks=pytest.mark.slow), "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("drafter", ["lookup", "both"])
 def test_a_seed_reproduces_what_is_copied_whatever_the_batch(drafter):
     decoder = Decoder(*small_vocabulary(), [END])
     options = Options(2, 12, Sampling(1.0), drafter=drafter)

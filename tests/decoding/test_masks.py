@@ -23,10 +23,8 @@ SPANS = [
     ]),
 ]  # fmt: skip
 VERIFIED = [
-    (3, 0.0),
     (3, 0.4),
-    (1, 0.0),
-    *(pytest.param(*one, marks=pytest.mark.slow) for one in [(6, 0.2), (3, 0.9999)]),
+    *(pytest.param(*one, marks=pytest.mark.slow) for one in [(1, 0.0), (3, 0.0), (3, 0.9999), (6, 0.2)]),
 ]
 
 
@@ -124,10 +122,7 @@ def test_spans_against_a_reference_without_caches(strategy, masks, confidence, s
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize(
-    ("masks", "confidence"),
-    [one if one == (3, 0.4) else pytest.param(*one, marks=pytest.mark.slow) for one in VERIFIED],
-)
+@pytest.mark.parametrize(("masks", "confidence"), VERIFIED)
 def test_verified_spans_against_a_reference_without_caches(masks, confidence):
     model, parameters = mask_model()
     decoder, accepted, refused = Decoder(model, parameters, [END]), 0, 0

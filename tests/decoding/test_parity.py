@@ -208,7 +208,9 @@ def test_parity_notices_chains_that_are_not_what_was_trained(drafter):
         check_parity("shared", Options(4, NEW_TOKENS), True, Strategy)
 
 
-@pytest.mark.parametrize("kind", ["cascade", pytest.param("recurrent", marks=pytest.mark.slow), "shared"])
+@pytest.mark.parametrize(
+    "kind", ["cascade", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("recurrent", "shared"))]
+)
 def test_parity_is_measured(kind):
     """By the library as by this file: nothing beyond rounding, at any depth, and as many drafts as rounds take."""
     model, parameters = small_vocabulary(kind)

@@ -79,6 +79,7 @@ def _family(variant, names):
     return next((family for family, begin in names.items() if variant.startswith(begin)), "heads")
 
 
+@pytest.mark.slow
 def test_changed_mathematics_of_a_divergence_is_noticed(monkeypatch, tmp_path):
     def changed(sides, vocabulary):
         value, by_heads, by_teacher = forward_kl(sides, vocabulary)

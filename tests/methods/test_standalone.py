@@ -163,7 +163,7 @@ def test_the_teacher_reads_the_text_and_what_was_written(written):
 @pytest.mark.parametrize(
     ("written", "labels", "prefix"),
     [
-        ("student", "distribution", 0.0), ("data", "data", 0.0),
+        ("student", "distribution", 0.0),
         *(pytest.param(*one, prefix, marks=pytest.mark.slow) for one in SETTINGS for prefix in (0.0, 0.5)),
     ],
 )  # fmt: skip

@@ -107,9 +107,8 @@ def test_every_device_attends_to_its_own_rows_and_heads(name, monkeypatch):
     assert_trees_close(found, value_and_gradients(attend_densely, arrays, segment_ids), 2e-6)
 
 
-@pytest.mark.parametrize(
-    ("shape", "remat"), [pytest.param((1, 1, 1, 1), False, marks=pytest.mark.slow), ((2, 2, 2, 1), True)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("shape", "remat"), [((1, 1, 1, 1), False), ((2, 2, 2, 1), True)], ids=str)
 def test_a_model_with_a_kernel_is_the_model(monkeypatch, shape, remat):
     """Backbone and heads, in a step's gradients."""
     config = tiny_config(model__remat=remat, training__sequence_length=128, objective__chunk_rows=64)
