@@ -200,8 +200,7 @@ class Decoder:
         check_count("rounds", rounds)
         padded = np.zeros((1, self.padded_length(len(prompt))), np.int32)
         padded[0, : len(prompt)] = prompt
-        # Everything on one copy of the model.
-        network, parameters = self.network(options)
+        network, parameters = self.one_copy(options)
         by_row = padded, np.array([len(prompt)], np.int32), jax.random.fold_in(jax.random.key(seed), 0)[None]
         arguments = self._placed(of_copies(self._mesh, 1), parameters, by_row, transitions)
         begin, go_on = self._stream_programs(network, arguments, options)
@@ -253,6 +252,11 @@ class Decoder:
         if layout not in self._laid_out:
             self._laid_out[layout] = lay_out(on_mesh(self._mesh, self._parameters))
         return network, self._laid_out[layout]
+
+    def one_copy(self, options: Options) -> tuple[Network, DecodingParameters]:
+        """As ``network``, with the parameters of one copy of the model, which decodes a text by itself."""
+        network, parameters = self.network(options)
+        return network, on_mesh(of_copies(self._mesh, 1), parameters)
 
     def logits_at(self, text: Sequence[int], dtype: str) -> np.ndarray:
         """The main head's logits after a text, [V], from one pass over all of it without a cache.

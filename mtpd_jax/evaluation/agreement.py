@@ -118,7 +118,7 @@ def count_agreement(
     agreed, counted = np.zeros((2, depths, len(prompts)))
     if not depths:
         return agreed, counted
-    network, parameters = decoder.network(Options(depths, 1))
+    network, parameters = decoder.one_copy(Options(depths, 1))
 
     def choose(parameters: DecodingParameters, tokens: Array) -> Array:
         return choices_of_all_heads(network, parameters, tokens, depths, decoder.chunk_of(tokens.shape[1]))

@@ -3,12 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mtpd_jax.config import MeshConfig
 from mtpd_jax.decoding.decoder import Decoder
 from mtpd_jax.decoding.options import Options
 from mtpd_jax.decoding.sampling import Sampling
+from mtpd_jax.evaluation.agreement import count_agreement
 from mtpd_jax.sharding import make_mesh, shardings_of
 from tests.decoding.models import PROMPTS, mask_model, small_vocabulary
 
@@ -55,6 +57,18 @@ def test_copies_run_as_long_as_their_own_texts_take(name):
     expected, found = (decoder.run(PROMPTS[:3], options, rows=2, seed=5) for decoder in (alone, parts))
     assert written(found) == written(expected) and min(one.passes for one in found) > 2
     assert all("all-reduce(" in program.as_text() for program in parts._compiled.values())
+
+
+@pytest.mark.slow
+def test_heads_agree_as_often_with_a_model_in_parts():
+    """Counted by one of the copies, text by text."""
+    found = []
+    for decoder in decoders(*small_vocabulary(vocabulary=8)):
+        texts = decoder.run(PROMPTS[:2], Options(0, 20))
+        found.append(count_agreement(decoder, PROMPTS[:2], texts, 3))
+    np.testing.assert_array_equal(found[1], found[0])
+    agreed, counted = found[0]
+    assert np.all(agreed > 0) and np.all(agreed < counted)
 
 
 def test_one_of_the_copies_streams():
