@@ -86,8 +86,8 @@ def _lossless_claims(arms: Mapping[str, Arm]) -> Table:
     for claim, pair in _pairs(arms):
         gained, seeds = gain(*pair, lambda arm: tokens_per_pass(arm, "verified"))
         both = [with_interval(mean_of(tokens_per_pass(arm, "verified"))) for arm in pair]
-        gain_of_both = [with_interval(gained, signed=True), per_seed(seeds, 1, 2), verdict(gained, len(seeds))]
-        rows.append([*claim, *both, *gain_of_both])
+        worth = [with_interval(gained, signed=True), per_seed(seeds, 1, 2), verdict(gained, len(seeds))]
+        rows.append([*claim, *both, *worth])
     columns = ["change", "arms", "tokens per pass", "before", "gain", "per seed", "more tokens per pass"]
     note = "Each arm with its own longest spans. The text is the student's own, one token at a time: see drift."
     return Table("The paper's claims, when all guesses are verified", columns, rows, note)

@@ -200,7 +200,8 @@ class Decoder:
         check_count("rounds", rounds)
         padded = np.zeros((1, self.padded_length(len(prompt))), np.int32)
         padded[0, : len(prompt)] = prompt
-        network, parameters = self.one_copy(options)
+        # Everything on one copy of the model.
+        network, parameters = self.network(options)
         by_row = padded, np.array([len(prompt)], np.int32), jax.random.fold_in(jax.random.key(seed), 0)[None]
         arguments = self._placed(of_copies(self._mesh, 1), parameters, by_row, transitions)
         begin, go_on = self._stream_programs(network, arguments, options)
