@@ -183,6 +183,14 @@ def test_the_page_has_what_is_tested():
     assert list(SECTIONS) == list(FILES) == list(PROGRAMS)
 
 
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_toy_still_fits_the_files_that_it_changes(title):
+    found = subprocess.run(
+        ["patch", "-p1", "--fuzz=0", "--dry-run"], input=SECTIONS[title], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout
+
+
 @pytest.mark.parametrize(
     "title", [title if title in QUICK else pytest.param(title, marks=pytest.mark.slow) for title in FILES]
 )

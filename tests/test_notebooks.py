@@ -100,7 +100,7 @@ def test_one_model_three_ways_to_write_faster(model, text_file, tmp_path, monkey
     }  # fmt: skip
     notebook = executed(ROOT / "notebooks" / "three_ways.ipynb", parameters, tmp_path, monkeypatch)
     printed = json.dumps([cell.get("outputs", []) for cell in notebook.cells])
-    assert "the same text as plain: True" in printed and printed.count("image/png") == 4
+    assert "same text as plain: True" in printed and printed.count("image/png") == 4
 
 
 TINY = {"STEPS": 4, "BATCH": 4, "LENGTH": 32, "WIDTH": 32, "LAYERS": 1}
